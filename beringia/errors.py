@@ -1,0 +1,86 @@
+"""Every error that Beringia raises on purpose, as one tree. Each carries the exit code of the command line.
+
+BeringiaError                     1  our fault, or something nobody foresaw
+├── InputError                    2  what was asked cannot be done as asked; says what was found and what to do
+│   ├── RecipeError                  a recipe that cannot be read, or has an unknown key or value
+│   ├── ChipUnavailable              a chip that is not here, is unknown, or lacks what was asked of it
+│   ├── ModelError                   a model directory or preset that cannot be used
+│   ├── DataError                    data or tokenizer that cannot be used
+│   ├── RunError                     a run directory that cannot be used (locked, of another recipe, not a run)
+│   └── HandshakeError               two sides whose versions or schemas do not match, or a worker that did not start
+├── Refusal                       3  a negative verdict, or a run given up
+├── Inconclusive                  4  too little evidence for a verdict
+├── CheckpointDamaged             2  a checkpoint file is missing, truncated or altered; names the file
+├── StorageFull                   2  the disk filled up; the run stops at its last complete checkpoint
+└── StaleEpoch                    1  another supervisor has taken over this run; this process must not publish
+"""
+
+from __future__ import annotations
+
+
+class BeringiaError(Exception):
+    """Root of the tree. `str(error)` is one sentence for the user."""
+
+    exit_code = 1
+
+
+class InputError(BeringiaError):
+    """What was asked cannot be done as asked."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe that cannot be read, or has an unknown key or value."""
+
+
+class ChipUnavailable(InputError):
+    """A chip that is not here, is unknown, or lacks what was asked of it."""
+
+
+class ModelError(InputError):
+    """A model directory or preset that cannot be used."""
+
+
+class DataError(InputError):
+    """Data or a tokenizer that cannot be used."""
+
+
+class RunError(InputError):
+    """A run directory that cannot be used."""
+
+
+class HandshakeError(InputError):
+    """Two sides whose versions do not match, or a worker that could not be started."""
+
+
+class Refusal(BeringiaError):
+    """A negative verdict, or a run given up."""
+
+    exit_code = 3
+
+
+class Inconclusive(BeringiaError):
+    """Too little evidence for a verdict."""
+
+    exit_code = 4
+
+
+class CheckpointDamaged(BeringiaError):
+    """A checkpoint file is missing, truncated or altered. `path` names it."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class StorageFull(BeringiaError):
+    """The disk filled up while a file was being written."""
+
+    exit_code = 2
+
+
+class StaleEpoch(BeringiaError):
+    """Another supervisor has taken over this run."""

@@ -1,0 +1,34 @@
+"""Who a chip is: the chip together with the software that drives it. Evidence holds for one identity only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from beringia.records.record import Record, canonical_hash
+
+
+class ChipIdentity(Record):
+    """Everything that can change a chip's numbers. Two chips with the same hash may share evidence."""
+
+    vendor: str
+    """`cpu`, `nvidia`, `amd`, `ascend`, `emulated`."""
+    sku: str
+    """The part as its driver names it, down to the variant: the variant changes results (752T and 560T differ)."""
+    truth: Literal["real", "emulated"]
+    """Whether silicon computes, or our emulator."""
+    driver: str
+    """Driver and firmware version, or `none`."""
+    runtime: str
+    """CUDA, ROCm or CANN version; for a CPU its instruction set as torch uses it."""
+    torch: str
+    plugin: str
+    """Version of the torch plugin (torch_npu), or `none`."""
+    switches: dict[str, str]
+    """Numeric switches in force: deterministic level, TF32/HF32, INF_NAN mode, fidelity of an emulator, ..."""
+    note: str = ""
+    """What a reader must know before trusting this, e.g. "contract-tested, never run on Ascend"."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over all fields but the note."""
+        return canonical_hash(self.model_dump(mode="json", exclude={"note"}))

@@ -1,0 +1,56 @@
+"""Append-only JSON lines: one writer appends whole lines, any number of readers follow.
+
+A reader never sees half a record: a last line without its newline (a writer killed in the middle) is left for later,
+and the next writer cuts it off before it appends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from beringia.records.files import reporting_full_disk
+
+
+class JsonLinesWriter:
+    """Appends records to a file, each flushed as a whole line. One writer per file, guarded by the caller's lock."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the writer
+        self._cut_torn_line()
+
+    def append(self, record: dict[str, Any], *, durable: bool = False) -> None:
+        """Append one record; `durable` waits until it is on the disk."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        with reporting_full_disk(self.path):
+            self._file.write(line.encode())
+            self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; further appends fail."""
+        self._file.close()
+
+    def _cut_torn_line(self) -> None:
+        content = self.path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            self._file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (offset after the line, record) for each complete line from byte `offset` on."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield offset, json.loads(line)
