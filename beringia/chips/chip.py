@@ -1,0 +1,117 @@
+"""The one interface to an accelerator with its software. Everything outside `chips/` takes a `Chip`.
+
+A chip is opened once per process (one process per vendor; torch has room for one plugin device). It says who it is
+(`identity`), what it can do (`capabilities`), and what one of its errors means (`classify`). It holds no policy: what to
+do about a fault is the supervisor's business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from beringia.records.identity import ChipIdentity
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a chip can and cannot do, declared and not guessed."""
+
+    dtypes: frozenset[torch.dtype]
+    """Storage dtypes that tensors may have."""
+    compute_dtype: torch.dtype
+    """What `compute = "auto"` means here: bfloat16 where products in it are native, else float32."""
+    sharding: Literal["fsdp2", "ddp"]
+    """How training spreads over ranks."""
+    compile: bool
+    """Whether torch.compile has a backend for it."""
+    exact_int64: bool
+    """Whether 64-bit integer products wrap around exactly on the device; else the state hash is taken on the host."""
+    pinned_memory: bool
+    streams: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device."""
+
+    total_bytes: int
+    used_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class ChipFault:
+    """What an error of the chip means."""
+
+    code: str
+    """The vendor's code (`507014`, `EI0002`, `cudaErrorECCUncorrectable`), or `unknown`."""
+    category: Literal["transient", "device-lost", "persistent"]
+    """transient: the same step may be tried again; device-lost: this device is gone, its state with it;
+    persistent: trying again on this chip will not help."""
+    message: str
+
+
+class Chip(ABC):
+    """One opened device.
+
+    >>> chip = open_chip("cpu")                     # beringia.chips.catalogue.open_chip
+    >>> model.to(chip.device)
+    >>> chip.begin_step(1)                          # before each training step
+    """
+
+    name: str
+    """As the user named it, `auto` resolved: `cpu`, `cuda`, `npu`, `emulated:h800`."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where tensors live."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> ChipIdentity:
+        """Who this is; read once, after the device was opened and its switches were set."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+
+    @property
+    @abstractmethod
+    def collective_backend(self) -> str:
+        """Name for `torch.distributed.init_process_group`."""
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """Total, used and peak bytes of the device."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has done everything it was given; raises what went wrong meanwhile."""
+
+    @abstractmethod
+    def random_state(self) -> torch.Tensor:
+        """The device generator's state, a CPU uint8 tensor."""
+
+    @abstractmethod
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Restore what `random_state` gave on the same kind of chip."""
+
+    @abstractmethod
+    def classify(self, error: BaseException) -> ChipFault | None:
+        """What an error means, or None if it is not the chip's (a bug of ours, a user's mistake)."""
+
+    @abstractmethod
+    def stream(self) -> Any:
+        """A context manager under which work is queued beside the main stream; a no-op where there are none."""
+
+    def begin_step(self, step: int) -> None:
+        """Called before each training step with the number it will have. Real chips do nothing."""
+
+    def close(self) -> None:
+        """Give the device back. The chip is unusable afterwards."""

@@ -1,0 +1,288 @@
+"""The run's facts in order: one model per kind of line in `events.jsonl`, a public and versioned contract.
+
+`docs/events.md` is generated from these classes. The supervisor is the only writer; workers send their events to it
+over standard output. Numbers that could be infinite or NaN are written as null (JSON has no other way), and the event's
+message says which it was.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from beringia.records.identity import ChipIdentity
+from beringia.records.manifest import CleanCheck
+from beringia.records.record import Record
+
+EVENTS_SCHEMA = 1
+
+
+class Event(Record):
+    """What every event has. `sequence` counts lines from 0 without gaps."""
+
+    schema_version: int = EVENTS_SCHEMA
+    sequence: int = -1
+    time: float = 0.0
+    """Seconds since 1970, UTC, on the supervisor's clock."""
+    epoch: int = 0
+    """Which start of a supervisor over this run directory."""
+    chip: str | None = None
+    """The recipe's label of the chip this is about."""
+    rank: int | None = None
+
+
+class RunStarted(Event):
+    """A supervisor took this run directory."""
+
+    kind: Literal["run"] = "run"
+    name: str
+    recipe_hash: str
+    beringia: str
+    steps: int
+    prefer: tuple[str, ...]
+
+
+class ChipOpened(Event):
+    """A worker opened its chip and said who it is; also the result of the handshake."""
+
+    kind: Literal["chip"] = "chip"
+    asked: str
+    """As named in the recipe: `auto`, `cuda`, `emulated:ascend-910b`."""
+    used: str
+    """What `auto` became; equal to `asked` otherwise."""
+    identity: ChipIdentity
+    identity_hash: str
+    ranks: int
+    compute_dtype: str
+    sharding: Literal["none", "ddp", "fsdp2"]
+
+
+class StepDone(Event):
+    """One optimizer step."""
+
+    kind: Literal["step"] = "step"
+    step: int
+    """Steps done so far, this one included."""
+    loss: float | None
+    """Mean cross-entropy per target token, nats."""
+    mtp_loss: float | None = None
+    gradient_norm: float | None
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    tokens: int
+    """Target tokens in this step, over all ranks."""
+    seconds: float
+    cursor: int
+    """Samples consumed so far, over all ranks."""
+    guard_seconds: float = 0.0
+
+
+class Evaluated(Event):
+    """Held-out loss, and sampled accuracy where the task has a checker."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    step: int
+    loss: float | None
+    sequences: int
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    """Wilson 95 % interval."""
+    accuracy_high: float | None = None
+    samples: int = 0
+    chance: float | None = None
+    seconds: float
+
+
+class CheckpointWritten(Event):
+    """A checkpoint is complete on disk: pending until trusted."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    directory: str
+    """Relative to the run directory."""
+    bytes: int
+    state_hash: str
+    pause_seconds: float
+    """How long training stood still for it."""
+    write_seconds: float
+
+
+class CheckpointTrusted(Event):
+    """Every layer on every replica was found clean at a step after this checkpoint's."""
+
+    kind: Literal["trusted"] = "trusted"
+    step: int
+    state_hash: str
+    checks: tuple[CleanCheck, ...]
+
+
+class CheckpointRejected(Event):
+    """A checkpoint that could not be used: damaged, or written while a chip was suspect."""
+
+    kind: Literal["rejected"] = "rejected"
+    step: int
+    file: str | None
+    message: str
+
+
+class CheckDone(Event):
+    """One check of the guard, whatever it found: how much of its bound was used."""
+
+    kind: Literal["check"] = "check"
+    step: int
+    detector: str
+    site: str
+    tensor: str
+    value: float | None
+    bound: float
+    seconds: float
+
+
+class Alarm(Event):
+    """A check of the guard beyond its bound."""
+
+    kind: Literal["alarm"] = "alarm"
+    step: int
+    detector: str
+    site: str
+    """Module path, e.g. `layers.0`."""
+    tensor: str
+    """Which tensor of that module: `output`, `input.gradient`, `self_attn.o_proj.weight.gradient`, ..."""
+    value: float | None
+    """Measured; null when it was not finite."""
+    bound: float
+    message: str
+
+
+class Fault(Event):
+    """An error as the chip reported it, classified."""
+
+    kind: Literal["fault"] = "fault"
+    step: int | None
+    code: str
+    """The vendor's code, `hang`, `exit` or `unknown`."""
+    category: Literal["transient", "device-lost", "persistent", "ours"]
+    message: str
+
+
+class Decision(Event):
+    """What the supervisor decided, and why, in one line."""
+
+    kind: Literal["decision"] = "decision"
+    action: Literal["start", "retry", "rollback", "exclude", "cross", "stop"]
+    reason: str
+    to_chip: str | None = None
+    to_step: int | None = None
+    """The checkpoint to go on from; null starts from step 0."""
+    lost_steps: int = 0
+    """Steps done and thrown away by this decision."""
+    excluded_device: int | None = None
+
+
+class Canary(Event):
+    """Steps between the last two trusted checkpoints, replayed on the new chip, held against a band."""
+
+    kind: Literal["canary"] = "canary"
+    from_step: int
+    to_step: int
+    difference: float | None
+    """Relative difference of the replayed weights' update from the recorded one."""
+    band: float
+    parts: dict[str, float]
+    """What the band was made of, and the further differences measured."""
+    passed: bool
+    seconds: float
+    message: str = ""
+
+
+class Resumed(Event):
+    """A worker loaded a checkpoint and compared the live tensors' hash with the manifest's."""
+
+    kind: Literal["resume"] = "resume"
+    step: int
+    cursor: int
+    state_hash_expected: str
+    state_hash: str
+    load_seconds: float
+    first_sample: str = ""
+    """Hash of the next sample due, so that both sides can compare what comes next."""
+
+
+class Crossing(Event):
+    """The run goes on on another chip."""
+
+    kind: Literal["crossing"] = "crossing"
+    from_chip: str
+    to_chip: str
+    step: int
+    state_hash_before: str
+    """From the live tensors on the old chip."""
+    state_hash_after: str
+    """From the live tensors on the new chip."""
+    band: float | None
+    difference: float | None
+    seconds: float
+    """From the decision to the first new step, without the canary."""
+    imports_seconds: float
+    load_seconds: float
+    canary_seconds: float
+
+
+class Exported(Event):
+    """A Hugging Face checkpoint was written and compared with transformers."""
+
+    kind: Literal["export"] = "export"
+    step: int
+    directory: str
+    largest_difference: float | None
+    """Largest absolute difference of float32 logits to transformers; null when it was not compared."""
+    bound: float | None
+
+
+class Fallback(Event):
+    """Something else than asked for was used, and why."""
+
+    kind: Literal["fallback"] = "fallback"
+    what: str
+    asked: str
+    used: str
+    reason: str
+
+
+class RunFinished(Event):
+    """The run reached its end, or was given up."""
+
+    kind: Literal["finish"] = "finish"
+    status: Literal["done", "given-up", "stopped"]
+    step: int
+    message: str
+
+
+AnyEvent = Annotated[
+    RunStarted
+    | ChipOpened
+    | StepDone
+    | Evaluated
+    | CheckpointWritten
+    | CheckpointTrusted
+    | CheckpointRejected
+    | CheckDone
+    | Alarm
+    | Fault
+    | Decision
+    | Canary
+    | Resumed
+    | Crossing
+    | Exported
+    | Fallback
+    | RunFinished,
+    Field(discriminator="kind"),
+]
+
+_ADAPTER: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
+
+
+def parse_event(line: dict[str, Any]) -> AnyEvent:
+    """One event from one line of `events.jsonl`; raises pydantic's ValidationError if it is not one."""
+    return _ADAPTER.validate_python(line, strict=False)

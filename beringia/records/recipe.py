@@ -1,0 +1,228 @@
+"""The recipe: what the user asks for, as TOML read into one strict model.
+
+An unknown key is an error with a did-you-mean. Every field is documented below it. The hash of the recipe goes into
+every artefact; it covers what determines the result (not where the recipe lies).
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from beringia.errors import RecipeError
+from beringia.records.record import Record, canonical_hash
+
+
+class ModelSection(Record):
+    """Which model. Exactly one of `preset` and `path`."""
+
+    preset: str | None = None
+    """`r2-nano`, `r2-micro`, `r2-small`: seeded random weights."""
+    path: str | None = None
+    """A Hugging Face directory: its weights and tokenizer."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.preset is None) == (self.path is None):
+            raise ValueError("give exactly one of preset and path")
+        return self
+
+
+class ChipSection(Record):
+    """One chip the run may use. The table's name is the user's label for it."""
+
+    use: str
+    """`cpu`, `cuda`, `npu`, `auto` or `emulated:<profile>`."""
+    python: str | None = None
+    """Interpreter of the environment that has this chip's torch; default: the one that runs Beringia."""
+    launch: tuple[str, ...] = ()
+    """Command prefix that reaches the chip's machine: `["ssh", "node7"]`, `["srun", "-N1"]`."""
+    root: str | None = None
+    """Run directory on that machine when it does not share this file system; state is then moved and checked by hash."""
+    ranks: int = Field(default=1, ge=1)
+    """Worker processes on that machine, one device each."""
+    faults: str | None = None
+    """Emulated chips only: a named fault script, or the path of one."""
+
+
+class DataSection(Record):
+    """What it learns from. Exactly one of `task`, `text` and `chat`."""
+
+    task: str | None = None
+    """`digit-sum`, `digit-product` or `digit-sort`: generated, with a checker."""
+    text: str | None = None
+    """A directory of text or JSONL files, packed into token shards."""
+    chat: str | None = None
+    """A JSONL file or directory of chats (`messages`); the prompt is masked out of the loss."""
+    tokenizer: str | None = None
+    """A directory that AutoTokenizer loads; `bytes` for raw bytes; default: the task's or the model's own."""
+    sequence_length: int = Field(default=64, ge=8)
+    """Tokens a sample."""
+    digits: int = Field(default=10, ge=2)
+    """Digits in a task's question."""
+    long_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Share of samples that spell out the chain of thought."""
+    held_out_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of a folder's documents kept for evaluation."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(source is not None for source in (self.task, self.text, self.chat)) != 1:
+            raise ValueError("give exactly one of task, text and chat")
+        return self
+
+
+class TrainSection(Record):
+    """How it is trained."""
+
+    prefer: tuple[str, ...]
+    """Chip labels in the order in which they are tried."""
+    steps: int = Field(ge=1)
+    batch: int = Field(default=32, ge=1)
+    """Samples in one optimizer step, over all ranks and accumulation steps."""
+    accumulate: int = Field(default=1, ge=1)
+    """Gradient accumulation steps in one optimizer step."""
+    learning_rate: float = Field(default=2e-3, gt=0)
+    final_learning_rate: float = Field(default=0.05, ge=0, le=1)
+    """Share of the learning rate left at the last step."""
+    warmup_steps: int = Field(default=50, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of products; master weights are float32 always. `auto`: bfloat16 where the chip computes it natively."""
+    compile: bool = False
+    """torch.compile; where there is no compiler the run goes on eagerly and an event says so."""
+    router_bias_speed: float = Field(default=1e-3, ge=0)
+    """How far a router's correction bias moves in a step (DeepSeek-V3 section 2.1.2)."""
+    mtp_weight: float = Field(default=0.1, ge=0)
+    """Weight of the multi-token prediction loss; 0 leaves the module untrained."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints kept, besides the last two trusted."""
+    evaluate_every: int = Field(default=200, ge=1)
+    evaluation_sequences: int = Field(default=256, ge=1)
+    accuracy_samples: int = Field(default=256, ge=0)
+    """Questions sampled at temperature 1 and checked, where the task has a checker; 0 samples none."""
+
+
+class GuardSection(Record):
+    """The checks inside training."""
+
+    share: float = Field(default=0.01, ge=0, le=0.5)
+    """Share of the step time that checks may take; 0 turns the guard off, and an event says so."""
+
+
+class SuperviseSection(Record):
+    """When to retry, roll back, cross or give up."""
+
+    transient_retries: int = Field(default=3, ge=0)
+    """Transient faults retried on one chip within `transient_window` steps before it counts as persistent."""
+    transient_window: int = Field(default=200, ge=1)
+    rollbacks: int = Field(default=1, ge=0)
+    """Rollbacks for alarms at one site on one chip before the run crosses."""
+    hang_seconds: float = Field(default=120.0, gt=0)
+    """No progress for this long is a hang: the stacks of every rank are written and the worker is ended."""
+    start_seconds: float = Field(default=300.0, gt=0)
+    """Time a worker has to open its chip and load its state."""
+    grace_seconds: float = Field(default=30.0, gt=0)
+    """After SIGTERM or SIGINT, time to write a last checkpoint."""
+
+
+class Recipe(Record):
+    """The whole recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    model: ModelSection
+    chips: dict[str, ChipSection]
+    data: DataSection
+    train: TrainSection
+    guard: GuardSection = GuardSection()
+    supervise: SuperviseSection = SuperviseSection()
+
+    @model_validator(mode="after")
+    def _labels_exist(self) -> Self:
+        for label in self.train.prefer:
+            if label not in self.chips:
+                raise ValueError(f"train.prefer names {label!r}, but the chips are {', '.join(map(repr, self.chips))}")
+        if not self.train.prefer:
+            raise ValueError("train.prefer is empty: name at least one chip")
+        return self
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON of all fields."""
+        return canonical_hash(self)
+
+
+def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe file; `overrides` maps dotted keys (`train.steps`) to values. Raises RecipeError."""
+    try:
+        document = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"There is no recipe at {path}. Give the path of a TOML file, e.g. recipes/r2-nano.toml.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}.") from None
+    for key, value in (overrides or {}).items():
+        _set(document, key, value)
+    return parse_recipe(document, str(path))
+
+
+def parse_recipe(document: dict[str, Any], source: str) -> Recipe:
+    """A recipe from a parsed document; `source` names it in errors. Raises RecipeError with one clear sentence."""
+    try:
+        return Recipe.model_validate_json(_as_json(document))
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_explain(error)}") from None
+
+
+def _as_json(document: dict[str, Any]) -> str:
+    # Strict JSON mode lets arrays become tuples while still refusing "3" for 3.
+    import json
+
+    return json.dumps(document, default=str)
+
+
+def _set(document: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        document = document.setdefault(parent, {})
+        if not isinstance(document, dict):
+            raise RecipeError(f"--set {dotted}: {parent} is a value, not a table.")
+    document[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(sorted(known))}."
+        return f"unknown key {where!r}. {hint}"
+    if first["type"] == "missing":
+        return f"{where!r} is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where or 'the recipe'}: {message}." if not where else f"{where!r}: {message} (found {first['input']!r})."
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:  # a user's label under [chips]
+            continue
+        inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_model(kind)]
+        if inner:
+            model = inner[0]
+    return list(model.model_fields)
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
