@@ -1,8 +1,8 @@
 """The one interface to an accelerator with its software. Everything outside `chips/` takes a `Chip`.
 
 A chip is opened once per process (one process per vendor; torch has room for one plugin device). It says who it is
-(`identity`), what it can do (`capabilities`), and what one of its errors means (`classify`). It holds no policy: what to
-do about a fault is the supervisor's business.
+(`identity`), what it can do (`capabilities`), and what one of its errors means (`classify`). It holds no policy: what
+to do about a fault is the supervisor's business.
 """
 
 from __future__ import annotations
@@ -44,6 +44,22 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Presence:
+    """A chip that is on this machine, or could be. What `beringia chips` shows; found without opening the device."""
+
+    name: str
+    """What a user writes to open it: `cpu`, `cuda`, `npu`, `emulated:<profile>`."""
+    sku: str
+    truth: Literal["real", "emulated"]
+    memory_bytes: int | None
+    """Of the device; None where it cannot be told without opening it, or has no meaning."""
+    here: bool
+    state: str
+    """One sentence: the state of a chip that is here, or what was looked for, what was found and what to do."""
+    index: int = 0
+
+
+@dataclass(frozen=True)
 class ChipFault:
     """What an error of the chip means."""
 
@@ -58,7 +74,7 @@ class ChipFault:
 class Chip(ABC):
     """One opened device.
 
-    >>> chip = open_chip("cpu")                     # beringia.chips.catalogue.open_chip
+    >>> chip = open_chip("cpu")                     # beringia.chips.open.open_chip
     >>> model.to(chip.device)
     >>> chip.begin_step(1)                          # before each training step
     """
@@ -110,8 +126,12 @@ class Chip(ABC):
     def stream(self) -> Any:
         """A context manager under which work is queued beside the main stream; a no-op where there are none."""
 
-    def begin_step(self, step: int) -> None:
+    def compiler_missing(self) -> str | None:
+        """Why torch.compile cannot be used here, one sentence, or None if it can."""
+        return None if self.capabilities.compile else f"torch.compile has no backend for {self.name}."
+
+    def begin_step(self, step: int) -> None:  # noqa: B027 (doing nothing is right for most chips)
         """Called before each training step with the number it will have. Real chips do nothing."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most chips are given back when the process ends)
         """Give the device back. The chip is unusable afterwards."""

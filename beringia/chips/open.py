@@ -1,0 +1,114 @@
+"""Open a chip by the name a user gives it, and say which chips are here.
+
+Names: `cpu`, `cuda` (NVIDIA, or AMD where torch is built for ROCm), `npu`, `emulated:<profile>`, and `auto`, the first
+present of cuda, npu, cpu. A chip's file is found by name and imported only when that chip is asked for: two vendors'
+plugins cannot share a process, and opening the CPU must not load one.
+
+Opens at most the one chip asked for; holds no registry and no state.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from beringia.chips.chip import Chip, Presence
+from beringia.errors import ChipUnavailable
+
+_FILES: dict[str, tuple[str, ...]] = {
+    "cpu": ("beringia.chips.cpu",),
+    "cuda": ("beringia.chips.nvidia", "beringia.chips.amd"),
+    "npu": ("beringia.chips.ascend",),
+}
+"""Name -> modules that may drive it. Each has `find() -> list[Presence]` and `open_device(index) -> Chip`."""
+
+_AUTO = ("cuda", "npu", "cpu")
+_EMULATED = "emulated:"
+_PROFILES = Path(__file__).parent / "catalogue" / "arithmetic"
+
+
+def open_chip(
+    name: str, *, index: int = 0, faults: str | None = None, seed: int = 0, memory: Path | None = None
+) -> Chip:
+    """Open device `index` of the chip called `name`; `.name` of the result has `auto` resolved.
+
+    `faults` (a script), `seed` and `memory` (a file that remembers which faults have struck, across restarts) belong to
+    emulated chips; a real chip refuses `faults`, and has no use for the other two.
+    Raises ChipUnavailable with what was looked for, what was found and what to do.
+    """
+    if name.startswith(_EMULATED):
+        return _open_emulated(name.removeprefix(_EMULATED), index, faults, seed, memory)
+    if name != "auto" and name not in _FILES:
+        raise ChipUnavailable(_unknown(name))
+    if faults is not None:
+        raise ChipUnavailable(
+            f"faults = {faults!r} was asked for on {name!r}, but only emulated chips have planted faults: "
+            "use an emulated chip (emulated:<profile>), or leave faults out."
+        )
+    if name == "auto":
+        name = first_present()
+    return _open_real(name, index)
+
+
+def first_present() -> str:
+    """What `auto` means on this machine: the first present of cuda, npu, cpu."""
+    return next(name for name in _AUTO if any(found.here for found in _look_for(name)))
+
+
+def present() -> list[Presence]:
+    """The chips that are here, and the emulated ones, which always are. Opens none of them."""
+    return [found for found in survey() if found.here]
+
+
+def survey() -> list[Presence]:
+    """Every chip that could be here; one that is not says in `state` what was looked for and what to do."""
+    real = [found for name in _FILES for found in _look_for(name)]
+    emulated = [
+        Presence(f"{_EMULATED}{profile}", profile, "emulated", None, here=True, state="in software")
+        for profile in emulated_profiles()
+    ]
+    return real + emulated
+
+
+def emulated_profiles() -> list[str]:
+    """Names that may follow `emulated:`."""
+    return sorted(path.stem for path in _PROFILES.glob("*.toml"))
+
+
+def _look_for(name: str) -> list[Presence]:
+    found = [presence for module in _FILES[name] for presence in _module(module).find()]
+    # NVIDIA and AMD share a name: where one is here, the other's absence is no news.
+    return [presence for presence in found if presence.here] or found
+
+
+def _open_real(name: str, index: int) -> Chip:
+    absent: list[str] = []
+    for path in _FILES[name]:
+        module = _module(path)
+        found = module.find()
+        if any(presence.here for presence in found):
+            chip: Chip = module.open_device(index)
+            return chip
+        absent += [presence.state for presence in found]
+    raise ChipUnavailable(f"{name!r} was asked for, but it is not here: {' '.join(absent)}")
+
+
+def _open_emulated(profile: str, index: int, faults: str | None, seed: int, memory: Path | None) -> Chip:
+    emulated = _module("beringia.chips.emulated")
+    chip: Chip = emulated.EmulatedChip(profile, faults=faults, seed=seed, memory=memory, index=index)
+    return chip
+
+
+def _module(path: str) -> ModuleType:
+    return importlib.import_module(path)
+
+
+def _unknown(name: str) -> str:
+    known = ["auto", *_FILES, *(f"{_EMULATED}{profile}" for profile in emulated_profiles())]
+    if name == _EMULATED.removesuffix(":"):
+        return f"{name!r} needs a profile, as in 'emulated:h800'. Known: {', '.join(known)}."
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+    return f"There is no chip called {name!r}. {hint}"
