@@ -1,0 +1,34 @@
+"""One decoder for Hugging Face checkpoints of the families deepseek_v3 (V3, R1), llama, qwen2 and qwen3.
+
+Start in `decoder.py`; then `attention.py`, `experts.py`, `rope.py`. `presets.py` names models without a directory,
+`hugging_face.py` reads and writes checkpoints, `decoding.py` generates.
+"""
+
+from beringia.model.cache import KeyValueCache
+from beringia.model.config import DecoderConfig, RopeConfig
+from beringia.model.decoder import IGNORED, Decoder, Losses, update_router_biases
+from beringia.model.decoding import greedy, sample
+from beringia.model.experts import forcing_routes, recording_routes
+from beringia.model.hugging_face import checkpoint_tensors, initialise, load_model, read_config, save_model
+from beringia.model.presets import PRESETS, preset
+
+__all__ = [
+    "IGNORED",
+    "PRESETS",
+    "Decoder",
+    "DecoderConfig",
+    "KeyValueCache",
+    "Losses",
+    "RopeConfig",
+    "checkpoint_tensors",
+    "forcing_routes",
+    "greedy",
+    "initialise",
+    "load_model",
+    "preset",
+    "read_config",
+    "recording_routes",
+    "sample",
+    "save_model",
+    "update_router_biases",
+]
