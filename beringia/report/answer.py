@@ -1,0 +1,57 @@
+"""The answer first: what became of a run, in one sentence that a tired person understands.
+
+Plain text; escaping is the template's business. A chip is never named without its truth (real or emulated).
+"""
+
+from __future__ import annotations
+
+from beringia.report.history import History
+from beringia.report.words import count
+
+
+def chip_name(history: History, label: str | None) -> str:
+    """`Ascend 910B (emulated)`: never a chip's name without its truth; the label alone if it never opened."""
+    chip = history.chip(label) if label else None
+    if chip is None:
+        return label or "no chip"
+    return f"{chip.identity.sku} ({chip.identity.truth})"
+
+
+def answer(history: History) -> str:
+    """What a tired person wants to know, in one sentence."""
+    if history.status == "empty":
+        return f"{history.name} has not started: its record is empty."
+    return f"{history.name} {_standing(history)}{_travelled(history)}; {_lost(history)}."
+
+
+def _standing(history: History) -> str:
+    planned = history.planned_steps or 0
+    if history.status == "done":
+        return f"is done, all {planned:,} steps"
+    place = f"at step {history.step:,} of {planned:,}"
+    return {"given-up": f"was given up {place}", "stopped": f"was stopped {place}"}.get(
+        history.status, f"is not finished: it is {place}"
+    )
+
+
+def _travelled(history: History) -> str:
+    if not history.crossings:
+        used = [chip_name(history, segment.chip) for segment in history.segments]
+        return f", on {used[-1]}" if used else ", before any chip opened"
+    parts = []
+    for at in history.crossings:
+        event = at.event
+        same = "exactly the same state" if event.state_hash_before == event.state_hash_after else "A DIFFERENT STATE"
+        parts.append(
+            f"crossed from {chip_name(history, event.from_chip)} to {chip_name(history, event.to_chip)} "
+            f"at step {event.step:,} with {same}"
+        )
+    return ": it " + ", then ".join(parts)
+
+
+def _lost(history: History) -> str:
+    lost = history.lost_steps
+    if lost == 0:
+        return "no step was lost"
+    again = "done again" if history.status == "done" else "lost"
+    return f"{count(lost, 'step')} of work {'was' if lost == 1 else 'were'} {again}, no state was lost"

@@ -1,0 +1,199 @@
+"""The charts under the timeline, on the same time axis: loss, accuracy, and how much of its bound each check used.
+
+Draws; reads nothing but the history. Work that was thrown away is dashed; the crossing is a bold upright line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import groupby
+
+from markupsafe import Markup
+
+from beringia.records.events import CheckDone
+from beringia.report.charts import (
+    Chart,
+    Point,
+    Scale,
+    Shape,
+    linear_ticks,
+    log_range,
+    log_ticks,
+    nice_range,
+    text_width,
+)
+from beringia.report.history import At, History, Step
+from beringia.report.timeline import Canvas, crossing_times, series_of, share_of_bound
+from beringia.report.words import percent, power_of_ten, significant
+
+PLOT_TOP_PIXELS = 34
+PLOT_BOTTOM_PIXELS = 38
+SHAPES: tuple[Shape, ...] = ("circle", "square", "diamond", "triangle", "circle")
+"""The mark of each colour, so that chips differ by more than colour."""
+MOST_CHECK_MARKS = 1500
+"""More checks than this are drawn as the span of each pixel column."""
+
+
+def draw_loss(history: History, width: int) -> Markup:
+    """Loss of each step in nats per token; held-out loss as rings."""
+    values = [step.event.loss for step in history.steps if step.event.loss is not None]
+    values += [at.event.loss for at in history.evaluations if at.event.loss is not None]
+    low, high = nice_range(values)
+    chart = _chart(history, width, 230, low, high, "Training and held-out loss over time")
+    chart.vertical_axis(linear_ticks(low, high), "loss (nats per token)")
+    _guides(chart, history, labels=True)
+    for style, points in _stretches(history):
+        chart.curve(points, style)
+    for step in history.steps:
+        if step.event.loss is None:
+            words = f"step {step.event.step}: loss not finite"
+            chart.mark(Point(step.seconds, high, words), "cross", "alarm")
+    for at in history.evaluations:
+        if at.event.loss is not None:
+            words = f"step {at.event.step}: held-out loss {significant(at.event.loss, 4)}, {at.chip}"
+            chart.mark(Point(at.seconds, at.event.loss, words), "ring", _series(history, at.chip), radius=5)
+    _name_lines(chart, history)
+    return chart.svg()
+
+
+def _stretches(history: History) -> Iterator[tuple[str, list[Point]]]:
+    """The loss as pieces that belong together: one chip, kept or not, steps in a row."""
+    piece: list[Step] = []
+    for step in (*history.steps, None):
+        if piece and (step is None or not _follows(piece[-1], step)):
+            style = _series(history, piece[0].chip) + ("" if piece[0].kept else " thrown-away")
+            yield style, [_loss_point(one) for one in piece]
+            piece = []
+        if step is not None and step.event.loss is not None:
+            piece.append(step)
+
+
+def _follows(earlier: Step, later: Step) -> bool:
+    same = earlier.chip == later.chip and earlier.kept == later.kept
+    return same and later.event.loss is not None and later.event.step == earlier.event.step + 1
+
+
+def _loss_point(step: Step) -> Point:
+    loss = step.event.loss if step.event.loss is not None else math.nan
+    fate = "" if step.kept else ", thrown away"
+    return Point(step.seconds, loss, f"step {step.event.step}: loss {significant(loss, 4)}, {step.chip}{fate}")
+
+
+def _name_lines(chart: Chart, history: History) -> None:
+    """Each chip's name where its first line begins, inside the plot's top."""
+    free = 0.0
+    for chip in history.chips:
+        first = next((step for step in history.steps if step.chip == chip.label), None)
+        if first is None:
+            continue
+        words = f"{chip.label} ({chip.identity.truth})"
+        x = min(max(chart.x(first.seconds) + 8, free), chart.x.pixel_high - text_width(words) - 14)
+        series = series_of(history, chip.label)
+        chart.rectangle(x, chart.y.pixel_high + 6, x + 9, chart.y.pixel_high + 15, f"swatch series-{series}")
+        chart.text(x + 14, chart.y.pixel_high + 15, words, "label halo")
+        free = x + 24 + text_width(words)
+
+
+def draw_accuracy(history: History, width: int) -> Markup:
+    """Accuracy of sampled answers with its 95 % interval; chance as a dashed line."""
+    sampled = [at for at in history.evaluations if at.event.accuracy is not None]
+    highest = max((at.event.accuracy_high or at.event.accuracy or 0.0 for at in sampled), default=1.0)
+    _, high = nice_range([min(1.0, highest)], from_zero=True)
+    chart = _chart(history, width, 180, 0.0, min(1.0, high), "Accuracy of sampled answers over time")
+    ticks = [(value / 100, label) for value, label in linear_ticks(0, 100 * min(1.0, high), 4)]
+    chart.vertical_axis(ticks, "accuracy (%)")
+    _guides(chart, history)
+    chance = next((at.event.chance for at in sampled if at.event.chance is not None), None)
+    if chance is not None:
+        chart.line(chart.x.pixel_low, chart.y(chance), chart.x.pixel_high, chart.y(chance), "reference")
+        chart.text(chart.x.pixel_low + 6, chart.y(chance) - 5, f"chance {percent(chance, 0)}", "small halo")
+    for at in sampled:
+        event, series = at.event, series_of(history, at.chip or "")
+        low_end, high_end = event.accuracy_low, event.accuracy_high
+        if low_end is not None and high_end is not None:
+            chart.interval(at.seconds, low_end, high_end, f"series-{series}")
+        words = f"step {event.step}: {percent(event.accuracy)}" + (
+            f" ({percent(low_end)} to {percent(high_end)})" if low_end is not None else ""
+        )
+        shape = SHAPES[series - 1]
+        chart.mark(Point(at.seconds, event.accuracy or 0.0, f"{words}, {at.chip}"), shape, f"series-{series}")
+    return chart.svg()
+
+
+def draw_guard(history: History, width: int) -> Markup:
+    """Each check as its share of the bound, logarithmic; beyond 1 is an alarm."""
+    shares = [(at, share_of_bound(at.event.value, at.event.bound)) for at in history.checks]
+    low, high = log_range([share for _, share in shares], include=1.0, decades=4)
+    chart = _chart(history, width, 210, low, high, "Share of its bound that each check of the guard used", log=True)
+    chart.vertical_axis(log_ticks(low, high), "value ÷ bound (log scale)")
+    _guides(chart, history)
+    chart.rectangle(chart.x.pixel_low, chart.y.pixel_high, chart.x.pixel_high, chart.y(1.0), "beyond")
+    chart.line(chart.x.pixel_low, chart.y(1.0), chart.x.pixel_high, chart.y(1.0), "reference")
+    chart.text(chart.x.pixel_high - 4, chart.y(1.0) - 5, "beyond its bound: alarm", "small halo", "end")
+    inside = [(at, share) for at, share in shares if share <= 1]
+    for at, share in _thinned(inside, chart.x):
+        series = series_of(history, at.chip or "")
+        chart.mark(
+            Point(at.seconds, share, check_words(at, share)), SHAPES[series - 1], f"series-{series} dot", radius=2.5
+        )
+    for at, share in shares:
+        if share > 1:
+            chart.mark(Point(at.seconds, share, check_words(at, share)), "triangle", "alarm", radius=5)
+    return chart.svg()
+
+
+def _thinned(shares: list[tuple[At[CheckDone], float]], x: Scale) -> list[tuple[At[CheckDone], float]]:
+    """All of them, or the largest and smallest of every third pixel column and chip when there are too many."""
+    if len(shares) <= MOST_CHECK_MARKS:
+        return shares
+    kept = []
+    for _, group in groupby(shares, key=lambda item: (int(x(item[0].seconds) / 3), item[0].chip)):
+        column = list(group)
+        low, high = min(column, key=lambda item: item[1]), max(column, key=lambda item: item[1])
+        kept += [low] if low is high else [low, high]
+    return kept
+
+
+def check_words(at: At[CheckDone], share: float) -> str:
+    """One check in words, for hover and table."""
+    event = at.event
+    used = "nothing" if share == 0 else f"{significant(share)} ×"
+    return f"step {event.step}, {event.detector} of {event.site} {event.tensor}: {used} of its bound, {at.chip}"
+
+
+def _chart(
+    history: History, width: int, height: int, low: float, high: float, title: str, *, log: bool = False
+) -> Chart:
+    canvas = Canvas(width, history.seconds)
+    y = Scale(low, high, height - PLOT_BOTTOM_PIXELS, PLOT_TOP_PIXELS, log)
+    chart = Chart(canvas.x, y, width, height, title)
+    canvas.time_axis(chart)
+    return chart
+
+
+def _guides(chart: Chart, history: History, *, labels: bool = False) -> None:
+    """Upright lines where the run went back (thin, with the decision's number) and where it crossed (bold)."""
+    top, bottom = chart.y.pixel_high, chart.y.pixel_low
+    crossed = {at.seconds for at, done in crossing_times(history) if done}
+    free = 0.0
+    for number, at in enumerate(history.decisions, start=1):
+        if at.event.action == "start":
+            continue
+        x = chart.x(at.seconds)
+        chart.line(x, top, x, bottom, "crossing thin" if at.seconds in crossed else "guide")
+        words = "crossing" if at.seconds in crossed and labels else str(number)
+        if x - text_width(words) / 2 > free:
+            chart.text(x, top - 5, words, "small strong" if words == "crossing" else "small", "middle")
+            free = x + text_width(words) / 2 + 4
+
+
+def _series(history: History, label: str | None) -> str:
+    return f"series-{series_of(history, label or '')}"
+
+
+def lowest_power(history: History) -> str | None:
+    """The floor of the guard's chart, if checks lie below it."""
+    shares = [share_of_bound(at.event.value, at.event.bound) for at in history.checks]
+    low, _ = log_range(shares, include=1.0, decades=4)
+    return power_of_ten(round(math.log10(low))) if any(share < low for share in shares) else None

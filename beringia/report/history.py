@@ -1,0 +1,402 @@
+"""What happened in a run, read from its directory alone: the page, the table and the JSON are made from this.
+
+Reads `events.jsonl`, `recipe.json` and which checkpoints still lie on disk; writes nothing. Works on a run that is
+still going on (a torn last line is left for later), that never crossed, that was killed and started again, and that did
+the same step number more than once: such steps are all here, and only the last of each is `kept`.
+
+Times are seconds since the run began. While no supervisor ran, the clock stands still (`pauses` says for how long).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import ValidationError
+
+from beringia.errors import RunError
+from beringia.records.events import (
+    Alarm,
+    AnyEvent,
+    Canary,
+    CheckDone,
+    CheckpointRejected,
+    CheckpointTrusted,
+    CheckpointWritten,
+    ChipOpened,
+    Crossing,
+    Decision,
+    Evaluated,
+    Event,
+    Exported,
+    Fallback,
+    Fault,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    parse_event,
+)
+from beringia.records.identity import ChipIdentity
+from beringia.records.jsonl import read_lines
+from beringia.records.run_directory import RunDirectory
+
+SHORTEST_PAUSE_SECONDS = 2.0
+"""A supervisor that starts again sooner than this did not leave a gap that anyone could see."""
+
+Status = Literal["empty", "unfinished", "done", "given-up", "stopped"]
+E = TypeVar("E", bound=Event)
+F = TypeVar("F", bound=Event)
+
+
+@dataclass(frozen=True, slots=True)
+class At(Generic[E]):
+    """An event, when it happened and on which chip (the label; the chip in use where the event names none)."""
+
+    seconds: float
+    chip: str | None
+    event: E
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step. Not `kept` when the run later went back behind it."""
+
+    seconds: float
+    chip: str
+    event: StepDone
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint as it was written, and what became of it."""
+
+    seconds: float
+    chip: str
+    event: CheckpointWritten
+    state: Literal["pending", "trusted", "rejected"]
+    on_disk: bool
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip of the recipe, with everything it said it was (more than one identity if a device was replaced)."""
+
+    label: str
+    asked: str
+    used: str
+    identities: tuple[ChipIdentity, ...]
+    opened: ChipOpened
+
+    @property
+    def identity(self) -> ChipIdentity:
+        """The last one."""
+        return self.identities[-1]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One time of work on one chip, from the decision that began it to the fault, decision or end that closed it."""
+
+    chip: str
+    began: float
+    trained_from: float | None
+    """When its first step began; None if it never did one."""
+    trained_to: float | None
+    ended: float
+
+
+@dataclass(frozen=True)
+class Pause:
+    """No supervisor ran; the clock of this history stood still."""
+
+    seconds: float
+    """When, on this history's clock."""
+    length_seconds: float
+
+
+@dataclass(frozen=True)
+class History:
+    """The run, in order."""
+
+    directory: Path
+    name: str
+    recipe: dict[str, Any] | None
+    recipe_hash: str | None
+    beringia: str | None
+    started: float | None
+    """Seconds since 1970, UTC."""
+    seconds: float
+    """Length of the whole run, pauses left out."""
+    planned_steps: int | None
+    status: Status
+    message: str
+    chips: tuple[Chip, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    pauses: tuple[Pause, ...] = ()
+    steps: tuple[Step, ...] = ()
+    evaluations: tuple[At[Evaluated], ...] = ()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    rejections: tuple[At[CheckpointRejected], ...] = ()
+    checks: tuple[At[CheckDone], ...] = ()
+    alarms: tuple[At[Alarm], ...] = ()
+    faults: tuple[At[Fault], ...] = ()
+    decisions: tuple[At[Decision], ...] = ()
+    canaries: tuple[At[Canary], ...] = ()
+    crossings: tuple[At[Crossing], ...] = ()
+    resumes: tuple[At[Resumed], ...] = ()
+    fallbacks: tuple[At[Fallback], ...] = ()
+    exports: tuple[At[Exported], ...] = ()
+
+    def chip(self, label: str) -> Chip | None:
+        """The chip with this label, if it was ever opened."""
+        return next((chip for chip in self.chips if chip.label == label), None)
+
+    @property
+    def step(self) -> int:
+        """How far the run is: steps done that still count."""
+        return max((step.event.step for step in self.steps if step.kept), default=0)
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that decisions threw away: done after the checkpoint that the run went back to."""
+        return sum(at.event.lost_steps for at in self.decisions)
+
+    @property
+    def accuracy(self) -> At[Evaluated] | None:
+        """The last evaluation that sampled answers."""
+        return next((at for at in reversed(self.evaluations) if at.event.accuracy is not None), None)
+
+    @property
+    def held_out(self) -> At[Evaluated] | None:
+        """The last evaluation with a finite loss."""
+        return next((at for at in reversed(self.evaluations) if at.event.loss is not None), None)
+
+    def seconds_on(self, label: str) -> float:
+        """Wall time on one chip, starting included."""
+        return sum(segment.ended - segment.began for segment in self.segments if segment.chip == label)
+
+
+def read_history(run_directory: Path | str) -> History:
+    """The history of a run. Raises RunError where there is no run, or a line of its record cannot be read."""
+    run = RunDirectory(Path(run_directory))
+    if not run.root.is_dir() or not (run.events.exists() or run.resolved_recipe.exists() or run.recipe.exists()):
+        raise RunError(
+            f"{run.root} is not a run: it has no events.jsonl. Give the directory of a run, e.g. runs/r2-nano."
+        )
+    moments, pauses = _place(list(_read_events(run.events)))
+    recipe = _read_recipe(run.resolved_recipe)
+    first = next(iter(_of(moments, RunStarted)), None)
+    last_start = next(iter(reversed(_of(moments, RunStarted))), None)
+    finish = _finish(moments)
+    chips = _chips(moments, last_start.event.prefer if last_start else ())
+    return History(
+        directory=run.root,
+        name=first.event.name if first else str((recipe or {}).get("name", run.root.resolve().name)),
+        recipe=recipe,
+        recipe_hash=last_start.event.recipe_hash if last_start else None,
+        beringia=last_start.event.beringia if last_start else None,
+        started=moments[0].event.time if moments else None,
+        seconds=moments[-1].seconds if moments else 0.0,
+        planned_steps=last_start.event.steps if last_start else None,
+        status=finish.status if finish else ("unfinished" if moments else "empty"),
+        message=finish.message if finish else "",
+        chips=chips,
+        segments=_segments(moments),
+        pauses=pauses,
+        steps=_steps(moments),
+        evaluations=_of(moments, Evaluated),
+        checkpoints=_checkpoints(moments, run.root),
+        rejections=_of(moments, CheckpointRejected),
+        checks=_of(moments, CheckDone),
+        alarms=_of(moments, Alarm),
+        faults=_of(moments, Fault),
+        decisions=_of(moments, Decision),
+        canaries=_of(moments, Canary),
+        crossings=_of(moments, Crossing),
+        resumes=_of(moments, Resumed),
+        fallbacks=_of(moments, Fallback),
+        exports=_of(moments, Exported),
+    )
+
+
+def _read_events(path: Path) -> Iterator[AnyEvent]:
+    number = 0
+    try:
+        for _, line in read_lines(path):
+            number += 1
+            yield parse_event(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}, line {number + 1}, is not JSON ({error}): the file was altered or damaged.") from None
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(str(part) for part in detail["loc"])
+        raise RunError(
+            f"{path}, line {number}, is not an event that this version knows ({where}: {detail['msg']}): "
+            "read it with the version of Beringia that wrote it."
+        ) from None
+
+
+def _read_recipe(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        document = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not JSON ({error}): the file was altered or damaged.") from None
+    inner = document.get("recipe", document)
+    return inner if isinstance(inner, dict) else None
+
+
+def _place(events: list[AnyEvent]) -> tuple[list[At[AnyEvent]], tuple[Pause, ...]]:
+    """Put every event on the history's clock and on a chip.
+
+    The clock never runs backwards (a machine's clock may be set while a run goes on).
+    """
+    moments: list[At[AnyEvent]] = []
+    pauses: list[Pause] = []
+    now, seconds = (events[0].time if events else 0.0), 0.0
+    epoch = events[0].epoch if events else 0
+    chip: str | None = None
+    for event in events:
+        gap = max(0.0, event.time - now)
+        if event.epoch != epoch and gap > SHORTEST_PAUSE_SECONDS:
+            pauses.append(Pause(seconds, gap))
+            gap = 0.0
+        now, seconds, epoch = max(now, event.time), seconds + gap, event.epoch
+        if isinstance(event, ChipOpened):
+            chip = event.chip or event.asked
+        moments.append(At(seconds, event.chip or chip, event))
+    return moments, tuple(pauses)
+
+
+def _of(moments: list[At[AnyEvent]], kind: type[F]) -> tuple[At[F], ...]:
+    return tuple(At(at.seconds, at.chip, at.event) for at in moments if isinstance(at.event, kind))
+
+
+def _finish(moments: list[At[AnyEvent]]) -> RunFinished | None:
+    """The end of the run, unless a supervisor took it up again afterwards."""
+    for at in reversed(moments):
+        if isinstance(at.event, RunFinished):
+            return at.event
+        if isinstance(at.event, RunStarted):
+            return None
+    return None
+
+
+def _chips(moments: list[At[AnyEvent]], prefer: tuple[str, ...]) -> tuple[Chip, ...]:
+    """Every chip that was opened, in the recipe's order of preference."""
+    chips: dict[str, Chip] = {}
+    for at in _of(moments, ChipOpened):
+        label, opened = at.chip or at.event.asked, at.event
+        known = chips[label].identities if label in chips else ()
+        identities = known if opened.identity in known else (*known, opened.identity)
+        chips[label] = Chip(label, opened.asked, opened.used, identities, opened)
+    order = {label: place for place, label in enumerate(prefer)}
+    return tuple(sorted(chips.values(), key=lambda chip: order.get(chip.label, len(order))))
+
+
+def _steps(moments: list[At[AnyEvent]]) -> tuple[Step, ...]:
+    """All steps; one is kept unless the run later went back behind it (did it again, or loaded an earlier state)."""
+    steps: list[Step] = []
+    behind: float = float("inf")  # the run later went on from a state before this step
+    resumed = False  # only the last state loaded counts: a canary loads an older one and then this one
+    for at in reversed(moments):
+        event = at.event
+        if isinstance(event, StepDone):
+            steps.append(Step(at.seconds, at.chip or "?", event, kept=event.step < behind))
+            behind = min(behind, event.step)
+            resumed = False
+        elif isinstance(event, Resumed):
+            behind = behind if resumed else min(behind, event.step + 1)
+            resumed = True
+        elif isinstance(event, Decision) and event.to_step is not None:
+            behind = min(behind, event.to_step + 1)
+    return tuple(reversed(steps))
+
+
+def _checkpoints(moments: list[At[AnyEvent]], root: Path) -> tuple[Checkpoint, ...]:
+    """A later mark belongs to the last checkpoint written at its step (a step done again is written again)."""
+    found: list[Checkpoint] = []
+    for at in moments:
+        event = at.event
+        if isinstance(event, CheckpointWritten):
+            on_disk = (root / event.directory / "manifest.json").exists()
+            found.append(Checkpoint(at.seconds, at.chip or "?", event, "pending", on_disk))
+        elif isinstance(event, CheckpointTrusted | CheckpointRejected):
+            state: Literal["trusted", "rejected"] = "trusted" if isinstance(event, CheckpointTrusted) else "rejected"
+            for place in reversed(range(len(found))):
+                if found[place].event.step == event.step:
+                    found[place] = replace(found[place], state=state)
+                    break
+    return tuple(found)
+
+
+@dataclass
+class _OpenSegment:
+    chip: str
+    began: float
+    ended: float
+    trained_from: float | None = None
+    trained_to: float | None = None
+
+    def close(self) -> Segment:
+        return Segment(self.chip, self.began, self.trained_from, self.trained_to, self.ended)
+
+
+@dataclass
+class _SegmentReader:
+    """Follows the events and notes when work on a chip begins and ends."""
+
+    done: list[Segment] = field(default_factory=list)
+    current: _OpenSegment | None = None
+    decided: float | None = None
+
+    def read(self, at: At[AnyEvent]) -> None:
+        event = at.event
+        if isinstance(event, ChipOpened):
+            if self.current is None or not event.rank:
+                self._open(at)
+        elif isinstance(event, Fault | Decision | RunFinished):
+            self._end(at.seconds)
+        elif isinstance(event, RunStarted):
+            self._end(None)
+        else:
+            if self.current is None and isinstance(event, Resumed | StepDone):  # the same worker went on
+                self._open(at)
+            if self.current is not None:
+                self._extend(self.current, at)
+        if isinstance(event, Decision | RunStarted):
+            self.decided = at.seconds
+
+    def _open(self, at: At[AnyEvent]) -> None:
+        self._end(None)
+        began = at.seconds if self.decided is None else self.decided
+        self.current = _OpenSegment(at.chip or "?", began, at.seconds)
+        self.decided = None
+
+    def _extend(self, segment: _OpenSegment, at: At[AnyEvent]) -> None:
+        segment.ended = at.seconds
+        if isinstance(at.event, StepDone):
+            if segment.trained_from is None:
+                segment.trained_from = max(segment.began, at.seconds - at.event.seconds)
+            segment.trained_to = at.seconds
+
+    def _end(self, seconds: float | None) -> None:
+        if self.current is not None:
+            if seconds is not None:
+                self.current.ended = seconds
+            self.done.append(self.current.close())
+            self.current = None
+
+
+def _segments(moments: list[At[AnyEvent]]) -> tuple[Segment, ...]:
+    reader = _SegmentReader()
+    for at in moments:
+        reader.read(at)
+    reader._end(None)
+    return tuple(reader.done)

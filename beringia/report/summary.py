@@ -1,0 +1,284 @@
+"""What a run comes to, as one object (`beringia campaign --json`) and as a table for the terminal.
+
+Made from a History; reads and writes nothing. The table's last line is the path of the page.
+"""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from beringia.records.record import Record
+from beringia.records.run_directory import RunDirectory
+from beringia.report.answer import answer
+from beringia.report.history import Chip, History
+from beringia.report.words import duration, percent, short_hash, significant
+
+TABLE_COLUMNS = 100
+
+
+class ChipSummary(Record):
+    """What one chip did."""
+
+    label: str
+    used: str
+    """The chip's name: what `auto` became."""
+    identity_hash: str
+    sku: str
+    truth: str
+    """`real` or `emulated`."""
+    steps: int
+    """Steps done on it, those thrown away included."""
+    kept_steps: int
+    seconds: float
+    """Wall time, starting included."""
+    faults: int
+    alarms: int
+    note: str = ""
+
+
+class CrossingSummary(Record):
+    """One crossing; in JSON its chips are called `from` and `to`."""
+
+    # Aliases since `from` is a word of Python; the object printed says `from` and `to`.
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    from_chip: str = Field(alias="from")
+    to_chip: str = Field(alias="to")
+    step: int
+    state_hashes_equal: bool
+    band: float | None
+    difference: float | None
+    seconds: float
+
+
+class AlarmSummary(Record):
+    """One alarm of the guard."""
+
+    chip: str
+    step: int
+    detector: str
+    site: str
+    tensor: str
+    value: float | None
+    bound: float
+
+
+class DecisionSummary(Record):
+    """One decision of the supervisor."""
+
+    action: str
+    chip: str | None
+    to_chip: str | None
+    to_step: int | None
+    lost_steps: int
+    reason: str
+
+
+class AccuracySummary(Record):
+    """Accuracy of sampled answers with its 95 % interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+    samples: int
+    chance: float | None
+
+
+class Summary(Record):
+    """What `beringia campaign --json` prints."""
+
+    name: str
+    status: str
+    """`done`, `given-up`, `stopped`, `unfinished` or `empty`."""
+    message: str
+    answer: str
+    """The run in one sentence."""
+    steps: int
+    planned_steps: int | None
+    chips: tuple[ChipSummary, ...]
+    crossings: tuple[CrossingSummary, ...]
+    decisions: tuple[DecisionSummary, ...]
+    lost_steps: int
+    """Work since the last trusted checkpoint that was thrown away, over all decisions."""
+    alarms: tuple[AlarmSummary, ...]
+    loss: float | None
+    """Held-out loss, nats per token."""
+    accuracy: AccuracySummary | None
+    seconds: float
+    report: str
+
+
+def summarise(history: History) -> Summary:
+    """The run as one object."""
+    held_out = history.held_out
+    return Summary(
+        name=history.name,
+        status=history.status,
+        message=history.message,
+        answer=answer(history),
+        steps=history.step,
+        planned_steps=history.planned_steps,
+        chips=tuple(_chip(history, chip) for chip in history.chips),
+        crossings=_crossings(history),
+        decisions=_decisions(history),
+        lost_steps=history.lost_steps,
+        alarms=_alarms(history),
+        loss=held_out.event.loss if held_out else None,
+        accuracy=_accuracy(history),
+        seconds=history.seconds,
+        report=str(RunDirectory(history.directory).report),
+    )
+
+
+def _chip(history: History, chip: Chip) -> ChipSummary:
+    mine = [step for step in history.steps if step.chip == chip.label]
+    return ChipSummary(
+        label=chip.label,
+        used=chip.used,
+        identity_hash=chip.opened.identity_hash,
+        sku=chip.identity.sku,
+        truth=chip.identity.truth,
+        steps=len(mine),
+        kept_steps=sum(step.kept for step in mine),
+        seconds=history.seconds_on(chip.label),
+        faults=sum(at.chip == chip.label for at in history.faults),
+        alarms=sum(at.chip == chip.label for at in history.alarms),
+        note=chip.identity.note,
+    )
+
+
+def _crossings(history: History) -> tuple[CrossingSummary, ...]:
+    return tuple(
+        CrossingSummary(
+            from_chip=at.event.from_chip,
+            to_chip=at.event.to_chip,
+            step=at.event.step,
+            state_hashes_equal=at.event.state_hash_before == at.event.state_hash_after,
+            band=at.event.band,
+            difference=at.event.difference,
+            seconds=at.event.seconds,
+        )
+        for at in history.crossings
+    )
+
+
+def _decisions(history: History) -> tuple[DecisionSummary, ...]:
+    return tuple(
+        DecisionSummary(
+            action=at.event.action,
+            chip=at.chip,
+            to_chip=at.event.to_chip,
+            to_step=at.event.to_step,
+            lost_steps=at.event.lost_steps,
+            reason=at.event.reason,
+        )
+        for at in history.decisions
+    )
+
+
+def _alarms(history: History) -> tuple[AlarmSummary, ...]:
+    return tuple(
+        AlarmSummary(
+            chip=at.chip or "?",
+            step=at.event.step,
+            detector=at.event.detector,
+            site=at.event.site,
+            tensor=at.event.tensor,
+            value=at.event.value,
+            bound=at.event.bound,
+        )
+        for at in history.alarms
+    )
+
+
+def _accuracy(history: History) -> AccuracySummary | None:
+    found = history.accuracy
+    if found is None or found.event.accuracy is None:
+        return None
+    event = found.event
+    return AccuracySummary(
+        value=found.event.accuracy,
+        low=event.accuracy_low,
+        high=event.accuracy_high,
+        samples=event.samples,
+        chance=event.chance,
+    )
+
+
+def print_table(summary: Summary, console: Console) -> None:
+    """The end of a campaign on a terminal: at most 100 columns; the last line is the path of the page."""
+    width = min(TABLE_COLUMNS, console.width)
+    console.print(_table(summary), width=width)
+    for crossing in summary.crossings:
+        console.print(Text(_crossing_line(crossing)), width=width)
+    for line in _closing_lines(summary):
+        console.print(Text(line), width=width)
+    console.print(Text(summary.report), soft_wrap=True)
+
+
+def _table(summary: Summary) -> Table:
+    table = Table(title=Text(summary.answer, style="bold"), title_justify="left", expand=False)
+    for heading, left in _HEADINGS:
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    for chip in summary.chips:
+        truth = Text(chip.truth, style="reverse" if chip.truth == "emulated" else "bold")
+        note = f"\n{chip.note}" if chip.note else ""
+        table.add_row(
+            Text(chip.label),
+            Text(chip.sku + note),
+            truth,
+            Text(short_hash(chip.identity_hash)),
+            f"{chip.steps:,}",
+            f"{chip.steps - chip.kept_steps:,}",
+            str(chip.faults),
+            str(chip.alarms),
+            duration(chip.seconds),
+        )
+    return table
+
+
+_HEADINGS = (
+    ("chip", True),
+    ("what it is", True),
+    ("truth", True),
+    ("identity", True),
+    ("steps", False),
+    ("redone", False),
+    ("faults", False),
+    ("alarms", False),
+    ("time", False),
+)
+
+
+def _crossing_line(crossing: CrossingSummary) -> str:
+    state = "state identical" if crossing.state_hashes_equal else "STATE DIFFERENT"
+    canary = ""
+    if crossing.difference is not None and crossing.band is not None:
+        canary = f", canary {significant(crossing.difference)} within {significant(crossing.band)}"
+        if crossing.difference > crossing.band:
+            canary = canary.replace("within", "OUTSIDE")
+    took = duration(crossing.seconds)
+    return f"crossing  {crossing.from_chip} → {crossing.to_chip} at step {crossing.step:,}: {state}{canary}, {took}"
+
+
+def _closing_lines(summary: Summary) -> list[str]:
+    lines = [f"lost      {summary.lost_steps:,} steps of work, no state"]
+    if summary.accuracy is not None:
+        lines.append(f"accuracy  {accuracy_words(summary.accuracy)}")
+    if summary.loss is not None:
+        lines.append(f"loss      {significant(summary.loss)} nats per held-out token")
+    if summary.status in ("given-up", "stopped"):
+        lines.append(f"{summary.status:<9} {summary.message}")
+    return lines
+
+
+def accuracy_words(accuracy: AccuracySummary) -> str:
+    """`42.0 % (36.5 to 48.0 %, 256 samples; chance 10 %)`."""
+    between = ""
+    if accuracy.low is not None and accuracy.high is not None:
+        between = f"{100 * accuracy.low:.1f} to {percent(accuracy.high)}, "
+    chance = f"; chance {percent(accuracy.chance, 0)}" if accuracy.chance is not None else ""
+    return f"{percent(accuracy.value)} ({between}{accuracy.samples:,} samples{chance})"

@@ -1,0 +1,370 @@
+"""The picture of a run: one lane per chip, stages as bars, the rest as marks, decisions as labelled arrows.
+
+A lane, from top to bottom: the chip's name with its truth, the decisions (each an arrow back to the checkpoint that the
+run went on from), checkpoints with their step, the bar, faults and alarms. The crossing is the one bold line between
+lanes. Stages differ in height, not only in colour. Draws; reads nothing but the history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from markupsafe import Markup
+
+from beringia.records.events import Decision
+from beringia.report.charts import Chart, Scale, mark, text_width, time_ticks, time_unit
+from beringia.report.history import At, Checkpoint, Chip, History, Segment
+from beringia.report.words import count, duration, significant
+
+TITLE_PIXELS = 24
+DECISION_ROW_PIXELS = 22
+CHECKPOINT_PIXELS = 28
+BAR_PIXELS = 20
+MARKS_PIXELS = 24
+BETWEEN_LANES_PIXELS = 18
+AXIS_PIXELS = 38
+CLOSEST_MARKS_PIXELS = 11
+"""Marks nearer to each other than this are drawn as one, with their number."""
+MOST_DECISION_ROWS = 3
+NARROW_PIXELS = 600
+"""Below this width decisions show their number only; the list of decisions has the words."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Width and margins of every picture on the page, so that all share one time axis."""
+
+    width: int
+    seconds: float
+
+    @property
+    def narrow(self) -> bool:
+        return self.width < NARROW_PIXELS
+
+    @property
+    def x(self) -> Scale:
+        """Seconds since the run began to pixels."""
+        left, right = (40, 8) if self.narrow else (58, 14)
+        return Scale(0.0, max(self.seconds, 1e-3), left, self.width - right)
+
+    def time_axis(self, chart: Chart, *, grid: bool = True) -> None:
+        """The common axis."""
+        name = f"{time_unit(self.seconds)[1]} since the run began"
+        chart.horizontal_axis(time_ticks(self.seconds, 5 if self.narrow else 10), name, grid=grid)
+
+
+@dataclass(frozen=True)
+class PlacedDecision:
+    """A decision with its number in the list, its row in the lane, and the words beside it (empty: no room)."""
+
+    number: int
+    at: At[Decision]
+    target: Checkpoint | None
+    row: int
+    label: str
+
+
+@dataclass
+class Lane:
+    """Where the parts of one chip's lane lie, in pixels from the top of the picture."""
+
+    chip: Chip
+    series: int
+    top: float
+    decisions: list[PlacedDecision] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return max((decision.row + 1 for decision in self.decisions), default=0)
+
+    @property
+    def checkpoints(self) -> float:
+        return self.top + TITLE_PIXELS + self.rows * DECISION_ROW_PIXELS
+
+    @property
+    def bar(self) -> float:
+        return self.checkpoints + CHECKPOINT_PIXELS
+
+    @property
+    def marks(self) -> float:
+        return self.bar + BAR_PIXELS + 11
+
+    @property
+    def bottom(self) -> float:
+        return self.bar + BAR_PIXELS + MARKS_PIXELS
+
+
+def series_of(history: History, label: str) -> int:
+    """Which of the five colours a chip has, the same everywhere on the page: 1 to 5."""
+    labels = [chip.label for chip in history.chips]
+    return labels.index(label) % 5 + 1 if label in labels else 5
+
+
+def crossing_times(history: History) -> list[tuple[At[Decision], bool]]:
+    """Each decision to cross, and whether the crossing came about before the next decision."""
+    found = []
+    for place, at in enumerate(history.decisions):
+        if at.event.action == "cross":
+            until = history.decisions[place + 1].seconds if place + 1 < len(history.decisions) else float("inf")
+            found.append((at, any(at.seconds <= crossing.seconds <= until for crossing in history.crossings)))
+    return found
+
+
+def draw_timeline(history: History, width: int) -> Markup:
+    """The whole picture."""
+    canvas = Canvas(width, history.seconds)
+    lanes = _lay_out(history, canvas)
+    height = int((lanes[-1].bottom if lanes else 40) + AXIS_PIXELS + 4)
+    y = Scale(0, 1, height - AXIS_PIXELS, 4)
+    chart = Chart(canvas.x, y, width, height, f"Timeline of {history.name}: {len(lanes)} lanes, one for each chip")
+    canvas.time_axis(chart)
+    _draw_pauses(chart, history)
+    for lane in lanes:
+        _draw_stages(chart, history, lane)
+        _draw_checkpoints(chart, history, lane)
+        _draw_decisions(chart, lane)
+        _draw_marks(chart, history, lane, canvas)
+    _draw_crossings(chart, history, lanes, canvas)
+    for lane in lanes:
+        _draw_title(chart, lane)
+    return chart.svg()
+
+
+def _lay_out(history: History, canvas: Canvas) -> list[Lane]:
+    lanes: list[Lane] = []
+    top = 6.0
+    for chip in history.chips:
+        lane = Lane(chip, series_of(history, chip.label), top)
+        lane.decisions = _place_decisions(history, chip.label, canvas)
+        lanes.append(lane)
+        top = lane.bottom + BETWEEN_LANES_PIXELS
+    return lanes
+
+
+def lane_of(history: History, at: At[Decision]) -> str | None:
+    """The lane that shows a decision: the chip in use, or the one it starts when there is none yet."""
+    label = at.chip or at.event.to_chip
+    return label if label is not None and history.chip(label) else (at.event.to_chip or label)
+
+
+def _place_decisions(history: History, label: str, canvas: Canvas) -> list[PlacedDecision]:
+    """Rows, found greedily from left to right, so that neither arrows nor words of one chip's decisions overlap."""
+    taken: list[list[tuple[float, float]]] = [[] for _ in range(MOST_DECISION_ROWS)]
+    placed = []
+    for number, at in enumerate(history.decisions, start=1):
+        if lane_of(history, at) != label:
+            continue
+        target = _target(history, at)
+        words = "" if canvas.narrow else decision_label(at.event)
+        x = canvas.x(at.seconds)
+        left = min(x, canvas.x(target.seconds) if target else x) - 10
+        row, shown = _find_row(taken, left, x + 12, words, canvas)
+        taken[row].append((left, x + 12 + (text_width(shown) + 8 if shown else 0)))
+        placed.append(PlacedDecision(number, at, target, row, shown))
+    return placed
+
+
+def _find_row(
+    taken: list[list[tuple[float, float]]], left: float, right: float, words: str, canvas: Canvas
+) -> tuple[int, str]:
+    for shown in (words, ""):
+        end = right + (text_width(shown) + 8 if shown else 0)
+        for row, intervals in enumerate(taken):
+            if end <= canvas.width + 4 and all(end < low or left > high for low, high in intervals):
+                return row, shown
+    return len(taken) - 1, ""
+
+
+def decision_label(decision: Decision) -> str:
+    """`rollback to step 100`, for the picture."""
+    where = "" if decision.to_step is None else f" step {decision.to_step:,}"
+    if decision.action == "cross":
+        return f"cross to {decision.to_chip}" + (f" from{where}" if where else "")
+    if decision.action in ("retry", "exclude"):
+        return decision.action + (f" from{where}" if where else "")
+    return decision.action + (f" to{where}" if where else "")
+
+
+def _target(history: History, at: At[Decision]) -> Checkpoint | None:
+    """The checkpoint that the decision goes on from."""
+    if at.event.to_step is None or at.event.action == "stop":
+        return None
+    before = (checkpoint for checkpoint in reversed(history.checkpoints) if checkpoint.seconds <= at.seconds)
+    return next((checkpoint for checkpoint in before if checkpoint.event.step == at.event.to_step), None)
+
+
+def _draw_title(chart: Chart, lane: Lane) -> None:
+    # One text element, so that the badge follows the name whatever font the reader has.
+    identity = lane.chip.identity
+    x, y = chart.x.pixel_low, lane.top + 13
+    chart.rectangle(x, y - 9, x + 10, y + 1, f"swatch series-{lane.series}")
+    words = Markup('<text x="{}" y="{}" class="lane-title halo">{} <tspan class="plain">{} · {}</tspan></text>')
+    chart.add(words.format(f"{x + 16:.1f}", f"{y:.1f}", lane.chip.label, identity.sku, identity.truth.upper()))
+
+
+def _draw_stages(chart: Chart, history: History, lane: Lane) -> None:
+    style = f"series-{lane.series}"
+    for segment in history.segments:
+        if segment.chip == lane.chip.label:
+            _draw_segment(chart, lane, segment, style)
+    for x1, x2, steps in _lost_stretches(history, lane.chip.label):
+        _box(chart, lane, x1, x2, 1.0, "lost", f"{count(steps, 'step')} done here and thrown away later")
+    for evaluation in history.evaluations:
+        if evaluation.chip == lane.chip.label:
+            x1, words = evaluation.seconds - evaluation.event.seconds, f"evaluation at step {evaluation.event.step}"
+            _box(chart, lane, x1, evaluation.seconds, 1.0, "erased")
+            _box(chart, lane, x1, evaluation.seconds, 0.55, f"stage pale {style}", words)
+    for canary in history.canaries:
+        if canary.chip == lane.chip.label:
+            words = f"canary: steps {canary.event.from_step} to {canary.event.to_step} replayed"
+            x1 = canary.seconds - canary.event.seconds
+            _box(chart, lane, x1, canary.seconds, 1.0, "erased")
+            _box(chart, lane, x1, canary.seconds, 0.55, "stage canary", words)
+
+
+def _draw_segment(chart: Chart, lane: Lane, segment: Segment, style: str) -> None:
+    first = segment.ended if segment.trained_from is None else segment.trained_from
+    _box(chart, lane, segment.began, first, 0.25, f"stage pale {style}", f"starting, {duration(first - segment.began)}")
+    if segment.trained_from is not None and segment.trained_to is not None:
+        words = f"training, {duration(segment.trained_to - segment.trained_from)}"
+        _box(chart, lane, segment.trained_from, segment.trained_to, 1.0, f"stage {style}", words)
+        rest = segment.ended - segment.trained_to
+        _box(chart, lane, segment.trained_to, segment.ended, 0.25, f"stage pale {style}", f"no step, {duration(rest)}")
+
+
+def _box(chart: Chart, lane: Lane, began: float, ended: float, share: float, style: str, words: str = "") -> None:
+    """A stage: `share` of the bar's height, standing on its ground."""
+    x1, x2 = chart.x(began), chart.x(ended)
+    if x2 - x1 > 0.2:
+        ground = lane.bar + BAR_PIXELS
+        chart.rectangle(x1, ground - share * BAR_PIXELS, x2, ground, style, words)
+
+
+def _lost_stretches(history: History, label: str) -> Iterator[tuple[float, float, int]]:
+    """(began, ended, steps) of each stretch of steps that were thrown away."""
+    for (chip, kept), group in groupby(history.steps, key=lambda step: (step.chip, step.kept)):
+        if chip == label and not kept:
+            steps = list(group)
+            yield steps[0].seconds - steps[0].event.seconds, steps[-1].seconds, len(steps)
+
+
+def _draw_checkpoints(chart: Chart, history: History, lane: Lane) -> None:
+    """Where checkpoints stand closer than their marks, one of each cluster is drawn, the last trusted one if any."""
+    y = lane.bar - 7
+    last_label = -1e9
+    mine = [checkpoint for checkpoint in history.checkpoints if checkpoint.chip == lane.chip.label]
+    for _, group in groupby(mine, key=lambda checkpoint: int(chart.x(checkpoint.seconds) / CLOSEST_MARKS_PIXELS)):
+        cluster = list(group)
+        shown = next((one for one in reversed(cluster) if one.state == "trusted"), cluster[-1])
+        x, step = chart.x(shown.seconds), f"{shown.event.step:,}"
+        more = f" (and {len(cluster) - 1} more here)" if len(cluster) > 1 else ""
+        words = f"checkpoint at step {step}: {shown.state}{more}"
+        chart.line(x, y, x, lane.bar + BAR_PIXELS, "tick-mark")
+        chart.add(mark(x, y, "cross" if shown.state == "rejected" else "circle", f"checkpoint {shown.state}", words))
+        if x - last_label > text_width(step) + 6:
+            chart.text(x, y - 8, step, "small halo", "middle")
+            last_label = x
+
+
+def _draw_decisions(chart: Chart, lane: Lane) -> None:
+    for decision in lane.decisions:
+        x = chart.x(decision.at.seconds)
+        y = lane.top + TITLE_PIXELS + (lane.rows - 1 - decision.row) * DECISION_ROW_PIXELS + DECISION_ROW_PIXELS / 2
+        chart.line(x, y, x, lane.bar + BAR_PIXELS, "arrow")
+        if decision.target is not None and decision.target.chip == lane.chip.label:
+            _draw_arrow_back(chart, x, y, chart.x(decision.target.seconds), lane.bar - 24)
+    for decision in lane.decisions:
+        x = chart.x(decision.at.seconds)
+        y = lane.top + TITLE_PIXELS + (lane.rows - 1 - decision.row) * DECISION_ROW_PIXELS + DECISION_ROW_PIXELS / 2
+        _draw_number(chart, x, y, decision)
+        if decision.label:
+            chart.text(x + 12, y + 4, decision.label, "label halo")
+
+
+def _draw_arrow_back(chart: Chart, x: float, y: float, target: float, tip: float) -> None:
+    bend = min(6.0, max(0.0, (x - target) / 2))
+    chart.path(f"M{x:.1f} {y:.1f}H{target + bend:.1f}q{-bend:.1f} 0 {-bend:.1f} {bend:.1f}V{tip - 4:.1f}", "arrow")
+    chart.path(f"M{target:.1f} {tip:.1f}l-3.5 -6h7z", "arrow-head")
+
+
+def _draw_number(chart: Chart, x: float, y: float, decision: PlacedDecision) -> None:
+    words = f"decision {decision.number}: {decision_label(decision.at.event)}. {decision.at.event.reason}"
+    width = 8 + 7 * len(str(decision.number))
+    box = Markup('<g class="number"><title>{}</title><rect x="{}" y="{}" width="{}" height="15" rx="7.5"/>')
+    chart.add(box.format(words, f"{x - width / 2:.1f}", f"{y - 7.5:.1f}", width))
+    chart.text(x, y + 4, str(decision.number), "", "middle")
+    chart.add("</g>")
+
+
+def _draw_marks(chart: Chart, history: History, lane: Lane, canvas: Canvas) -> None:
+    """Faults and alarms under the bar; those too near to tell apart as one mark with their number."""
+    items = [
+        (at.seconds, "fault", at.event.code, at.event.message) for at in history.faults if at.chip == lane.chip.label
+    ]
+    items += [
+        (at.seconds, "alarm", at.event.site, _alarm_words(at.event))
+        for at in history.alarms
+        if at.chip == lane.chip.label
+    ]
+    items.sort()
+    free = -1e9
+    for _, group in groupby(items, key=lambda item: (int(chart.x(item[0]) / CLOSEST_MARKS_PIXELS), item[1])):
+        cluster = list(group)
+        seconds, kind, name, words = cluster[0]
+        x = chart.x(seconds)
+        more = f" ×{len(cluster)}" if len(cluster) > 1 else ""
+        chart.add(
+            mark(x, lane.marks, "cross" if kind == "fault" else "triangle", kind, f"{kind} {name}{more}: {words}")
+        )
+        label = f"{kind} {name}{more}"
+        if not canvas.narrow and x > free and x + 10 + text_width(label) < canvas.width:
+            chart.text(x + 9, lane.marks + 4, label, "small halo")
+            free = x + 16 + text_width(label)
+
+
+def _alarm_words(alarm: object) -> str:
+    return str(getattr(alarm, "message", ""))
+
+
+def _draw_crossings(chart: Chart, history: History, lanes: list[Lane], canvas: Canvas) -> None:
+    by_label = {lane.chip.label: lane for lane in lanes}
+    for at, done in crossing_times(history):
+        source, target = by_label.get(at.chip or ""), by_label.get(at.event.to_chip or "")
+        if source is None or target is None:
+            continue
+        x = chart.x(at.seconds)
+        down = target.top > source.top
+        start = source.bar + (BAR_PIXELS if down else 0)
+        end = target.bar + (0 if down else BAR_PIXELS)
+        tip = -9 if down else 9
+        chart.line(x, start, x, end + tip, "crossing" if done else "crossing refused")
+        chart.path(f"M{x:.1f} {end:.1f}l-6.5 {tip * 1.2:.1f}h13z", "crossing-head")
+        words = f"crossing at step {at.event.to_step:,}" if at.event.to_step is not None else "crossing"
+        words = words if done else words + ", not completed"
+        room_right = x + 12 + 1.1 * text_width(words) < canvas.width
+        y = (source.bottom if down else target.bottom) + 16
+        chart.text(x + (12 if room_right else -12), y, words, "crossing-label halo", "start" if room_right else "end")
+
+
+def _draw_pauses(chart: Chart, history: History) -> None:
+    for pause in history.pauses:
+        x = chart.x(pause.seconds)
+        chart.line(x, chart.y.pixel_high, x, chart.y.pixel_low, "pause")
+        length = duration(pause.length_seconds)
+        chart.add(mark(x, chart.y.pixel_low, "diamond", "pause", f"nothing ran for {length}; the axis leaves it out"))
+
+
+def share_of_bound(value: float | None, bound: float) -> float:
+    """How much of its bound a check used; infinite when it was not finite, or not zero where zero was asked."""
+    if value is None:
+        return float("inf")
+    if bound == 0:
+        return 0.0 if value == 0 else float("inf")
+    return abs(value) / bound
+
+
+def times_bound(value: float | None, bound: float) -> str:
+    """`5.8 ×` its bound."""
+    return f"{significant(share_of_bound(value, bound), 2)} ×"
