@@ -26,7 +26,7 @@ class Event(Record):
     time: float = 0.0
     """Seconds since 1970, UTC, on the supervisor's clock."""
     epoch: int = 0
-    """Which start of a supervisor over this run directory."""
+    """Which start of a worker over this run directory; a worker of an earlier one can no longer publish."""
     chip: str | None = None
     """The recipe's label of the chip this is about."""
     rank: int | None = None

@@ -47,7 +47,7 @@ class CheckpointManifest(Record):
     step: int
     recipe_hash: str
     epoch: int
-    """The supervisor epoch under which it was written."""
+    """The epoch under which it was written."""
     chip_identity: str
     """Hash of the identity of the chip whose live tensors were saved."""
     state_hash: str

@@ -1,0 +1,1 @@
+"""Starts workers, watches them, decides, crosses. Vendor-free: imports no torch."""

@@ -1,0 +1,262 @@
+"""What to do next with a run: a pure function of its history.
+
+No clock, no files, no processes: `decide(history, recipe)` reads the events of a run and returns the next decision, or
+None when the run is over. The same history always gives the same decision, so a supervisor that was killed goes on where
+it was, and the rules can be tested by properties.
+
+The rules, in order:
+
+- an alarm of the guard: the state may be corrupt, so go back to the last *trusted* checkpoint; after
+  `supervise.rollbacks` of them on one chip, at one site or without a newly trusted checkpoint in between, cross
+- a transient fault, a hang, a lost worker: try again from the newest complete checkpoint; after
+  `supervise.transient_retries` within `supervise.transient_window` steps, cross
+- a lost device: leave it out where other devices of the chip remain, else cross
+- a persistent fault, or a canary beyond its band: cross
+- crossing goes to the next chip of `train.prefer`, always from a trusted checkpoint or from the start; with no chip left
+  the run is given up with a reason
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from beringia.records.events import (
+    Alarm,
+    AnyEvent,
+    Canary,
+    CheckpointRejected,
+    CheckpointTrusted,
+    CheckpointWritten,
+    Crossing,
+    Decision,
+    Fault,
+    RunFinished,
+    RunStarted,
+    StepDone,
+)
+from beringia.records.recipe import Recipe
+
+
+@dataclass
+class Situation:
+    """What the history amounts to."""
+
+    chip: str | None = None
+    """Label of the chip in use."""
+    tried: list[str] = field(default_factory=list)
+    """Chips used so far, in order."""
+    excluded: set[int] = field(default_factory=set)
+    """Devices of the chip in use that are left out."""
+    step: int = 0
+    """Last step done."""
+    resume_step: int | None = None
+    """Checkpoint that the last decision goes on from; None is the initial state."""
+    complete: dict[int, str] = field(default_factory=dict)
+    """Checkpoints that can be loaded: step to state hash."""
+    trusted: set[int] = field(default_factory=set)
+    damaged: set[int] = field(default_factory=set)
+    """Checkpoints that could not be loaded and have not been written anew."""
+    transient_steps: list[int] = field(default_factory=list)
+    """Steps at which transient faults struck the chip in use."""
+    rollbacks: dict[str, int] = field(default_factory=dict)
+    """Rollbacks on the chip in use, by site of the alarm."""
+    rollbacks_in_vain: int = 0
+    """Rollbacks on the chip in use since a checkpoint was last found trustworthy."""
+    came_from: str | None = None
+    """Label of the chip before this one, while the crossing from it is not complete."""
+    canary_due: bool = False
+    """The run crossed to this chip and its canary has not passed yet."""
+    trouble: Alarm | Fault | Canary | CheckpointRejected | None = None
+    """The first thing that went wrong since the last decision."""
+    restarted: bool = False
+    """A supervisor took the run over since the last decision."""
+    decided: bool = False
+    finished: bool = False
+
+    @property
+    def newest(self) -> int | None:
+        """Newest checkpoint that can be loaded."""
+        return max(self.complete, default=None)
+
+    @property
+    def newest_trusted(self) -> int | None:
+        """Newest checkpoint that is trusted and can be loaded."""
+        return max(self.trusted & self.complete.keys(), default=None)
+
+    @property
+    def canary_from(self) -> int:
+        """The trusted checkpoint before the newest trusted one; 0, the initial state, where there is none."""
+        return max((step for step in self.trusted & self.complete.keys() if step != self.newest_trusted), default=0)
+
+
+def read_situation(history: Sequence[AnyEvent]) -> Situation:
+    """Fold the events into a situation."""
+    situation = Situation()
+    for event in history:
+        _fold(situation, event)
+    return situation
+
+
+def decide(history: Sequence[AnyEvent], recipe: Recipe) -> Decision | None:
+    """The next decision, or None when the run is over."""
+    situation = read_situation(history)
+    if situation.finished:
+        return None
+    if situation.chip is None:
+        return Decision(action="start", reason="first chip of train.prefer", to_chip=recipe.train.prefer[0])
+    trouble = situation.trouble
+    if isinstance(trouble, Alarm):
+        return _after_alarm(situation, recipe, trouble)
+    if isinstance(trouble, Fault):
+        return _after_fault(situation, recipe, trouble)
+    if isinstance(trouble, Canary):
+        return _cross(situation, recipe, f"the canary on {situation.chip} lies beyond its band: {trouble.message}")
+    if isinstance(trouble, CheckpointRejected):
+        return _go_back(situation, "retry", f"checkpoint {trouble.step} cannot be used: {trouble.message}", situation.newest)
+    reason = "the supervisor was restarted" if situation.restarted else "the worker ended before its work"
+    return _go_back(situation, "retry", reason, situation.newest)
+
+
+def _after_alarm(situation: Situation, recipe: Recipe, alarm: Alarm) -> Decision:
+    what = f"{alarm.detector} at {alarm.site}, step {alarm.step}: {alarm.message}"
+    earlier = max(situation.rollbacks.get(alarm.site, 0), situation.rollbacks_in_vain)
+    if earlier < recipe.supervise.rollbacks:
+        return _go_back(situation, "rollback", what, situation.newest_trusted)
+    return _cross(situation, recipe, f"{what} (again, after {_times(earlier, 'rollback')})")
+
+
+def _after_fault(situation: Situation, recipe: Recipe, fault: Fault) -> Decision:
+    what = f"{fault.code}: {fault.message}"
+    if fault.category == "ours":
+        return Decision(action="stop", reason=what, lost_steps=0)
+    if fault.category == "device-lost":
+        return _without_device(situation, recipe, fault, what)
+    if fault.category == "persistent":
+        return _cross(situation, recipe, what)
+    window = recipe.supervise.transient_window
+    recent = [step for step in situation.transient_steps if step > situation.step - window]
+    if len(recent) > recipe.supervise.transient_retries:
+        return _cross(situation, recipe, f"{what} ({_times(len(recent), 'transient fault')} within {window} steps)")
+    return _go_back(situation, "retry", what, situation.newest)
+
+
+def _without_device(situation: Situation, recipe: Recipe, fault: Fault, what: str) -> Decision:
+    assert situation.chip is not None
+    ranks = recipe.chips[situation.chip].ranks
+    device = _device_of(fault.rank or 0, ranks, situation.excluded)
+    if ranks - len(situation.excluded) <= 1:
+        return _cross(situation, recipe, f"{what} (no device of {situation.chip} is left)")
+    decision = _go_back(situation, "exclude", f"{what} (device {device} is left out)", situation.newest)
+    return decision.model_copy(update={"excluded_device": device})
+
+
+def _device_of(rank: int, ranks: int, excluded: set[int]) -> int:
+    remaining = [device for device in range(ranks) if device not in excluded]
+    return remaining[min(rank, len(remaining) - 1)]
+
+
+def _cross(situation: Situation, recipe: Recipe, reason: str) -> Decision:
+    left = [label for label in recipe.train.prefer if label not in situation.tried]
+    if not left:
+        return Decision(action="stop", reason=f"{reason}; no chip of train.prefer is left")
+    target = situation.newest_trusted
+    return Decision(
+        action="cross",
+        reason=reason,
+        to_chip=left[0],
+        to_step=target,
+        lost_steps=situation.step - (target or 0),
+    )
+
+
+def _go_back(situation: Situation, action: str, reason: str, step: int | None) -> Decision:
+    return Decision.model_validate(
+        {
+            "action": action,
+            "reason": reason,
+            "to_chip": situation.chip,
+            "to_step": step,
+            "lost_steps": max(0, situation.step - (step or 0)),
+        }
+    )
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _fold(situation: Situation, event: AnyEvent) -> None:
+    match event:
+        case RunStarted():
+            situation.restarted = situation.decided
+        case Decision():
+            _fold_decision(situation, event)
+        case StepDone():
+            situation.step = event.step
+        case CheckpointWritten():
+            situation.complete[event.step] = event.state_hash
+            situation.damaged.discard(event.step)
+            situation.trusted.discard(event.step)
+        case CheckpointTrusted():
+            situation.trusted.add(event.step)
+            situation.rollbacks_in_vain = 0
+        case CheckpointRejected():
+            situation.complete.pop(event.step, None)
+            situation.trusted.discard(event.step)
+            situation.damaged.add(event.step)
+            _trouble(situation, event)
+        case Alarm():
+            _trouble(situation, event)
+        case Fault():
+            if event.category == "transient":
+                situation.transient_steps.append(event.step if event.step is not None else situation.step)
+            _trouble(situation, event)
+        case Canary(passed=True):
+            situation.canary_due = False
+        case Crossing():
+            situation.came_from = None
+        case Canary():
+            _trouble(situation, event)
+        case RunFinished():
+            situation.finished = event.status != "stopped"
+            situation.trouble = None
+        case _:
+            pass
+
+
+def _trouble(situation: Situation, event: Alarm | Fault | Canary | CheckpointRejected) -> None:
+    # An alarm outranks the fault it may cause a moment later: it says that the state itself is in doubt.
+    if situation.trouble is None or (isinstance(event, Alarm) and isinstance(situation.trouble, Fault)):
+        situation.trouble = event
+
+
+def _fold_decision(situation: Situation, decision: Decision) -> None:
+    situation.decided = True
+    situation.restarted = False
+    if decision.action == "rollback" and isinstance(situation.trouble, Alarm):
+        site = situation.trouble.site
+        situation.rollbacks[site] = situation.rollbacks.get(site, 0) + 1
+        situation.rollbacks_in_vain += 1
+    if decision.action == "exclude" and decision.excluded_device is not None:
+        situation.excluded.add(decision.excluded_device)
+    if decision.action in ("start", "cross"):
+        assert decision.to_chip is not None
+        situation.came_from = situation.chip
+        situation.chip = decision.to_chip
+        situation.tried.append(decision.to_chip)
+        situation.excluded, situation.transient_steps, situation.rollbacks = set(), [], {}
+        situation.rollbacks_in_vain = 0
+        situation.canary_due = decision.action == "cross"
+    if decision.action != "stop":  # a stop that was not carried out must be decided again
+        _forget_after(situation, decision)
+        situation.trouble = None
+
+
+def _forget_after(situation: Situation, decision: Decision) -> None:
+    # After going back, later checkpoints belong to an abandoned future: one from a suspect state must not come back.
+    situation.resume_step = decision.to_step
+    kept = decision.to_step if decision.to_step is not None else 0
+    situation.step = kept
+    situation.complete = {step: digest for step, digest in situation.complete.items() if step <= kept}
+    situation.trusted &= situation.complete.keys()

@@ -1,0 +1,62 @@
+"""One supervisor per run: a lock held for life, and an epoch that grows with every worker it starts.
+
+The kernel releases the lock (flock on `lock`) when its holder dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from beringia.errors import RunError
+from beringia.records.epoch import holding_epoch, read_epoch
+from beringia.records.files import write_text
+from beringia.records.run_directory import RunDirectory
+
+
+class RunLock:
+    """Held while a supervisor works on a run directory. `epoch` is the number of the worker that may publish.
+
+    Raises RunError when another process holds it.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        run.root.mkdir(parents=True, exist_ok=True)
+        self._run = run
+        self._file = _lock_or_refuse(run.lock)
+        self.epoch = self.advance()
+
+    def advance(self) -> int:
+        """Begin the next epoch: whatever an earlier worker still tries to publish is refused from now on."""
+        with holding_epoch(self._run.epoch):
+            self.epoch = read_epoch(self._run.epoch) + 1
+            write_text(self._run.epoch, f"{self.epoch}\n")
+        return self.epoch
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+def _lock_or_refuse(path: Path) -> IO[str]:
+    file = open(path, "a+")  # noqa: SIM115 - held for the life of the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RunError(
+            f"The run directory {path.parent} is in use by {holder}. "
+            "Wait for it or stop it: two supervisors would overwrite each other."
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file

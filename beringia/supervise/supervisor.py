@@ -1,0 +1,293 @@
+"""Carries one run from its recipe to its end: starts a worker, follows it, decides, starts the next.
+
+Vendor-free: imports no torch and opens no device. Everything it knows about a chip comes from that chip's worker, as
+events. Reads the recipe; writes `events.jsonl`, the lock and the epoch of the run directory.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import beringia
+from beringia import errors
+from beringia.errors import BeringiaError, Refusal
+from beringia.records.events import (
+    AnyEvent,
+    CheckpointTrusted,
+    CheckpointWritten,
+    ChipOpened,
+    Decision,
+    Event,
+    Fault,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    parse_event,
+)
+from beringia.records.messages import Ended, EventLine, FromWorker, Go, Heartbeat, Hello, Order, Stop
+from beringia.records.recipe import ChipSection, Recipe
+from beringia.records.run_directory import RunDirectory
+from beringia.supervise.crossing import CrossingInProgress
+from beringia.supervise.decide import Situation, decide, read_situation
+from beringia.supervise.event_log import EventLog
+from beringia.supervise.lock import RunLock
+from beringia.supervise.remote_root import RemoteRoot
+from beringia.supervise.run_files import discard_abandoned, prepare_run
+from beringia.supervise.worker_process import WorkerProcess, check_hello, check_launcher
+
+_COMMAND_NOT_FOUND = 127
+
+# After a worker's last word it only has to close its device; a driver that hangs in that is killed.
+_END_SECONDS = 10.0
+
+
+def supervise(
+    recipe: Recipe, recipe_text: str, run: RunDirectory, *, on_event: Callable[[AnyEvent], None] | None = None
+) -> RunFinished:
+    """Run to the end, through whatever happens, and return how it ended.
+
+    Going on with a run that was interrupted is the same call. Raises an InputError when the user must change something,
+    Refusal when the run was given up.
+    """
+    for label in recipe.train.prefer:
+        check_launcher(label, recipe.chips[label])
+    with RunLock(run) as lock:
+        prepare_run(recipe, recipe_text, run)
+        log = EventLog(run, on_event)
+        try:
+            with stopping_on_signals() as stop:
+                return Supervisor(recipe, run, lock, log, stop).carry()
+        finally:
+            log.close()
+
+
+class StopRequest:
+    """Whether the user asked to stop (SIGTERM or SIGINT), and by which signal."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGINT into a request while the context lasts."""
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Supervisor:
+    """One life of a supervisor over a run."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, lock: RunLock, log: EventLog, stop: StopRequest) -> None:
+        self._recipe = recipe
+        self._run = run
+        self._lock = lock
+        self._log = log
+        self._stop = stop
+
+    def carry(self) -> RunFinished:
+        """Decide and work in turns until the run is over."""
+        done = self._finished_before()
+        if done is not None:
+            return done
+        self._append(
+            RunStarted(
+                name=self._recipe.name,
+                recipe_hash=self._recipe.hash,
+                beringia=beringia.__version__,
+                steps=self._recipe.train.steps,
+                prefer=self._recipe.train.prefer,
+            )
+        )
+        while True:
+            decision = decide(self._log.history, self._recipe)
+            assert decision is not None, "a finished run is noticed where it finishes"
+            self._append(decision, chip=read_situation(self._log.history).chip)
+            if decision.action == "stop":
+                return self._give_up(decision)
+            finished = self._work(decision)
+            if finished is not None:
+                return finished
+
+    def _work(self, decision: Decision) -> RunFinished | None:
+        """One worker's life. Returns the end of the run, or None when there is something to decide."""
+        situation = read_situation(self._log.history)
+        discard_abandoned(self._run, situation)
+        epoch = self._lock.advance()
+        return _WorkerWatch(self, situation, epoch, time.monotonic()).follow()
+
+    def _finished_before(self) -> RunFinished | None:
+        last = next((event for event in reversed(self._log.history) if isinstance(event, RunFinished)), None)
+        return last if last is not None and read_situation(self._log.history).finished else None
+
+    def _give_up(self, decision: Decision) -> RunFinished:
+        trouble = read_situation(self._log.history).trouble
+        step = read_situation(self._log.history).step
+        if isinstance(trouble, Fault) and trouble.category == "ours":
+            self._append(RunFinished(status="stopped", step=step, message=decision.reason))
+            raise _error_of(trouble)
+        self._append(RunFinished(status="given-up", step=step, message=decision.reason))
+        raise Refusal(f"The run was given up at step {step}: {decision.reason}.")
+
+    def _append(self, event: Event, chip: str | None = None) -> AnyEvent:
+        return self._log.append(event, epoch=self._lock.epoch, chip=chip)
+
+
+class _WorkerWatch:
+    """Follows one worker: answers its handshake, records its events, notices when it hangs or dies."""
+
+    def __init__(self, supervisor: Supervisor, situation: Situation, epoch: int, decided_at: float) -> None:
+        assert situation.chip is not None
+        self._recipe = supervisor._recipe
+        self._run = supervisor._run
+        self._log = supervisor._log
+        self._stop = supervisor._stop
+        self._label = situation.chip
+        self._chip: ChipSection = self._recipe.chips[self._label]
+        self._epoch = epoch
+        self._remote = RemoteRoot.of(self._label, self._chip, self._run)
+        self._order = _order(self._recipe, situation, self._log.history, self._remote.root, epoch)
+        self._crossing = CrossingInProgress.of(self._log.history, situation, decided_at)
+        self._progress_at = time.monotonic()
+        self._stepping = False
+        self._told_to_stop: float | None = None
+        self._trouble = False
+        self._ended: Ended | None = None
+
+    def follow(self) -> RunFinished | None:
+        worker = WorkerProcess(self._label, self._chip, self._order, self._run.logs / f"{self._label}-{self._epoch}.log")
+        try:
+            for message in worker.messages():
+                if message is not None:
+                    self._progress_at = time.monotonic()
+                    self._receive(message, worker)
+                if self._check_patience(worker) or self._ended is not None:
+                    break
+        except BaseException:
+            worker.kill()
+            raise
+        finally:
+            status = worker.end(_END_SECONDS if self._ended is not None else 0.0)
+        return self._outcome(worker, status)
+
+    def _receive(self, message: FromWorker, worker: WorkerProcess) -> None:
+        match message:
+            case Hello():
+                worker.shook_hands = True
+                check_hello(self._label, message)
+                if self._crossing is not None:
+                    self._crossing.imports_seconds = message.imports_seconds
+            case EventLine():
+                self._record(parse_event(message.event), worker)
+            case Ended():
+                self._ended = message
+            case Heartbeat():
+                pass
+
+    def _record(self, event: AnyEvent, worker: WorkerProcess) -> None:
+        stamped = self._log.append(event, epoch=self._epoch, chip=self._label)
+        match stamped:
+            case CheckpointWritten():
+                self._remote.fetch_checkpoint(stamped.directory)
+            case CheckpointTrusted():
+                self._remote.fetch_trust_mark(stamped.step)
+            case StepDone():
+                self._stepping = True
+                if self._crossing is not None:
+                    self._append(self._crossing.event(self._label))
+                    self._crossing = None
+            case _:
+                pass
+        if stamped.kind == "chip":
+            self._remote.send_state(self._order)
+            worker.send(Go())
+        if self._crossing is not None:
+            self._crossing.note(stamped)
+        self._trouble = self._trouble or stamped.kind in ("alarm", "fault", "rejected")
+
+    def _check_patience(self, worker: WorkerProcess) -> bool:
+        """Pass a stop on, and end a worker that hangs. Returns whether to stop listening."""
+        now = time.monotonic()
+        if self._stop.signal is not None and self._told_to_stop is None:
+            self._told_to_stop = now
+            worker.send(Stop())
+        if self._told_to_stop is not None and now - self._told_to_stop > self._recipe.supervise.grace_seconds:
+            return True
+        limits = self._recipe.supervise
+        patience = limits.hang_seconds if self._stepping else max(limits.start_seconds, limits.hang_seconds)
+        if now - self._progress_at <= patience:
+            return False
+        self._append(Fault(step=None, code="hang", category="transient", message=f"no progress for {patience:g} s"))
+        self._trouble = True
+        return True
+
+    def _outcome(self, worker: WorkerProcess, status: int) -> RunFinished | None:
+        step = read_situation(self._log.history).step
+        ended = self._ended
+        if ended is not None and ended.why == "done":
+            return self._finish("done", step, "all steps done")
+        if self._told_to_stop is not None:
+            return self._finish("stopped", step, f"stopped by signal {self._stop.signal}; the same command goes on from here")
+        if not self._trouble:
+            self._append(_unexplained_end(self._label, ended, status, worker, self._stepping))
+        return None
+
+    def _finish(self, status: str, step: int, message: str) -> RunFinished:
+        finished = self._append(RunFinished.model_validate({"status": status, "step": step, "message": message}))
+        assert isinstance(finished, RunFinished)
+        return finished
+
+    def _append(self, event: Event) -> AnyEvent:
+        return self._log.append(event, epoch=self._epoch, chip=self._label)
+
+
+def _unexplained_end(label: str, ended: Ended | None, status: int, worker: WorkerProcess, stepping: bool) -> Fault:
+    if ended is not None and ended.why == "error":
+        return Fault(step=None, code=ended.error or "error", category="ours", message=ended.message)
+    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+    log = worker.last_log_lines()
+    if status == _COMMAND_NOT_FOUND or (not worker.shook_hands and status > 0):
+        message = f"the worker of chips.{label} did not start ({how}): {log or 'it said nothing'}"
+        return Fault(step=None, code="HandshakeError", category="ours", message=message)
+    return Fault(step=None, code="exit", category="transient", message=f"the worker was lost ({how}): {log or 'no last words'}")
+
+
+def _error_of(fault: Fault) -> BeringiaError:
+    kind = getattr(errors, fault.code, None)
+    if isinstance(kind, type) and issubclass(kind, BeringiaError) and kind is not errors.CheckpointDamaged:
+        return kind(fault.message)
+    return BeringiaError(f"The worker failed with {fault.code}: {fault.message}")
+
+
+def _order(recipe: Recipe, situation: Situation, history: Sequence[AnyEvent], root: str, epoch: int) -> Order:
+    assert situation.chip is not None
+    target = situation.resume_step
+    canary = situation.canary_due and target is not None
+    return Order(
+        root=root,
+        chip=situation.chip,
+        epoch=epoch,
+        resume_step=target,
+        canary_from=situation.canary_from if canary else None,
+        canary_compute_dtype=_compute_dtype(history, situation.came_from) if canary else None,
+        ranks=recipe.chips[situation.chip].ranks - len(situation.excluded),
+        excluded_devices=tuple(sorted(situation.excluded)),
+    )
+
+
+def _compute_dtype(history: Sequence[AnyEvent], label: str | None) -> str | None:
+    opened = (event for event in reversed(history) if isinstance(event, ChipOpened) and event.chip == label)
+    last = next(opened, None)
+    return last.compute_dtype if last is not None else None

@@ -1,0 +1,1 @@
+"""Training on one chip: the loop, the guard, the worker process around them."""
