@@ -1,11 +1,12 @@
-"""What an error's text means: tables of patterns, the first that matches wins.
+"""What an error's text means: tables of patterns, of which the gravest that occurs decides.
 
-Each vendor's file holds its own table; here is only how one is read. A row names the vendor's code, a pattern, the
-category that the supervisor acts on, and the reason for that category. Patterns are searched in the error's text
-without regard to case. A bare number is never enough: a tensor size or a byte count may be 507014, so a numeric code
-counts only where a word such as `error code` says that it is one.
+Each vendor has its own table; here is only how one is read. A row names the vendor's code, a pattern, the category that
+the supervisor acts on, and the reason for that category. A bare number is never enough: a tensor size or a byte count
+may be 507014, so a numeric code counts only where a word such as `error code` says that it is one (`numbered`).
 
-Does not decide what to do about a fault, and reads and writes nothing.
+Only errors that a device or its libraries can raise are read (`RuntimeError` with torch's subclasses, `MemoryError`,
+`OSError`, `AssertionError`): a `ValueError` that mentions a code is a bug of ours. Does not decide what to do about a
+fault; reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ from beringia.chips.chip import ChipFault
 
 Category = Literal["transient", "device-lost", "persistent"]
 
+_GRAVITY: dict[Category, int] = {"transient": 0, "persistent": 1, "device-lost": 2}
+"""A log often holds several codes, the cause among its consequences: a lost device also makes collectives time out."""
+
 _MESSAGE_CHARACTERS = 2000
 """Longest message kept in a fault: vendors append whole stack dumps, and an event is one line."""
+
+_SPEAKS_FOR_A_DEVICE = (RuntimeError, MemoryError, OSError, AssertionError)
+"""torch's AcceleratorError, OutOfMemoryError and Dist*Error are RuntimeErrors; torch_npu asserts; gloo and stores end
+in ConnectionError or TimeoutError, which are OSErrors."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +38,39 @@ class Rule:
     code: str
     """The vendor's name or number for it, as it appears in events."""
     pattern: str
-    """Regular expression, searched without regard to case."""
+    """Regular expression, searched in the text as it stands (`(?i:...)` where the case varies)."""
     category: Category
     reason: str
     """Why this category: what the vendor documents, or what is left of the device."""
+    number: int | None = None
+    """Value of `torch.AcceleratorError.error_code` that means the same."""
 
 
-def first_match(text: str, rules: Sequence[Rule]) -> ChipFault | None:
-    """The fault of the first rule whose pattern occurs in the text, or None."""
-    for rule in rules:
-        if re.search(rule.pattern, text, re.IGNORECASE):
-            return ChipFault(rule.code, rule.category, shortened(text))
-    return None
+def numbered(code: int) -> str:
+    """Pattern for a numeric code, only where the text says that the number is an error code.
+
+    Matches `error code is 507014`, `retCode=507014`, `runtime result = 507014`, `ACL_ERROR_RT_X(507014)`.
+    """
+    says_so = r"(?i:error[ _]?code|err_?code|ret_?code|return code|\bret\b|runtime result|\bACL_ERROR_\w+)"
+    return rf"{says_so}\s*(?:is|=|\(|\[)?\s*:?\s*{code}(?![\w]|[.,]\d)"
+
+
+def word(text: str) -> str:
+    """Pattern for a code such as `EI0002`, not inside a path, a file name or a longer word."""
+    return rf"(?<![\w./-]){re.escape(text)}(?!\w|[./-]\w)"
+
+
+def gravest_match(text: str, rules: Sequence[Rule]) -> ChipFault | None:
+    """The fault of the gravest rule whose pattern occurs in the text (the first of equals), or None."""
+    matching = [rule for rule in rules if re.search(rule.pattern, text)]
+    if not matching:
+        return None
+    return fault(max(matching, key=lambda rule: _GRAVITY[rule.category]), text)
+
+
+def fault(rule: Rule, text: str) -> ChipFault:
+    """What the rule says, with the text as its message."""
+    return ChipFault(rule.code, rule.category, shortened(text))
 
 
 def shortened(text: str) -> str:
@@ -50,12 +79,19 @@ def shortened(text: str) -> str:
     return text if len(text) <= _MESSAGE_CHARACTERS else text[: _MESSAGE_CHARACTERS - 1] + "…"
 
 
-def full_text(error: BaseException) -> str:
-    """The messages of an error and of everything it was raised from, newest first.
+def device_errors(error: BaseException) -> list[BaseException]:
+    """The error and those it was raised from, newest first, as far as a device can have raised them.
 
     Frameworks wrap the vendor's error ("training step failed") and chain the original: the code is in the chain.
     """
-    return "\n".join(f"{type(link).__name__}: {link}" for link in _chain(error))
+    return [link for link in _chain(error) if isinstance(link, _SPEAKS_FOR_A_DEVICE)]
+
+
+def device_text(error: BaseException | str) -> str:
+    """What `device_errors` say, each with its type's name; a string is taken as a device's own log."""
+    if isinstance(error, str):
+        return error
+    return "\n".join(f"{type(link).__name__}: {link}" for link in device_errors(error))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

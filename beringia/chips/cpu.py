@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Presence
-from beringia.chips.classification import Rule, first_match, full_text
+from beringia.chips.classification import Rule, device_text, gravest_match
 from beringia.errors import ChipUnavailable
 from beringia.records.identity import ChipIdentity
 
@@ -34,21 +34,20 @@ CPU_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "gloo-peer-gone",
-        r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed|gloo.*?(EOF|connection refused)"
-        r"|Connection refused",
-        "device-lost",
-        "Another rank's process is gone; the group cannot go on without it.",
+        r"Connection closed by peer|(?i:connection reset by peer)|Broken pipe|Connection refused"
+        r"|Connection was likely closed|Remote end closed|all retries failed",
+        "transient",
+        "Another rank's process is gone, this one's device is not: a restarted group may try the step again.",
     ),
     Rule(
         "gloo-timeout",
-        r"gloo\b[^\n]*?Timed out waiting|Timed out waiting \d+ ?ms for (recv|send)"
-        r"|Application timeout caused pair closure"
-        r"|DistStoreError: [^\n]*timeout|wait timeout after \d+ ?ms|monitoredBarrier[^\n]*timed? ?out",
+        r"Timed out waiting|Application timeout caused pair closure|wait timeout after \d+ ?ms"
+        r"|timed out in monitoredBarrier|client socket has timed out",
         "transient",
-        "A rank was late or the network slow; all ranks may try the step again.",
+        "A rank was late or the network slow: all ranks may try the step again.",
     ),
 )
-"""Errors of a CPU and of gloo on it. Texts: gloo `transport/tcp/pair.cc`, `unbound_buffer.cc`; c10 `CPUAllocator`."""
+"""Errors of a CPU, and of gloo and torch's TCP store on it. Texts: gloo `transport/tcp`, c10d `socket.cpp`."""
 
 
 class Cpu(Chip):
@@ -144,9 +143,7 @@ def open_device(index: int) -> Cpu:
 
 def classify_cpu(error: BaseException | str) -> ChipFault | None:
     """What an error of a CPU, or of gloo on it, means; None if it is not the machine's."""
-    if isinstance(error, MemoryError):
-        return ChipFault("out-of-memory", "persistent", f"MemoryError: {error}")
-    return first_match(error if isinstance(error, str) else full_text(error), CPU_RULES)
+    return gravest_match(device_text(error), CPU_RULES)
 
 
 def compiler_missing() -> str | None:
@@ -228,7 +225,13 @@ def _runtime() -> str:
         )
         if (match := re.search(pattern, built_with))
     ]
-    return ", ".join([torch.backends.cpu.get_cpu_capability(), *libraries])
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *_matrix_instructions(), *libraries])
+
+
+def _matrix_instructions() -> list[str]:
+    """Instructions that oneDNN multiplies bfloat16 with where the processor has them: they change the numbers."""
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if _has_proc() else set()
+    return sorted(flags & {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "bf16"})
 
 
 def _switches() -> dict[str, str]:
