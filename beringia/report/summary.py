@@ -6,6 +6,7 @@ Made from a History; reads and writes nothing. The table's last line is the path
 from __future__ import annotations
 
 from pydantic import ConfigDict, Field
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -211,6 +212,7 @@ def _accuracy(history: History) -> AccuracySummary | None:
 def print_table(summary: Summary, console: Console) -> None:
     """The end of a campaign on a terminal: at most 100 columns; the last line is the path of the page."""
     width = min(TABLE_COLUMNS, console.width)
+    console.print(Text(summary.answer, style="bold"), width=width)
     console.print(_table(summary), width=width)
     for crossing in summary.crossings:
         console.print(Text(_crossing_line(crossing)), width=width)
@@ -220,9 +222,10 @@ def print_table(summary: Summary, console: Console) -> None:
 
 
 def _table(summary: Summary) -> Table:
-    table = Table(title=Text(summary.answer, style="bold"), title_justify="left", expand=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading, left in _HEADINGS:
-        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+        whole = heading not in ("chip", "what it is")  # a hash or a number broken over two lines cannot be read
+        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=whole)
     for chip in summary.chips:
         truth = Text(chip.truth, style="reverse" if chip.truth == "emulated" else "bold")
         note = f"\n{chip.note}" if chip.note else ""

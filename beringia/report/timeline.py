@@ -16,7 +16,7 @@ from markupsafe import Markup
 from beringia.records.events import Decision
 from beringia.report.charts import Chart, Scale, mark, text_width, time_ticks, time_unit
 from beringia.report.history import At, Checkpoint, Chip, History, Segment
-from beringia.report.words import count, duration, significant
+from beringia.report.words import count, duration
 
 TITLE_PIXELS = 24
 DECISION_ROW_PIXELS = 22
@@ -363,8 +363,3 @@ def share_of_bound(value: float | None, bound: float) -> float:
     if bound == 0:
         return 0.0 if value == 0 else float("inf")
     return abs(value) / bound
-
-
-def times_bound(value: float | None, bound: float) -> str:
-    """`5.8 ×` its bound."""
-    return f"{significant(share_of_bound(value, bound), 2)} ×"

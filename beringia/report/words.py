@@ -55,6 +55,13 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02d} h"
 
 
+def clock(seconds: float) -> str:
+    """`0:35`, `12:04`, `3:04:09`: time since the run began, to read in a column."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def size(number: int) -> str:
     """`1.23 MB`, powers of 1000."""
     value, units = float(number), ["B", "kB", "MB", "GB", "TB", "PB"]

@@ -1,0 +1,259 @@
+"""The page of a run: `report.html`, one self-contained file that opens from a disk without a network.
+
+Reads the run directory through `history`; writes the page. The answer comes first, then the picture, then the evidence,
+then everything else folded. Templates escape every value: recipes and error messages are other people's text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from beringia.records.events import Crossing, Exported
+from beringia.records.files import write_text
+from beringia.records.run_directory import RunDirectory
+from beringia.report.answer import answer
+from beringia.report.curves import draw_accuracy, draw_guard, draw_loss, lowest_power
+from beringia.report.history import At, History, read_history
+from beringia.report.summary import Summary, accuracy_words, summarise
+from beringia.report.tables import data_tables
+from beringia.report.timeline import decision_label, draw_timeline, lane_of, series_of
+from beringia.report.words import clock, count, duration, percent, short_hash, significant
+
+TEMPLATES = Path(__file__).parent / "templates"
+WIDE_PIXELS = 1052
+NARROW_PIXELS = 358
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture drawn wide and narrow, with the sentence that says what to see."""
+
+    name: str
+    picture: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One of the few numbers at the top."""
+
+    name: str
+    value: str
+    detail: str = ""
+
+
+def write_report(run_directory: Path | str) -> Path:
+    """Write the run's page and return its path. Raises RunError where there is no run."""
+    history = read_history(run_directory)
+    path = RunDirectory(history.directory).report
+    write_text(path, render_report(history))
+    return path
+
+
+def render_report(history: History) -> str:
+    """The page as text."""
+    summary = summarise(history)
+    return (
+        _environment()
+        .get_template("run.html.jinja")
+        .render(
+            title=f"{history.name}: run report",
+            history=history,
+            summary=summary,
+            answer=answer(history),
+            lead=_lead(history),
+            facts=_facts(history, summary),
+            figures=_figures(history),
+            decisions=_decisions(history),
+            crossings=[_continuity(history, at) for at in history.crossings],
+            refused=[at.event for at in history.canaries if not at.event.passed],
+            restarts=_restarts(history),
+            identities=_identities(history),
+            tables=data_tables(history),
+            recipe=json.dumps(history.recipe, indent=2, ensure_ascii=False) if history.recipe else "",
+            made=_made(history),
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["inline"] = _inline
+    environment.filters.update(
+        significant=significant, clock=clock, duration=duration, percent=percent, short_hash=short_hash, count=count
+    )
+    return environment
+
+
+def _inline(name: str) -> Markup:
+    """A style sheet or script of ours, put into the page as it is."""
+    return Markup((TEMPLATES / name).read_text())
+
+
+def both_widths(draw: Callable[[int], Markup]) -> Markup:
+    """A picture drawn twice; the style sheet shows the one that fits, so letters keep their size."""
+    wide, narrow = draw(WIDE_PIXELS), draw(NARROW_PIXELS)
+    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(wide, narrow)
+
+
+def _lead(history: History) -> str:
+    """Why the run left its first chip, or why it stopped: the reason as the supervisor gave it."""
+    if history.status in ("given-up", "stopped"):
+        return history.message
+    crossed = [at.event.reason for at in history.decisions if at.event.action == "cross"]
+    return f"Why it crossed: {crossed[0]}." if crossed else ""
+
+
+def _facts(history: History, summary: Summary) -> list[Fact]:
+    facts = [
+        Fact("Steps", f"{history.step:,}", f"of {history.planned_steps or 0:,} planned"),
+        Fact("Work done again", f"{summary.lost_steps:,}", f"steps, of {len(history.steps):,} done in all"),
+        Fact("Wall time", duration(history.seconds), _paused(history)),
+    ]
+    if summary.loss is not None and history.held_out is not None:
+        step = history.held_out.event.step
+        facts.append(Fact("Held-out loss", significant(summary.loss), f"nats per token, step {step:,}"))
+    if summary.accuracy is not None:
+        facts.append(
+            Fact("Accuracy", percent(summary.accuracy.value), accuracy_words(summary.accuracy).split(" (")[1][:-1])
+        )
+    for at in history.exports[-1:]:
+        facts.append(_export_fact(at.event))
+    return facts
+
+
+def _paused(history: History) -> str:
+    paused = sum(pause.length_seconds for pause in history.pauses)
+    return f"and {duration(paused)} in which nothing ran" if paused else "from start to last event"
+
+
+def _export_fact(event: Exported) -> Fact:
+    where = f"in {event.directory}/"
+    if event.largest_difference is None:
+        return Fact("Export", "not compared", f"with transformers; {where}")
+    limit = f"bound {significant(event.bound, 2)}; " if event.bound is not None else ""
+    words = f"largest logit difference to transformers; {limit}{where}"
+    return Fact("Export", significant(event.largest_difference, 2), words)
+
+
+def _figures(history: History) -> list[Figure]:
+    if not history.chips:
+        return []
+    figures = [Figure("Timeline", both_widths(lambda width: draw_timeline(history, width)), _timeline_caption(history))]
+    if history.steps:
+        figures.append(Figure("Loss", both_widths(lambda width: draw_loss(history, width)), _loss_caption(history)))
+    if history.accuracy is not None:
+        figures.append(
+            Figure("Accuracy", both_widths(lambda width: draw_accuracy(history, width)), _accuracy_caption(history))
+        )
+    if history.checks:
+        figures.append(Figure("Guard", both_widths(lambda width: draw_guard(history, width)), _guard_caption(history)))
+    return figures
+
+
+def _timeline_caption(history: History) -> str:
+    trusted = sum(checkpoint.state == "trusted" for checkpoint in history.checkpoints)
+    words = (
+        f"What to see: where the bar is hatched, work was thrown away; the arrow above it leads back to the checkpoint "
+        f"that the run went on from. {trusted} of {count(len(history.checkpoints), 'checkpoint')} became trusted."
+    )
+    if history.pauses:
+        words += " A dotted upright line marks a time in which nothing ran; the axis leaves it out."
+    return words
+
+
+def _loss_caption(history: History) -> str:
+    shown = " Long runs are drawn with the lowest and highest step of each pixel." if len(history.steps) > 2000 else ""
+    if history.crossings:
+        return (
+            "What to see: after the bold line the loss goes on where the old chip's trusted checkpoint left it. "
+            f"Dashed: steps thrown away. Rings: held-out loss.{shown}"
+        )
+    return (
+        f"What to see: whether the loss falls and stays finite. Dashed: steps thrown away. Rings: held-out loss.{shown}"
+    )
+
+
+def _accuracy_caption(history: History) -> str:
+    found = history.accuracy
+    if found is None or found.event.accuracy_low is None or found.event.chance is None:
+        return "Sampled answers, checked; the bars are 95 % intervals."
+    above = found.event.accuracy_low > found.event.chance
+    verdict = "lies above chance" if above else "does not lie above chance"
+    answers = f"{found.event.samples:,} answers"
+    return f"What to see: the last interval {verdict}. Bars are 95 % intervals (Wilson) over {answers}."
+
+
+def _guard_caption(history: History) -> str:
+    spent = sum(step.event.guard_seconds for step in history.steps)
+    total = sum(step.event.seconds for step in history.steps)
+    words = (
+        f"What to see: triangles above the dashed line are alarms, {len(history.alarms)} of "
+        f"{count(len(history.checks), 'check')}; the rest kept its distance. "
+        f"The guard took {percent(spent / total if total else 0.0, 2)} of the step time."
+    )
+    floor = lowest_power(history)
+    return words + (f" Checks below {floor} of their bound are drawn on the lowest line." if floor else "")
+
+
+def _decisions(history: History) -> list[dict[str, Any]]:
+    return [
+        {
+            "number": number,
+            "seconds": at.seconds,
+            "action": at.event.action,
+            "label": decision_label(at.event),
+            "chip": lane_of(history, at) or "",
+            "series": series_of(history, lane_of(history, at) or ""),
+            "lost": at.event.lost_steps,
+            "reason": at.event.reason,
+        }
+        for number, at in enumerate(history.decisions, start=1)
+    ]
+
+
+def _continuity(history: History, at: At[Crossing]) -> dict[str, Any]:
+    event = at.event
+    canary = next((one.event for one in reversed(history.canaries) if one.seconds <= at.seconds), None)
+    resume = next((one.event for one in reversed(history.resumes) if one.seconds <= at.seconds), None)
+    return {
+        "event": event,
+        "equal": event.state_hash_before == event.state_hash_after,
+        "canary": canary,
+        "resume": resume,
+        "inside": event.difference is not None and event.band is not None and event.difference <= event.band,
+        "share": min(1.0, (event.difference or 0.0) / event.band) if event.band else 0.0,
+    }
+
+
+def _restarts(history: History) -> dict[str, int]:
+    equal = sum(at.event.state_hash == at.event.state_hash_expected for at in history.resumes)
+    return {"all": len(history.resumes), "equal": equal}
+
+
+def _identities(history: History) -> list[dict[str, Any]]:
+    return [
+        {"chip": chip, "series": series_of(history, chip.label), "identity": identity, "hash": identity.hash}
+        for chip in history.chips
+        for identity in chip.identities
+    ]
+
+
+def _made(history: History) -> str:
+    if history.started is None:
+        return ""
+    return f"{datetime.fromtimestamp(history.started, UTC):%Y-%m-%d %H:%M:%S} UTC"
