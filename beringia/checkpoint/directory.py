@@ -1,0 +1,197 @@
+"""The `checkpoints` directory of a run, without torch: what is there, what is intact, what is trusted, what may go.
+
+    checkpoints/step-000400/            a complete checkpoint
+        rank00000-part00000.safetensors the tensors, one or more files per rank that wrote
+        manifest.json                   written last; `manifest.json.sha256` (for `sha256sum -c`) just before it
+        trusted.json                    appears once the guard has cleared a later step
+    checkpoints/.step-000400.7.tmp/     being written under epoch 7, or left behind by a writer that died
+    checkpoints/.step-000400.replaced/  an older checkpoint of the same step, about to go
+    checkpoints/.step-000400.deleted/   a pruned checkpoint, about to go
+
+Loading tensors is `store.py`'s part.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from beringia.errors import CheckpointDamaged, RunError
+from beringia.records.files import publish_directory, sha256_of_file, sync_directory, write_bytes
+from beringia.records.manifest import MANIFEST_SCHEMA, CheckpointManifest, TrustMark
+from beringia.records.record import canonical_json
+
+MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.json.sha256"
+TRUST = "trusted.json"
+
+_STEP = re.compile(r"step-(\d{6,})")
+_PARTIAL = re.compile(r"\.step-\d{6,}\.(\d+)\.tmp")
+_LEAVING = re.compile(r"\.(step-\d{6,})\.(replaced|deleted)")
+
+
+@dataclass(frozen=True)
+class CheckpointDirectory:
+    """The checkpoints of one run. `root` need not exist yet."""
+
+    root: Path
+
+    def path(self, step: int) -> Path:
+        """Where the complete checkpoint of `step` lies, or would lie."""
+        return self.root / f"step-{step:06d}"
+
+    def partial(self, step: int, epoch: int) -> Path:
+        """Where a writer of `epoch` puts it together."""
+        return self.root / f".step-{step:06d}.{epoch}.tmp"
+
+    def steps(self) -> list[int]:
+        """Steps of complete checkpoints, ascending."""
+        found = (_STEP.fullmatch(path.parent.name) for path in self.root.glob(f"step-*/{MANIFEST}"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def manifest(self, step: int) -> CheckpointManifest:
+        """The manifest of a complete checkpoint, checked against its digest. Raises CheckpointDamaged or RunError."""
+        return read_manifest(self.path(step))
+
+    def verify(self, step: int) -> CheckpointManifest:
+        """Check the size and SHA-256 of every file. Raises CheckpointDamaged naming the first that is not as written."""
+        return verify_checkpoint(self.path(step))
+
+    def trusted_steps(self) -> list[int]:
+        """Steps of complete checkpoints with a mark of trust, ascending."""
+        return [step for step in self.steps() if (self.path(step) / TRUST).exists()]
+
+    def trust_mark(self, step: int) -> TrustMark | None:
+        """Why `step` is trusted, or None while it is pending. Raises CheckpointDamaged for a mark that is not one."""
+        path = self.path(step) / TRUST
+        if not path.exists():
+            return None
+        try:
+            return TrustMark.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise CheckpointDamaged(
+                f"{path} is not a mark of trust: delete it, and the step is pending.", str(path)
+            ) from error
+
+    def mark_trusted(self, step: int, mark: TrustMark) -> None:
+        """Write the mark, atomically. It must speak of this step and of the state that the manifest hashes."""
+        manifest = self.manifest(step)
+        if (mark.step, mark.state_hash) != (step, manifest.state_hash):
+            raise RunError(
+                f"A mark of trust for step {mark.step}, state {mark.state_hash[:12]}, cannot go to {self.path(step)}, "
+                f"which holds step {step}, state {manifest.state_hash[:12]}."
+            )
+        write_bytes(self.path(step) / TRUST, canonical_json(mark))
+
+    def kept_steps(self, keep: int) -> set[int]:
+        """What pruning keeps: the last `keep`, and the last two trusted (a crossing replays between those)."""
+        steps = self.steps()
+        return set(steps[max(0, len(steps) - keep) :]) | set(self.trusted_steps()[-2:])
+
+    def prune(self, keep: int) -> list[int]:
+        """Delete what need not be kept; returns the steps deleted. The caller makes sure that it may write here."""
+        kept = self.kept_steps(keep)
+        gone = [step for step in self.steps() if step not in kept]
+        for step in gone:
+            self.discard(step)
+        return gone
+
+    def discard(self, step: int) -> None:
+        """Delete one checkpoint, for instance a pending one after a rollback. It is gone at once, never half there."""
+        leaving = self.root / f".{self.path(step).name}.deleted"
+        shutil.rmtree(leaving, ignore_errors=True)
+        os.rename(self.path(step), leaving)
+        sync_directory(self.root)
+        shutil.rmtree(leaving)
+
+    def publish(self, step: int, epoch: int) -> Path:
+        """Rename what `epoch` has written into place; a checkpoint of the same step that was there goes."""
+        final = self.path(step)
+        replaced = self.root / f".{final.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            # Two renames, since no portable one exchanges directories: `clean` undoes the first if we die between them.
+            os.rename(final, replaced)
+        publish_directory(self.partial(step, epoch), final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return final
+
+    def clean(self, epoch: int) -> list[Path]:
+        """Remove what writers up to `epoch` left behind when they died; to be called by the one writer of `epoch`."""
+        removed = []
+        for path in sorted(self.root.glob(".step-*")) if self.root.exists() else []:
+            partial, leaving = _PARTIAL.fullmatch(path.name), _LEAVING.fullmatch(path.name)
+            if leaving and leaving[2] == "replaced" and not (self.root / leaving[1]).exists():
+                os.rename(path, self.root / leaving[1])
+            elif leaving or (partial and int(partial[1]) <= epoch):
+                shutil.rmtree(path)
+                removed.append(path)
+        return removed
+
+
+def read_manifest(checkpoint: Path) -> CheckpointManifest:
+    """The manifest in a checkpoint's directory. Raises RunError where there is no checkpoint, CheckpointDamaged."""
+    path, digest_path = checkpoint / MANIFEST, checkpoint / MANIFEST_DIGEST
+    if not checkpoint.is_dir():
+        raise RunError(f"There is no checkpoint at {checkpoint}: choose one of the steps that the run has.")
+    content = _read(path)
+    if _read(digest_path) != digest_line(content):
+        raise damaged(path, f"its SHA-256 is not the one in {MANIFEST_DIGEST}")
+    try:
+        manifest = CheckpointManifest.model_validate_json(content)
+    except ValidationError as error:
+        raise damaged(path, f"it is not a manifest of schema {MANIFEST_SCHEMA}") from error
+    if manifest.schema_version != MANIFEST_SCHEMA:
+        raise RunError(
+            f"{path} has schema {manifest.schema_version}, this Beringia reads {MANIFEST_SCHEMA}: "
+            f"use Beringia {manifest.beringia}, which wrote it."
+        )
+    return manifest
+
+
+def write_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
+    """Write the manifest, last, and its digest just before it."""
+    content = canonical_json(manifest)
+    write_bytes(checkpoint / MANIFEST_DIGEST, digest_line(content))
+    write_bytes(checkpoint / MANIFEST, content)
+
+
+def digest_line(content: bytes) -> bytes:
+    """What `sha256sum manifest.json` prints."""
+    return f"{sha256(content).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def verify_checkpoint(checkpoint: Path, files: Iterable[str] | None = None) -> CheckpointManifest:
+    """Check the manifest and every file that it lists (or only `files`) byte by byte. Raises CheckpointDamaged."""
+    manifest = read_manifest(checkpoint)
+    wanted = None if files is None else set(files)
+    for entry in manifest.files:
+        if wanted is not None and entry.name not in wanted:
+            continue
+        path = checkpoint / entry.name
+        if not path.is_file():
+            raise damaged(path, "it is missing")
+        if path.stat().st_size != entry.bytes:
+            raise damaged(path, f"it has {path.stat().st_size} bytes instead of {entry.bytes}")
+        if sha256_of_file(path) != entry.sha256:
+            raise damaged(path, "its SHA-256 is not the one in the manifest")
+    return manifest
+
+
+def damaged(path: Path, what: str) -> CheckpointDamaged:
+    """The error for a file that is not as it was written."""
+    return CheckpointDamaged(f"Checkpoint file {path} is damaged: {what}. Use an earlier checkpoint.", str(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise damaged(path, "it is missing") from None
