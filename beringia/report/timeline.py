@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 from markupsafe import Markup
 
 from beringia.records.events import Decision
-from beringia.report.charts import Chart, Scale, mark, text_width, time_ticks, time_unit
+from beringia.report.charts import Chart, Scale, Shape, mark, text_width, time_ticks, time_unit
 from beringia.report.history import At, Checkpoint, Chip, History, Segment
 from beringia.report.words import count, duration
 
@@ -150,31 +151,49 @@ def lane_of(history: History, at: At[Decision]) -> str | None:
 
 
 def _place_decisions(history: History, label: str, canvas: Canvas) -> list[PlacedDecision]:
-    """Rows, found greedily from left to right, so that neither arrows nor words of one chip's decisions overlap."""
-    taken: list[list[tuple[float, float]]] = [[] for _ in range(MOST_DECISION_ROWS)]
+    """Rows, counted from the bar upwards; later decisions first, so that earlier ones step up and to the left."""
+    rows = _Rows(canvas)
     placed = []
-    for number, at in enumerate(history.decisions, start=1):
-        if lane_of(history, at) != label:
-            continue
-        target = _target(history, at)
-        words = "" if canvas.narrow else decision_label(at.event)
-        x = canvas.x(at.seconds)
-        left = min(x, canvas.x(target.seconds) if target else x) - 10
-        row, shown = _find_row(taken, left, x + 12, words, canvas)
-        taken[row].append((left, x + 12 + (text_width(shown) + 8 if shown else 0)))
-        placed.append(PlacedDecision(number, at, target, row, shown))
-    return placed
+    for number, at in reversed(list(enumerate(history.decisions, start=1))):
+        if lane_of(history, at) == label:
+            target = _target(history, at)
+            x = canvas.x(at.seconds)
+            back = canvas.x(target.seconds) if target and target.chip == label else x
+            row, words = rows.place(min(x, back), x, "" if canvas.narrow else decision_label(at.event))
+            placed.append(PlacedDecision(number, at, target, row, words))
+    return placed[::-1]
 
 
-def _find_row(
-    taken: list[list[tuple[float, float]]], left: float, right: float, words: str, canvas: Canvas
-) -> tuple[int, str]:
-    for shown in (words, ""):
-        end = right + (text_width(shown) + 8 if shown else 0)
-        for row, intervals in enumerate(taken):
-            if end <= canvas.width + 4 and all(end < low or left > high for low, high in intervals):
-                return row, shown
-    return len(taken) - 1, ""
+@dataclass
+class _Rows:
+    """Finds a row where neither the arrow nor the words of a decision run into those of another."""
+
+    canvas: Canvas
+    taken: list[tuple[int, float, float]] = field(default_factory=list)
+    """Row, left and right of what lies in it."""
+    uprights: list[tuple[int, float]] = field(default_factory=list)
+    """Row from which a line goes down to the bar, and where."""
+
+    def place(self, back: float, x: float, words: str) -> tuple[int, str]:
+        """(row, words if there is room for them) for an arrow from `x` back to `back`, in pixels."""
+        row, shown, right = self._find(back, x, words)
+        self.taken.append((row, back - 8, right))
+        self.uprights += [(row, back), (row, x)]
+        return row, shown
+
+    def _find(self, back: float, x: float, words: str) -> tuple[int, str, float]:
+        for shown in (words, ""):
+            right = x + (16 + text_width(shown) if shown else 11)
+            for row in range(MOST_DECISION_ROWS):
+                if right <= self.canvas.width + 4 and self._free(row, back, x, right):
+                    return row, shown, right
+        return MOST_DECISION_ROWS - 1, "", x + 11
+
+    def _free(self, row: int, back: float, x: float, right: float) -> bool:
+        beside = all(right < low or back - 8 > high for other, low, high in self.taken if other == row)
+        uncrossed = all(not back - 4 < place < right for other, place in self.uprights if other > row)
+        below = [(low, high) for other, low, high in self.taken if other < row]
+        return beside and uncrossed and all(not low < place < high for low, high in below for place in (back, x))
 
 
 def decision_label(decision: Decision) -> str:
@@ -298,34 +317,50 @@ def _draw_number(chart: Chart, x: float, y: float, decision: PlacedDecision) -> 
     chart.add("</g>")
 
 
+class _Incident(NamedTuple):
+    seconds: float
+    kind: str
+    name: str
+    message: str
+
+
+def _incidents(history: History, label: str) -> list[_Incident]:
+    faults = [
+        _Incident(at.seconds, "fault", at.event.code, at.event.message) for at in history.faults if at.chip == label
+    ]
+    alarms = [
+        _Incident(at.seconds, "alarm", at.event.site, at.event.message) for at in history.alarms if at.chip == label
+    ]
+    return sorted(faults + alarms)
+
+
 def _draw_marks(chart: Chart, history: History, lane: Lane, canvas: Canvas) -> None:
     """Faults and alarms under the bar; those too near to tell apart as one mark with their number."""
-    items = [
-        (at.seconds, "fault", at.event.code, at.event.message) for at in history.faults if at.chip == lane.chip.label
-    ]
-    items += [
-        (at.seconds, "alarm", at.event.site, _alarm_words(at.event))
-        for at in history.alarms
-        if at.chip == lane.chip.label
-    ]
-    items.sort()
-    free = -1e9
-    for _, group in groupby(items, key=lambda item: (int(chart.x(item[0]) / CLOSEST_MARKS_PIXELS), item[1])):
+    crossed = [chart.x(at.seconds) for at, _ in crossing_times(history)]
+    incidents = _incidents(history, lane.chip.label)
+    free = 0.0
+    for _, group in groupby(incidents, key=lambda one: (int(chart.x(one.seconds) / CLOSEST_MARKS_PIXELS), one.kind)):
         cluster = list(group)
-        seconds, kind, name, words = cluster[0]
-        x = chart.x(seconds)
-        more = f" ×{len(cluster)}" if len(cluster) > 1 else ""
-        chart.add(
-            mark(x, lane.marks, "cross" if kind == "fault" else "triangle", kind, f"{kind} {name}{more}: {words}")
-        )
-        label = f"{kind} {name}{more}"
-        if not canvas.narrow and x > free and x + 10 + text_width(label) < canvas.width:
-            chart.text(x + 9, lane.marks + 4, label, "small halo")
-            free = x + 16 + text_width(label)
+        x, kind = chart.x(cluster[0].seconds), cluster[0].kind
+        label = f"{kind} {cluster[0].name}" + (f" ×{len(cluster)}" if len(cluster) > 1 else "")
+        # Beside the bold line of the crossing, not under it.
+        before = any(abs(x - place) < CLOSEST_MARKS_PIXELS for place in crossed)
+        x -= CLOSEST_MARKS_PIXELS if before else 0
+        shape: Shape = "cross" if kind == "fault" else "triangle"
+        chart.add(mark(x, lane.marks, shape, kind, f"{label}: {cluster[0].message}"))
+        if not canvas.narrow:
+            free = _name_mark(chart, x, lane.marks + 4, label, before=before, free=free)
 
 
-def _alarm_words(alarm: object) -> str:
-    return str(getattr(alarm, "message", ""))
+def _name_mark(chart: Chart, x: float, y: float, label: str, *, before: bool, free: float) -> float:
+    """Write a mark's name beside it if there is room right of `free`; returns where the next name may begin."""
+    width = text_width(label)
+    if before and x - width - 8 > free:
+        chart.text(x - 8, y, label, "small halo", "end")
+    elif not before and x > free and x + 10 + width < chart.width:
+        chart.text(x + 9, y, label, "small halo")
+        return x + 16 + width
+    return max(free, x + 9)
 
 
 def _draw_crossings(chart: Chart, history: History, lanes: list[Lane], canvas: Canvas) -> None:
