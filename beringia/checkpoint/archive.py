@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from beringia.checkpoint.directory import MANIFEST, MANIFEST_DIGEST, TRUST, damaged, read_manifest
+from beringia.checkpoint.directory import MANIFEST, MANIFEST_DIGEST, TRUST, damaged, open_checked, read_manifest
 from beringia.errors import CheckpointDamaged, RunError
 from beringia.records.files import publish_directory, reporting_full_disk
 from beringia.records.manifest import CheckpointManifest, FileEntry
@@ -66,11 +66,7 @@ def read_archive(stream: BinaryIO, destination: Path) -> CheckpointManifest:
 
 
 def _send(path: Path, expected: tuple[int, str] | None, stream: BinaryIO) -> None:
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
-        raise damaged(path, "it is missing") from None
-    with file:
+    with open_checked(path) as file:
         size, digest = expected or (os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
         file.seek(0)
         stream.write(f"{path.name} {size} {digest}\n".encode())

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -61,7 +62,7 @@ class CheckpointDirectory:
         return read_manifest(self.path(step))
 
     def verify(self, step: int) -> CheckpointManifest:
-        """Check the size and SHA-256 of every file. Raises CheckpointDamaged naming the first that is not as written."""
+        """Check the size and SHA-256 of every file. Raises CheckpointDamaged naming the first one altered."""
         return verify_checkpoint(self.path(step))
 
     def trusted_steps(self) -> list[int]:
@@ -190,8 +191,14 @@ def damaged(path: Path, what: str) -> CheckpointDamaged:
     return CheckpointDamaged(f"Checkpoint file {path} is damaged: {what}. Use an earlier checkpoint.", str(path))
 
 
-def _read(path: Path) -> bytes:
+def open_checked(path: Path) -> FileIO:
+    """Open a checkpoint file for reading, unbuffered. Raises CheckpointDamaged where it is missing."""
     try:
-        return path.read_bytes()
+        return FileIO(path)
     except FileNotFoundError:
         raise damaged(path, "it is missing") from None
+
+
+def _read(path: Path) -> bytes:
+    with open_checked(path) as file:
+        return file.readall()

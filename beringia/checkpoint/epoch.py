@@ -1,8 +1,9 @@
 """The number of the supervisor that may publish in a run directory, in the run's `epoch` file.
 
-Each supervisor that takes over a run adds one (`advance_epoch`); a worker publishes a checkpoint only while the number is
-still the one it was started with (`holding_epoch`). Both hold an exclusive lock on `epoch.lock` beside the file meanwhile,
-so a takeover happens before a publication or after it, never within. The lock is flock(2): local file systems and NFSv4.
+Each supervisor that takes over a run adds one (`advance_epoch`); a worker publishes a checkpoint only while the
+number is still the one it was started with (`holding_epoch`). Both hold an exclusive lock on `epoch.lock` beside the
+file meanwhile, so a takeover happens before a publication or after it, never within. The lock is flock(2): local file
+systems and NFSv4.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def read_epoch(epoch_file: Path) -> int:
 
 
 def advance_epoch(epoch_file: Path) -> int:
-    """Take over: add one to the epoch, durably, and return it. Every writer of an older epoch is shut out from now on."""
+    """Take over: add one to the epoch, durably, and return it. Writers of older epochs are shut out from now on."""
     with _locked(epoch_file):
         epoch = read_epoch(epoch_file) + 1
         write_text(epoch_file, f"{epoch}\n")

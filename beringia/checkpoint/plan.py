@@ -1,8 +1,9 @@
-"""Which rank writes which piece of which tensor, and which pieces a rank needs back: torch.distributed.checkpoint's planners.
+"""Which rank writes which piece of which tensor, and which pieces a rank needs back.
 
-Its default planners decide: one item for each shard, replicated tensors written by one rank only, and on loading the
-overlaps of what was saved with what is wanted (2 ranks -> 1 -> 2). Local plans travel between ranks as JSON (`ranks.py`) and
-every rank computes the same global plan from them. The plan depends on the state's layout alone, so it is made once and kept.
+torch.distributed.checkpoint's default planners decide: one item for each shard, replicated tensors written by one rank
+only, and on loading the overlaps of what was saved with what is wanted (2 ranks -> 1 -> 2). Local plans travel between
+ranks as JSON (`ranks.py`) and every rank computes the same global plan from them. The plan depends on the state's layout
+alone, so it is made once and kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -57,7 +59,7 @@ def plan_save(state: State, ranks: Ranks) -> tuple[DefaultSavePlanner, list[Save
 
 def metadata_of(manifest: CheckpointManifest) -> Metadata:
     """The planner's metadata from our manifest; its own file would be a pickle."""
-    tensors = {
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         name: TensorStorageMetadata(
             properties=TensorProperties(dtype=getattr(torch, entry.dtype)),
             size=torch.Size(entry.shape),
@@ -71,6 +73,15 @@ def metadata_of(manifest: CheckpointManifest) -> Metadata:
         for chunk in entry.chunks
     }
     return Metadata(state_dict_metadata=tensors, storage_data=where)
+
+
+def described(metadata: Metadata) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Each tensor's (dtype name, shape), whole."""
+    found = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata), "the state holds tensors only"
+        found[name] = (dtype_name(entry.properties.dtype), tuple(entry.size))
+    return found
 
 
 def load_planner() -> DefaultLoadPlanner:

@@ -1,9 +1,9 @@
 """The copy of the live tensors in host memory that the writing thread works from, laid out as the files will be.
 
-`take` is what training waits for: it copies each piece that this rank writes into its place in a file's buffer, and hashes
-the live bytes on the way, piece by piece in cache, so that memory is read once (`numerics/keyed_sum.py`). From a device the
-copies run on a side stream into pinned memory while the hash runs on the device, where the chip can do both.
-The buffers are allocated once and reused.
+`take` is what training waits for: it copies each piece that this rank writes into its place in a file's buffer, and
+hashes the live bytes on the way, piece by piece in cache, so that memory is read once (`numerics/keyed_sum.py`). From
+a device the copies run on a side stream into pinned memory while the hash runs on the device, where the chip can do
+both. The buffers are allocated once and reused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from beringia.checkpoint.plan import State
 from beringia.checkpoint.tensor_file import PIECE_BYTES, Slot, TensorFile, lay_out
 from beringia.chips.chip import Chip
 from beringia.numerics.keyed_sum import BLOCK_WORDS, Words
@@ -59,10 +58,10 @@ class Staging:
 
     def content(self, file: int) -> memoryview:
         """The staged data of one file."""
-        return memoryview(self.buffers[file].numpy())
+        return memory_of(self.buffers[file])
 
     def take(self, live: Iterable[torch.Tensor], pool: ThreadPoolExecutor) -> dict[str, int]:
-        """Copy the live tensors, given in the order of `pieces`, and return this rank's share of each tensor's value."""
+        """Copy the live tensors, in the order of `pieces`; returns this rank's share of each tensor's value."""
         tensors = [tensor.detach() for tensor in live]
         values = dict.fromkeys((piece.name for piece in self.pieces), 0)
         on_host = [number for number, tensor in enumerate(tensors) if tensor.device.type == "cpu"]
@@ -113,6 +112,13 @@ class _Task:
 
 def _copy_and_hash(task: _Task) -> tuple[str, int]:
     return task.name, hash_words(task.live, task.name, task.first_word, copy_to=task.staged)
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory, writable."""
+    # Not memoryview(array): before Python 3.12 type checkers do not know that arrays are buffers.
+    content: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return content
 
 
 def copying_pool() -> ThreadPoolExecutor:

@@ -1,9 +1,10 @@
-"""Our storage behind torch.distributed.checkpoint's planners: safetensors files hashed while written and checked while read.
+"""Our storage behind torch.distributed.checkpoint's planners: files hashed while written, checked while read.
 
-`StagedWriter` writes what `Staging` holds; `VerifiedReader` reads into the tensors that the load planner names, each file
-whole and in one pass with its SHA-256, several files at a time. Both keep the planner's protocol, so
+`StagedWriter` writes what `Staging` holds; `VerifiedReader` reads into the tensors that the load planner names, each
+file whole and in one pass with its SHA-256, several files at a time. Both keep the planner's protocol, so
 `torch.distributed.checkpoint.load(state, storage_reader=VerifiedReader(directory))` reads our checkpoints too.
-torch's own Hugging Face storage neither hashes nor stages into fixed buffers: docs/checkpoints.md has the measurements.
+torch's own Hugging Face storage neither hashes nor stages into fixed buffers: docs/checkpoints.md has the
+measurements.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from beringia.checkpoint.directory import damaged, read_manifest, write_manifest
-from beringia.checkpoint.plan import metadata_of
-from beringia.checkpoint.staging import Staging
+from beringia.checkpoint.plan import described, metadata_of
+from beringia.checkpoint.staging import Staging, memory_of
 from beringia.checkpoint.tensor_file import Slot, read_verified, write_hashed
 from beringia.records.manifest import CheckpointManifest, Chunk, FileEntry, TensorEntry
 from beringia.threads import usable_cores
@@ -90,10 +91,9 @@ def tensor_entries(metadata: Metadata, chunks: Iterable[tuple[str, Chunk]]) -> d
     for name, chunk in chunks:
         by_name[name].append(chunk)
     entries = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
+    for name, (dtype, shape) in described(metadata).items():
         pieces = sorted(by_name[name], key=lambda chunk: chunk.offsets)
-        entries[name] = TensorEntry(dtype=dtype, shape=tuple(entry.size), chunks=tuple(pieces))
+        entries[name] = TensorEntry(dtype=dtype, shape=shape, chunks=tuple(pieces))
     return entries
 
 
@@ -169,11 +169,11 @@ def _read_file(
     def sink(slot: Slot) -> memoryview:
         takers = parts.get(slot.key, [])
         if len(takers) == 1 and _takes_whole(takers[0][1], slot):
-            return _memory(takers[0][1])
+            return memory_of(takers[0][1])
         buffer = torch.empty(slot.bytes, dtype=torch.uint8)
         if takers:
             aside[slot.key] = buffer.view(getattr(torch, slot.dtype)).view(slot.sizes)
-        return _memory(buffer)
+        return memory_of(buffer)
 
     read_verified(directory, entry, contents, sink)
     for key, tensor in aside.items():
@@ -186,7 +186,3 @@ def _read_file(
 
 def _takes_whole(target: torch.Tensor, slot: Slot) -> bool:
     return target.device.type == "cpu" and target.is_contiguous() and tuple(target.shape) == slot.sizes
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

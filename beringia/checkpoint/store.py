@@ -1,8 +1,9 @@
 """Saving and loading a run's state: `CheckpointStore`.
 
-A save stops training only while the state is copied and hashed in memory; a thread then writes the files, checks that this
-process may still publish, and renames the directory into place. A load checks every byte that it reads. Reads and writes
-`checkpoints/` of one run directory and reads its `epoch`; what a checkpoint looks like is described in `directory.py`.
+A save stops training only while the state is copied and hashed in memory; a thread then writes the files, checks that
+this process may still publish, and renames the directory into place. A load checks every byte that it reads. Reads
+and writes `checkpoints/` of one run directory and reads its `epoch`; what a checkpoint looks like is described in
+`directory.py`.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class CheckpointStore:
         return open_kernel()
 
     def prepare(self, state: State) -> None:
-        """Plan, allocate the staging buffers and open the hash kernel, so that the first save pauses no longer than others."""
+        """Plan, allocate buffers and open the hash kernel, so that the first save pauses no longer than others."""
         self._settle()
         open_kernel()
         layout = self._layout_for(state)
@@ -151,9 +152,9 @@ class CheckpointStore:
     def load(self, step: int, state_template: State) -> dict[str, Any]:
         """Fill the live tensors from the checkpoint of `step` and return its progress.
 
-        Any number of ranks reads what any number wrote; every file that a rank needs a part of is read whole and checked.
-        Raises RunError where names, shapes or dtypes differ, CheckpointDamaged (on every rank) for a file that is not as
-        it was written; the tensors' content is then worthless.
+        Any number of ranks reads what any number wrote; every file that a rank needs a part of is read whole and
+        checked. Raises RunError where names, shapes or dtypes differ, CheckpointDamaged (on every rank) for a file
+        that is not as it was written; the tensors' content is then worthless.
         """
         self._settle()
         damage: CheckpointDamaged | RunError | None = None
@@ -317,16 +318,13 @@ class CheckpointStore:
 
     def _combine(self, layout: _Layout, values: dict[str, int], progress: Mapping[str, Any]) -> str:
         """Add each tensor's value over ranks and combine; collective."""
-        whole = {
-            name: (str(entry.properties.dtype).removeprefix("torch."), tuple(entry.size))
-            for name, entry in layout.metadata.state_dict_metadata.items()
-        }
+        whole = plan.described(layout.metadata)
         names = sorted(whole)
         sums = self._ranks.add([values.get(name, 0) for name in names])
         return combine(dict(zip(names, sums, strict=True)), whole, progress)
 
     def _together(self, work: Callable[[], None]) -> None:
-        """Do this rank's part, and fail on every rank if one fails: with its own error here, with its sentence elsewhere."""
+        """Do this rank's part, and fail on every rank if one fails: its own error here, its sentence elsewhere."""
         problem: BeringiaError | OSError | None = None
         try:
             work()

@@ -13,10 +13,10 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
-from beringia.checkpoint.directory import damaged
+from beringia.checkpoint.directory import damaged, open_checked
 from beringia.records.files import reporting_full_disk
 from beringia.records.manifest import FileEntry
 
@@ -114,15 +114,11 @@ def read_verified(
 ) -> None:
     """Read a whole file, each slot to where `sink` says, and check every byte against the entry's SHA-256.
 
-    `expected`: (dtype name, sizes) of each key that the manifest has in this file. The bytes are delivered before the last
-    of them is checked: after CheckpointDamaged, what was delivered is worthless.
+    `expected`: (dtype name, sizes) of each key that the manifest has in this file. The bytes are delivered before the
+    last of them is checked: after CheckpointDamaged, what was delivered is worthless.
     """
     path = directory / entry.name
-    try:
-        file = open(path, "rb", buffering=0)
-    except FileNotFoundError:
-        raise damaged(path, "it is missing") from None
-    with file:
+    with open_checked(path) as file:
         if (found := os.fstat(file.fileno()).st_size) != entry.bytes:
             raise damaged(path, f"it has {found} bytes instead of {entry.bytes}")
         hashed = hashlib.sha256()
@@ -137,7 +133,7 @@ def read_verified(
 
 
 def _read_layout(
-    file: BinaryIO,
+    file: FileIO,
     path: Path,
     entry: FileEntry,
     expected: dict[str, tuple[str, tuple[int, ...]]],
@@ -158,16 +154,16 @@ def _read_layout(
     return layout.slots
 
 
-def _write_all(file: BinaryIO, piece: memoryview) -> None:
+def _write_all(file: FileIO, piece: memoryview) -> None:
     # A raw write may be partial, as when the disk has room for a part of it.
     while piece:
         written = file.write(piece)
         piece = piece[written or 0 :]
 
 
-def _read_exactly(file: BinaryIO, piece: memoryview, path: Path) -> None:
+def _read_exactly(file: FileIO, piece: memoryview, path: Path) -> None:
     while piece:
-        count = file.readinto(piece)  # type: ignore[attr-defined]  # BinaryIO lacks what a raw file has
+        count = file.readinto(piece)
         if not count:
             raise damaged(path, "it ended while it was being read")
         piece = piece[count:]

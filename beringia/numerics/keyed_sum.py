@@ -1,9 +1,9 @@
 """Multiply-and-add of a tensor's words with a table of odd 64-bit multipliers, one sum per block of 4,096 words.
 
-The inner loop of the state hash (`state_hash.py`), on host memory. It can copy the words while it reads them, so that a
-checkpoint reads memory once. Compiled from the few lines of C below with the machine's own compiler (a fifth of a second),
-or done by numpy where there is none: `open_kernel()` says which, and why, so that the caller can report it. Both give the
-same integers; the compiled one is compared with numpy before it is used.
+The inner loop of the state hash (`state_hash.py`), on host memory. It can copy the words while it reads them, so that
+a checkpoint reads memory once. Compiled from the few lines of C below with the machine's own compiler (a fifth of a
+second), or done by numpy where there is none: `open_kernel()` says which, and why, so that the caller can report it.
+Both give the same integers; the compiled one is compared with numpy before it is used.
 
 Writes nothing but a temporary directory, removed before this returns.
 """
@@ -171,8 +171,7 @@ def _compile(compiler: str) -> ctypes.CDLL:
 
 def _agrees_with_numpy(kernel: KeyedSumKernel) -> bool:
     random = splitmix64(np.arange(3 * BLOCK_WORDS, dtype=np.uint64))
-    for dtype in (np.uint8, np.uint16, np.uint32):
-        words: Words = random.astype(dtype)
+    for words in (random.astype(np.uint8), random.astype(np.uint16), random.astype(np.uint32)):
         if not np.array_equal(kernel.block_sums(words, 77), _numpy_block_sums(words, 77, None)):
             return False
     return True

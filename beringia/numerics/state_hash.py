@@ -1,14 +1,14 @@
 """The hash of a training state, taken from the live tensors: a keyed sum over global index and bits.
 
-Each tensor is a sequence of words, in row-major order of the *whole* tensor: an element of up to 4 bytes is one word (its
-bits as an unsigned integer), an element of 8 bytes is two (low half first). Word number g has the value
+Each tensor is a sequence of words, in row-major order of the *whole* tensor: an element of up to 4 bytes is one word
+(its bits as an unsigned integer), an element of 8 bytes is two (low half first). Word number g has the value
 
     word * key(name, g // 4096) * table(g % 4096)    mod 2^64,
 
-both factors odd, and a tensor's value is the sum. So the values of the pieces of any sharding add up to the value of the
-whole, one changed bit always changes it (2^b times an odd number), and the values do not depend on where they were
-computed: in C or numpy on the host (`keyed_sum.py`), or with torch's integers on a device that multiplies them exactly.
-`combine` binds values, names, dtypes, shapes and the progress together with SHA-256.
+both factors odd, and a tensor's value is the sum. So the values of the pieces of any sharding add up to the value of
+the whole, one changed bit always changes it (2^b times an odd number), and the values do not depend on where they
+were computed: in C or numpy on the host (`keyed_sum.py`), or with torch's integers on a device that multiplies them
+exactly. `combine` binds values, names, dtypes, shapes and the progress together with SHA-256.
 
 It finds faults, not forgers: whoever knows the keys can construct a collision. Files are protected by SHA-256.
 """
@@ -68,7 +68,7 @@ def hash_tensor(
 def combine(
     values: Mapping[str, int], layout: Mapping[str, tuple[str, Sequence[int]]], progress: Mapping[str, Any]
 ) -> str:
-    """The hash of a state in hexadecimal, from each tensor's value, its (dtype name, shape), and the progress (JSON)."""
+    """The hash of a state in hexadecimal: each tensor's value, its (dtype name, shape), and the progress (JSON)."""
     if values.keys() != layout.keys():
         raise ValueError(f"values and layout name different tensors: {sorted(values.keys() ^ layout.keys())[:3]}")
     tensors = {name: [layout[name][0], list(layout[name][1]), f"{values[name] & _MASK:016x}"] for name in values}
@@ -108,9 +108,7 @@ def hash_words(words: Words, name: str, first_word: int, copy_to: Words | None =
     return _weigh(sums, name, first_word // BLOCK_WORDS)
 
 
-def runs_in_whole(
-    offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]
-) -> Iterator[tuple[int, int, int]]:
+def runs_in_whole(offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """The stretches of a piece that are consecutive in the whole too, as (start in piece, length, start in whole).
 
     Counted in elements, row-major. One stretch where the piece is a range of rows (as FSDP cuts), more for columns.
