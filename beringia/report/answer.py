@@ -17,6 +17,12 @@ def chip_name(history: History, label: str | None) -> str:
     return f"{chip.identity.sku} ({chip.identity.truth})"
 
 
+def labelled(history: History, label: str | None) -> str:
+    """`preferred (emulated)`: the recipe's label with its truth."""
+    chip = history.chip(label) if label else None
+    return f"{chip.label} ({chip.identity.truth})" if chip else (label or "no chip")
+
+
 def answer(history: History) -> str:
     """What a tired person wants to know, in one sentence."""
     if history.status == "empty":

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from markupsafe import Markup, escape
 
-from beringia.report.words import power_of_ten, significant
+from beringia.report.words import power_of_ten
 
 LETTER_WIDTH_PIXELS = 6.6
 """Mean advance of a letter at 12 px in the system fonts; used to see whether a label has room."""
@@ -178,7 +178,7 @@ class Chart:
             place = self.y(value)
             self.line(self.x.pixel_low, place, self.x.pixel_high, place, "grid")
             self.text(self.x.pixel_low - 7, place + 4, label, "tick", "end")
-        self.text(0, self.y.pixel_high - 12, name, "axis-name")
+        self.text(0, self.y.pixel_high - 22, name, "axis-name")
 
     def curve(self, points: Sequence[Point], style: str) -> None:
         """A line through values, thinned to the pixels there are; hover finds its points."""
@@ -244,8 +244,3 @@ def log_range(values: Iterable[float], *, include: float, decades: int = 6) -> t
     high = math.ceil(math.log10(max([include, *shares])) - 1e-9)
     ground = math.floor(math.log10(include)) - decades
     return 10.0 ** max(low, ground), 10.0 ** (high if 10.0**high > include else high + 1)
-
-
-def labelled(value: float, unit: str) -> str:
-    """A value with its unit, three digits."""
-    return f"{significant(value)} {unit}".strip()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 
 from markupsafe import Markup
 
-from beringia.records.events import CheckDone
+from beringia.records.events import Alarm, CheckDone
+from beringia.report.answer import labelled
 from beringia.report.charts import (
     Chart,
     Point,
@@ -27,10 +29,12 @@ from beringia.report.history import At, History, Step
 from beringia.report.timeline import Canvas, crossing_times, series_of, share_of_bound
 from beringia.report.words import percent, power_of_ten, significant
 
-PLOT_TOP_PIXELS = 34
+PLOT_TOP_PIXELS = 40
 PLOT_BOTTOM_PIXELS = 38
 SHAPES: tuple[Shape, ...] = ("circle", "square", "diamond", "triangle", "circle")
 """The mark of each colour, so that chips differ by more than colour."""
+MOST_DECADES = 4
+"""Checks that used less of their bound than this are drawn on the lowest line."""
 MOST_CHECK_MARKS = 1500
 """More checks than this are drawn as the span of each pixel column."""
 
@@ -51,7 +55,7 @@ def draw_loss(history: History, width: int) -> Markup:
             chart.mark(Point(step.seconds, high, words), "cross", "alarm")
     for at in history.evaluations:
         if at.event.loss is not None:
-            words = f"step {at.event.step}: held-out loss {significant(at.event.loss, 4)}, {at.chip}"
+            words = f"step {at.event.step}: held-out loss {significant(at.event.loss, 4)}, {labelled(history, at.chip)}"
             chart.mark(Point(at.seconds, at.event.loss, words), "ring", _series(history, at.chip), radius=5)
     _name_lines(chart, history)
     return chart.svg()
@@ -63,7 +67,8 @@ def _stretches(history: History) -> Iterator[tuple[str, list[Point]]]:
     for step in (*history.steps, None):
         if piece and (step is None or not _follows(piece[-1], step)):
             style = _series(history, piece[0].chip) + ("" if piece[0].kept else " thrown-away")
-            yield style, [_loss_point(one) for one in piece]
+            chip = labelled(history, piece[0].chip)
+            yield style, [_loss_point(one, chip) for one in piece]
             piece = []
         if step is not None and step.event.loss is not None:
             piece.append(step)
@@ -74,10 +79,10 @@ def _follows(earlier: Step, later: Step) -> bool:
     return same and later.event.loss is not None and later.event.step == earlier.event.step + 1
 
 
-def _loss_point(step: Step) -> Point:
+def _loss_point(step: Step, chip: str) -> Point:
     loss = step.event.loss if step.event.loss is not None else math.nan
     fate = "" if step.kept else ", thrown away"
-    return Point(step.seconds, loss, f"step {step.event.step}: loss {significant(loss, 4)}, {step.chip}{fate}")
+    return Point(step.seconds, loss, f"step {step.event.step}: loss {significant(loss, 4)}, {chip}{fate}")
 
 
 def _name_lines(chart: Chart, history: History) -> None:
@@ -87,7 +92,7 @@ def _name_lines(chart: Chart, history: History) -> None:
         first = next((step for step in history.steps if step.chip == chip.label), None)
         if first is None:
             continue
-        words = f"{chip.label} ({chip.identity.truth})"
+        words = labelled(history, chip.label)
         x = min(max(chart.x(first.seconds) + 8, free), chart.x.pixel_high - text_width(words) - 14)
         series = series_of(history, chip.label)
         chart.rectangle(x, chart.y.pixel_high + 6, x + 9, chart.y.pixel_high + 15, f"swatch series-{series}")
@@ -117,49 +122,73 @@ def draw_accuracy(history: History, width: int) -> Markup:
             f" ({percent(low_end)} to {percent(high_end)})" if low_end is not None else ""
         )
         shape = SHAPES[series - 1]
-        chart.mark(Point(at.seconds, event.accuracy or 0.0, f"{words}, {at.chip}"), shape, f"series-{series}")
+        chart.mark(
+            Point(at.seconds, event.accuracy or 0.0, f"{words}, {labelled(history, at.chip)}"),
+            shape,
+            f"series-{series}",
+        )
     return chart.svg()
+
+
+@dataclass(frozen=True, slots=True)
+class GuardCheck:
+    """One check as the chart shows it: how much of its bound it used."""
+
+    seconds: float
+    chip: str | None
+    share: float
+    words: str
+
+
+def guard_checks(history: History) -> list[GuardCheck]:
+    """Every check, and every alarm that no check event told of."""
+    told = {_site(at.event) for at in history.checks}
+    silent = [at for at in history.alarms if _site(at.event) not in told]
+    moments: list[At[CheckDone] | At[Alarm]] = [*history.checks, *silent]
+    return sorted((_guard_check(history, at) for at in moments), key=lambda check: check.seconds)
+
+
+def _site(event: CheckDone | Alarm) -> tuple[int, str, str, str]:
+    return event.step, event.detector, event.site, event.tensor
+
+
+def _guard_check(history: History, at: At[CheckDone] | At[Alarm]) -> GuardCheck:
+    event = at.event
+    share = share_of_bound(event.value, event.bound)
+    used = "nothing" if share == 0 else f"{significant(share)} ×"
+    where = f"step {event.step}, {event.detector} of {event.site} {event.tensor}"
+    return GuardCheck(at.seconds, at.chip, share, f"{where}: {used} of its bound, {labelled(history, at.chip)}")
 
 
 def draw_guard(history: History, width: int) -> Markup:
     """Each check as its share of the bound, logarithmic; beyond 1 is an alarm."""
-    shares = [(at, share_of_bound(at.event.value, at.event.bound)) for at in history.checks]
-    low, high = log_range([share for _, share in shares], include=1.0, decades=4)
+    checks = guard_checks(history)
+    low, high = log_range([check.share for check in checks], include=1.0, decades=MOST_DECADES)
     chart = _chart(history, width, 210, low, high, "Share of its bound that each check of the guard used", log=True)
     chart.vertical_axis(log_ticks(low, high), "value ÷ bound (log scale)")
-    _guides(chart, history)
     chart.rectangle(chart.x.pixel_low, chart.y.pixel_high, chart.x.pixel_high, chart.y(1.0), "beyond")
+    _guides(chart, history)
     chart.line(chart.x.pixel_low, chart.y(1.0), chart.x.pixel_high, chart.y(1.0), "reference")
+    for check in _thinned([check for check in checks if check.share <= 1], chart.x):
+        series = series_of(history, check.chip or "")
+        point = Point(check.seconds, check.share, check.words)
+        chart.mark(point, SHAPES[series - 1], f"series-{series} dot", radius=2.5)
+    for check in _thinned([check for check in checks if check.share > 1], chart.x):
+        chart.mark(Point(check.seconds, check.share, check.words), "triangle", "alarm", radius=5)
     chart.text(chart.x.pixel_high - 4, chart.y(1.0) - 5, "beyond its bound: alarm", "small halo", "end")
-    inside = [(at, share) for at, share in shares if share <= 1]
-    for at, share in _thinned(inside, chart.x):
-        series = series_of(history, at.chip or "")
-        chart.mark(
-            Point(at.seconds, share, check_words(at, share)), SHAPES[series - 1], f"series-{series} dot", radius=2.5
-        )
-    for at, share in shares:
-        if share > 1:
-            chart.mark(Point(at.seconds, share, check_words(at, share)), "triangle", "alarm", radius=5)
     return chart.svg()
 
 
-def _thinned(shares: list[tuple[At[CheckDone], float]], x: Scale) -> list[tuple[At[CheckDone], float]]:
+def _thinned(checks: list[GuardCheck], x: Scale) -> list[GuardCheck]:
     """All of them, or the largest and smallest of every third pixel column and chip when there are too many."""
-    if len(shares) <= MOST_CHECK_MARKS:
-        return shares
+    if len(checks) <= MOST_CHECK_MARKS:
+        return checks
     kept = []
-    for _, group in groupby(shares, key=lambda item: (int(x(item[0].seconds) / 3), item[0].chip)):
+    for _, group in groupby(checks, key=lambda check: (int(x(check.seconds) / 3), check.chip)):
         column = list(group)
-        low, high = min(column, key=lambda item: item[1]), max(column, key=lambda item: item[1])
+        low, high = min(column, key=lambda check: check.share), max(column, key=lambda check: check.share)
         kept += [low] if low is high else [low, high]
     return kept
-
-
-def check_words(at: At[CheckDone], share: float) -> str:
-    """One check in words, for hover and table."""
-    event = at.event
-    used = "nothing" if share == 0 else f"{significant(share)} ×"
-    return f"step {event.step}, {event.detector} of {event.site} {event.tensor}: {used} of its bound, {at.chip}"
 
 
 def _chart(
@@ -194,6 +223,6 @@ def _series(history: History, label: str | None) -> str:
 
 def lowest_power(history: History) -> str | None:
     """The floor of the guard's chart, if checks lie below it."""
-    shares = [share_of_bound(at.event.value, at.event.bound) for at in history.checks]
-    low, _ = log_range(shares, include=1.0, decades=4)
+    shares = [check.share for check in guard_checks(history)]
+    low, _ = log_range(shares, include=1.0, decades=MOST_DECADES)
     return power_of_ten(round(math.log10(low))) if any(share < low for share in shares) else None

@@ -19,8 +19,8 @@ from markupsafe import Markup
 from beringia.records.events import Crossing, Exported
 from beringia.records.files import write_text
 from beringia.records.run_directory import RunDirectory
-from beringia.report.answer import answer
-from beringia.report.curves import draw_accuracy, draw_guard, draw_loss, lowest_power
+from beringia.report.answer import answer, labelled
+from beringia.report.curves import draw_accuracy, draw_guard, draw_loss, guard_checks, lowest_power
 from beringia.report.history import At, History, read_history
 from beringia.report.summary import Summary, accuracy_words, summarise
 from beringia.report.tables import data_tables
@@ -160,7 +160,7 @@ def _figures(history: History) -> list[Figure]:
         figures.append(
             Figure("Accuracy", both_widths(lambda width: draw_accuracy(history, width)), _accuracy_caption(history))
         )
-    if history.checks:
+    if history.checks or history.alarms:
         figures.append(Figure("Guard", both_widths(lambda width: draw_guard(history, width)), _guard_caption(history)))
     return figures
 
@@ -199,11 +199,12 @@ def _accuracy_caption(history: History) -> str:
 
 
 def _guard_caption(history: History) -> str:
+    checks = guard_checks(history)
     spent = sum(step.event.guard_seconds for step in history.steps)
     total = sum(step.event.seconds for step in history.steps)
     words = (
-        f"What to see: triangles above the dashed line are alarms, {len(history.alarms)} of "
-        f"{count(len(history.checks), 'check')}; the rest kept its distance. "
+        f"What to see: how far below the dashed line the checks stay. Triangles went beyond their bound: "
+        f"{sum(check.share > 1 for check in checks)} of {count(len(checks), 'check')}. "
         f"The guard took {percent(spent / total if total else 0.0, 2)} of the step time."
     )
     floor = lowest_power(history)
@@ -217,8 +218,7 @@ def _decisions(history: History) -> list[dict[str, Any]]:
             "seconds": at.seconds,
             "action": at.event.action,
             "label": decision_label(at.event),
-            "chip": lane_of(history, at) or "",
-            "series": series_of(history, lane_of(history, at) or ""),
+            "chip": labelled(history, lane_of(history, at)),
             "lost": at.event.lost_steps,
             "reason": at.event.reason,
         }
@@ -232,6 +232,12 @@ def _continuity(history: History, at: At[Crossing]) -> dict[str, Any]:
     resume = next((one.event for one in reversed(history.resumes) if one.seconds <= at.seconds), None)
     return {
         "event": event,
+        "chips": [
+            (chip, series_of(history, label))
+            for label in (event.from_chip, event.to_chip)
+            if (chip := history.chip(label))
+        ],
+        "due": next((step.event.cursor for step in history.steps if step.kept and step.event.step == event.step), None),
         "equal": event.state_hash_before == event.state_hash_after,
         "canary": canary,
         "resume": resume,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from beringia.records.events import CheckDone
+from beringia.report.answer import labelled
 from beringia.report.history import At, History, Step
 from beringia.report.timeline import share_of_bound
 from beringia.report.words import duration, percent, short_hash, significant, size
@@ -52,7 +53,7 @@ def _alarms(history: History) -> PageTable:
     rows = [
         (
             f"{at.event.step:,}",
-            at.chip or "",
+            labelled(history, at.chip),
             at.event.detector,
             at.event.site,
             at.event.tensor,
@@ -73,7 +74,7 @@ def _faults(history: History) -> PageTable:
         (
             duration(at.seconds),
             "" if at.event.step is None else f"{at.event.step:,}",
-            at.chip or "",
+            labelled(history, at.chip),
             at.event.code,
             at.event.category,
             at.event.message,
@@ -90,7 +91,7 @@ def _checkpoints(history: History) -> PageTable:
     rows = [
         (
             f"{one.event.step:,}",
-            one.chip,
+            labelled(history, one.chip),
             one.state,
             "yes" if one.on_disk else "no longer",
             size(one.event.bytes),
@@ -116,7 +117,7 @@ def _evaluations(history: History) -> PageTable:
         rows.append(
             (
                 f"{event.step:,}",
-                at.chip or "",
+                labelled(history, at.chip),
                 significant(event.loss, 4),
                 f"{event.sequences:,}",
                 f"{100 * event.accuracy:.1f}" if event.accuracy is not None else "",
@@ -133,7 +134,7 @@ def _sites(history: History) -> PageTable:
     """The guard's checks gathered by what they looked at."""
     groups: dict[tuple[str, str, str, str], list[At[CheckDone]]] = {}
     for at in history.checks:
-        key = (at.chip or "", at.event.detector, at.event.site, at.event.tensor)
+        key = (labelled(history, at.chip), at.event.detector, at.event.site, at.event.tensor)
         groups.setdefault(key, []).append(at)
     rows = [_site_row(key, checks) for key, checks in sorted(groups.items())]
     columns = ("Chip", "Detector", "Site", "Tensor", "#Checks", "#Largest share of bound", "#At step", "#Time (s)")
@@ -161,14 +162,14 @@ def _steps(history: History) -> PageTable:
         "#Time (s)",
         "#Guard (s)",
     )
-    return PageTable("Steps", columns, [_step_row(step) for step in shown], note)
+    return PageTable("Steps", columns, [_step_row(history, step) for step in shown], note)
 
 
-def _step_row(step: Step) -> tuple[str, ...]:
+def _step_row(history: History, step: Step) -> tuple[str, ...]:
     event = step.event
     return (
         f"{event.step:,}",
-        step.chip,
+        labelled(history, step.chip),
         "yes" if step.kept else "thrown away",
         significant(event.loss, 4),
         significant(event.gradient_norm),

@@ -20,6 +20,7 @@ from beringia.report.history import At, Checkpoint, Chip, History, Segment
 from beringia.report.words import count, duration
 
 TITLE_PIXELS = 24
+NARROW_TITLE_PIXELS = 40
 DECISION_ROW_PIXELS = 22
 CHECKPOINT_PIXELS = 28
 BAR_PIXELS = 20
@@ -74,7 +75,13 @@ class Lane:
     chip: Chip
     series: int
     top: float
+    narrow: bool
     decisions: list[PlacedDecision] = field(default_factory=list)
+
+    @property
+    def title(self) -> float:
+        """Bottom of the title: one line, or two where it is narrow."""
+        return self.top + (NARROW_TITLE_PIXELS if self.narrow else TITLE_PIXELS)
 
     @property
     def rows(self) -> int:
@@ -82,7 +89,7 @@ class Lane:
 
     @property
     def checkpoints(self) -> float:
-        return self.top + TITLE_PIXELS + self.rows * DECISION_ROW_PIXELS
+        return self.title + self.rows * DECISION_ROW_PIXELS
 
     @property
     def bar(self) -> float:
@@ -137,7 +144,7 @@ def _lay_out(history: History, canvas: Canvas) -> list[Lane]:
     lanes: list[Lane] = []
     top = 6.0
     for chip in history.chips:
-        lane = Lane(chip, series_of(history, chip.label), top)
+        lane = Lane(chip, series_of(history, chip.label), top, canvas.narrow)
         lane.decisions = _place_decisions(history, chip.label, canvas)
         lanes.append(lane)
         top = lane.bottom + BETWEEN_LANES_PIXELS
@@ -215,12 +222,16 @@ def _target(history: History, at: At[Decision]) -> Checkpoint | None:
 
 
 def _draw_title(chart: Chart, lane: Lane) -> None:
-    # One text element, so that the badge follows the name whatever font the reader has.
-    identity = lane.chip.identity
-    x, y = chart.x.pixel_low, lane.top + 13
+    # One text element a line, so that the truth follows the name whatever font the reader has.
+    identity, label = lane.chip.identity, lane.chip.label
+    x, y = 0.0 if lane.narrow else chart.x.pixel_low, lane.top + 13
     chart.rectangle(x, y - 9, x + 10, y + 1, f"swatch series-{lane.series}")
-    words = Markup('<text x="{}" y="{}" class="lane-title halo">{} <tspan class="plain">{} · {}</tspan></text>')
-    chart.add(words.format(f"{x + 16:.1f}", f"{y:.1f}", lane.chip.label, identity.sku, identity.truth.upper()))
+    words = Markup('<text x="{}" y="{}" class="lane-title halo">{} <tspan class="plain">{}</tspan></text>')
+    truth = identity.truth.upper()
+    plain = f"· {truth}" if lane.narrow else f"{identity.sku} · {truth}"
+    chart.add(words.format(f"{x + 16:.1f}", f"{y:.1f}", label, plain))
+    if lane.narrow:
+        chart.text(x + 16, y + 16, identity.sku, "halo")
 
 
 def _draw_stages(chart: Chart, history: History, lane: Lane) -> None:
@@ -290,13 +301,13 @@ def _draw_checkpoints(chart: Chart, history: History, lane: Lane) -> None:
 def _draw_decisions(chart: Chart, lane: Lane) -> None:
     for decision in lane.decisions:
         x = chart.x(decision.at.seconds)
-        y = lane.top + TITLE_PIXELS + (lane.rows - 1 - decision.row) * DECISION_ROW_PIXELS + DECISION_ROW_PIXELS / 2
+        y = lane.title + (lane.rows - 1 - decision.row) * DECISION_ROW_PIXELS + DECISION_ROW_PIXELS / 2
         chart.line(x, y, x, lane.bar + BAR_PIXELS, "arrow")
         if decision.target is not None and decision.target.chip == lane.chip.label:
             _draw_arrow_back(chart, x, y, chart.x(decision.target.seconds), lane.bar - 24)
     for decision in lane.decisions:
         x = chart.x(decision.at.seconds)
-        y = lane.top + TITLE_PIXELS + (lane.rows - 1 - decision.row) * DECISION_ROW_PIXELS + DECISION_ROW_PIXELS / 2
+        y = lane.title + (lane.rows - 1 - decision.row) * DECISION_ROW_PIXELS + DECISION_ROW_PIXELS / 2
         _draw_number(chart, x, y, decision)
         if decision.label:
             chart.text(x + 12, y + 4, decision.label, "label halo")
