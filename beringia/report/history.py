@@ -260,14 +260,13 @@ def _place(events: list[AnyEvent]) -> tuple[list[At[AnyEvent]], tuple[Pause, ...
     moments: list[At[AnyEvent]] = []
     pauses: list[Pause] = []
     now, seconds = (events[0].time if events else 0.0), 0.0
-    epoch = events[0].epoch if events else 0
     chip: str | None = None
     for event in events:
         gap = max(0.0, event.time - now)
-        if event.epoch != epoch and gap > SHORTEST_PAUSE_SECONDS:
+        if isinstance(event, RunStarted) and gap > SHORTEST_PAUSE_SECONDS:
             pauses.append(Pause(seconds, gap))
             gap = 0.0
-        now, seconds, epoch = max(now, event.time), seconds + gap, event.epoch
+        now, seconds = max(now, event.time), seconds + gap
         if isinstance(event, ChipOpened):
             chip = event.chip or event.asked
         moments.append(At(seconds, event.chip or chip, event))
