@@ -5,7 +5,7 @@ Plain text; escaping is the template's business. A chip is never named without i
 
 from __future__ import annotations
 
-from beringia.report.history import History
+from beringia.report.history import History, same_state
 from beringia.report.words import count
 
 
@@ -47,7 +47,9 @@ def _travelled(history: History) -> str:
     parts = []
     for at in history.crossings:
         event = at.event
-        same = "exactly the same state" if event.state_hash_before == event.state_hash_after else "A DIFFERENT STATE"
+        same = {True: "exactly the same state", False: "A DIFFERENT STATE", None: "the initial state"}[
+            same_state(event)
+        ]
         parts.append(
             f"crossed from {chip_name(history, event.from_chip)} to {chip_name(history, event.to_chip)} "
             f"at step {event.step:,} with {same}"

@@ -47,6 +47,9 @@ from beringia.records.run_directory import RunDirectory
 SHORTEST_PAUSE_SECONDS = 2.0
 """A supervisor that starts again sooner than this did not leave a gap that anyone could see."""
 
+GOING_BACK = ("retry", "rollback", "exclude", "cross")
+"""Actions after which the run goes on from a checkpoint, or from the start where the decision names none."""
+
 Status = Literal["empty", "unfinished", "done", "given-up", "stopped"]
 E = TypeVar("E", bound=Event)
 F = TypeVar("F", bound=Event)
@@ -176,9 +179,28 @@ class History:
         """The last evaluation with a finite loss."""
         return next((at for at in reversed(self.evaluations) if at.event.loss is not None), None)
 
+    def canary_of(self, crossing: At[Crossing]) -> Canary | None:
+        """The canary of this crossing: the last one on the new chip before it, if it came after the decision."""
+        before = [at.seconds for at in self.decisions if at.event.action == "cross" and at.seconds <= crossing.seconds]
+        since = max(before, default=0.0)
+        mine = (at.event for at in reversed(self.canaries) if since <= at.seconds <= crossing.seconds)
+        return next((canary for canary in mine if canary.passed), None)
+
+    def resume_of(self, crossing: At[Crossing]) -> Resumed | None:
+        """How the new chip loaded the state that it went on from."""
+        earlier = (at.event for at in reversed(self.resumes) if at.seconds <= crossing.seconds)
+        return next((resume for resume in earlier if resume.step == crossing.event.step), None)
+
     def seconds_on(self, label: str) -> float:
         """Wall time on one chip, starting included."""
         return sum(segment.ended - segment.began for segment in self.segments if segment.chip == label)
+
+
+def same_state(crossing: Crossing) -> bool | None:
+    """Whether both chips held the same state; None where the old chip never got as far as holding one."""
+    if not crossing.state_hash_before:
+        return None
+    return crossing.state_hash_before == crossing.state_hash_after
 
 
 def read_history(run_directory: Path | str) -> History:
@@ -269,7 +291,9 @@ def _place(events: list[AnyEvent]) -> tuple[list[At[AnyEvent]], tuple[Pause, ...
         now, seconds = max(now, event.time), seconds + gap
         if isinstance(event, ChipOpened):
             chip = event.chip or event.asked
-        moments.append(At(seconds, event.chip or chip, event))
+        # A decision belongs to the chip it was made about, whatever chip it leads to.
+        label = chip or event.chip if isinstance(event, Decision) else event.chip or chip
+        moments.append(At(seconds, label, event))
     return moments, tuple(pauses)
 
 
@@ -313,8 +337,8 @@ def _steps(moments: list[At[AnyEvent]]) -> tuple[Step, ...]:
         elif isinstance(event, Resumed):
             behind = behind if resumed else min(behind, event.step + 1)
             resumed = True
-        elif isinstance(event, Decision) and event.to_step is not None:
-            behind = min(behind, event.to_step + 1)
+        elif isinstance(event, Decision) and event.action in GOING_BACK:
+            behind = min(behind, (event.to_step or 0) + 1)
     return tuple(reversed(steps))
 
 

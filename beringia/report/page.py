@@ -21,7 +21,7 @@ from beringia.records.files import write_text
 from beringia.records.run_directory import RunDirectory
 from beringia.report.answer import answer, labelled
 from beringia.report.curves import draw_accuracy, draw_guard, draw_loss, guard_checks, lowest_power
-from beringia.report.history import At, History, read_history
+from beringia.report.history import At, History, read_history, same_state
 from beringia.report.summary import Summary, accuracy_words, summarise
 from beringia.report.tables import data_tables
 from beringia.report.timeline import decision_label, draw_timeline, lane_of, series_of
@@ -115,7 +115,7 @@ def _lead(history: History) -> str:
     if history.status in ("given-up", "stopped"):
         return history.message
     crossed = [at.event.reason for at in history.decisions if at.event.action == "cross"]
-    return f"Why it crossed: {crossed[0]}." if crossed else ""
+    return f"Why it crossed: {crossed[0].rstrip('.')}." if crossed else ""
 
 
 def _facts(history: History, summary: Summary) -> list[Fact]:
@@ -228,8 +228,6 @@ def _decisions(history: History) -> list[dict[str, Any]]:
 
 def _continuity(history: History, at: At[Crossing]) -> dict[str, Any]:
     event = at.event
-    canary = next((one.event for one in reversed(history.canaries) if one.seconds <= at.seconds), None)
-    resume = next((one.event for one in reversed(history.resumes) if one.seconds <= at.seconds), None)
     return {
         "event": event,
         "chips": [
@@ -238,9 +236,9 @@ def _continuity(history: History, at: At[Crossing]) -> dict[str, Any]:
             if (chip := history.chip(label))
         ],
         "due": next((step.event.cursor for step in history.steps if step.kept and step.event.step == event.step), None),
-        "equal": event.state_hash_before == event.state_hash_after,
-        "canary": canary,
-        "resume": resume,
+        "equal": same_state(event),
+        "canary": history.canary_of(at),
+        "resume": history.resume_of(at),
         "inside": event.difference is not None and event.band is not None and event.difference <= event.band,
         "share": min(1.0, (event.difference or 0.0) / event.band) if event.band else 0.0,
     }

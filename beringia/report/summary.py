@@ -14,7 +14,7 @@ from rich.text import Text
 from beringia.records.record import Record
 from beringia.records.run_directory import RunDirectory
 from beringia.report.answer import answer
-from beringia.report.history import Chip, History
+from beringia.report.history import Chip, History, same_state
 from beringia.report.words import duration, percent, short_hash, significant
 
 TABLE_COLUMNS = 100
@@ -49,7 +49,8 @@ class CrossingSummary(Record):
     from_chip: str = Field(alias="from")
     to_chip: str = Field(alias="to")
     step: int
-    state_hashes_equal: bool
+    state_hashes_equal: bool | None
+    """None: the old chip never got as far as holding a state."""
     band: float | None
     difference: float | None
     seconds: float
@@ -157,7 +158,7 @@ def _crossings(history: History) -> tuple[CrossingSummary, ...]:
             from_chip=at.event.from_chip,
             to_chip=at.event.to_chip,
             step=at.event.step,
-            state_hashes_equal=at.event.state_hash_before == at.event.state_hash_after,
+            state_hashes_equal=same_state(at.event),
             band=at.event.band,
             difference=at.event.difference,
             seconds=at.event.seconds,
@@ -257,7 +258,7 @@ _HEADINGS = (
 
 
 def _crossing_line(crossing: CrossingSummary) -> str:
-    state = "state identical" if crossing.state_hashes_equal else "STATE DIFFERENT"
+    state = {True: "state identical", False: "STATE DIFFERENT", None: "from the start"}[crossing.state_hashes_equal]
     canary = ""
     if crossing.difference is not None and crossing.band is not None:
         canary = f", canary {significant(crossing.difference)} within {significant(crossing.band)}"

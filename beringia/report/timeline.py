@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from beringia.records.events import Decision
 from beringia.report.charts import Chart, Scale, Shape, mark, text_width, time_ticks, time_unit
-from beringia.report.history import At, Checkpoint, Chip, History, Segment
+from beringia.report.history import GOING_BACK, At, Checkpoint, Chip, History, Segment
 from beringia.report.words import count, duration
 
 TITLE_PIXELS = 24
@@ -205,12 +205,12 @@ class _Rows:
 
 def decision_label(decision: Decision) -> str:
     """`rollback to step 100`, for the picture."""
-    where = "" if decision.to_step is None else f" step {decision.to_step:,}"
+    where = " the start" if decision.to_step is None else f" step {decision.to_step:,}"
     if decision.action == "cross":
-        return f"cross to {decision.to_chip}" + (f" from{where}" if where else "")
-    if decision.action in ("retry", "exclude"):
-        return decision.action + (f" from{where}" if where else "")
-    return decision.action + (f" to{where}" if where else "")
+        return f"cross to {decision.to_chip} from{where}"
+    if decision.action not in GOING_BACK:
+        return decision.action
+    return f"{decision.action} {'to' if decision.action == 'rollback' else 'from'}{where}"
 
 
 def _target(history: History, at: At[Decision]) -> Checkpoint | None:
