@@ -1,0 +1,69 @@
+"""What one check found, and the events that say so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from beringia.records.events import Alarm, CheckDone
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A measured value beside the bound that it must not exceed."""
+
+    detector: str
+    site: str
+    """Module path (`layers.0`), or what else was looked at."""
+    tensor: str
+    value: float
+    bound: float
+    what: str
+    """What `value` is, to be read before the numbers: `relative error against the float64 replay`."""
+
+    @property
+    def alarming(self) -> bool:
+        """Whether the value is beyond the bound; a value that is not a number is."""
+        return not self.value <= self.bound
+
+    @property
+    def used(self) -> float:
+        """How much of the bound was used; 1 is the bound itself."""
+        if not math.isfinite(self.value):
+            return math.inf
+        return self.value / self.bound if self.bound > 0 else (math.inf if self.value > 0 else 0.0)
+
+    def check(self, step: int, seconds: float) -> CheckDone:
+        """The event of the check, whatever it found."""
+        return CheckDone(
+            step=step,
+            detector=self.detector,
+            site=self.site,
+            tensor=self.tensor,
+            value=_finite(self.value),
+            bound=self.bound,
+            seconds=seconds,
+        )
+
+    def alarm(self, step: int) -> Alarm:
+        """The event of a value beyond its bound."""
+        return Alarm(
+            step=step,
+            detector=self.detector,
+            site=self.site,
+            tensor=self.tensor,
+            value=_finite(self.value),
+            bound=self.bound,
+            message=f"{self.tensor} of {self.site} at step {step}: {self.what} is {self._figures()}",
+        )
+
+    def _figures(self) -> str:
+        if not math.isfinite(self.value):
+            return f"{self.value}; it must be finite and at most {self.bound:.3g}."
+        if self.bound == 0:
+            return f"{self.value:.3g}, it must be 0."
+        return f"{self.value:.3g}, {self.used:.3g} times its bound of {self.bound:.3g}."
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
