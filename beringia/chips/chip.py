@@ -32,6 +32,8 @@ class Capabilities:
     """Whether 64-bit integer products wrap around exactly on the device; else the state hash is taken on the host."""
     pinned_memory: bool
     streams: bool
+    fused_optimizer: bool = False
+    """Whether torch's fused AdamW runs on it."""
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ class Cpu(Chip):
             exact_int64=True,
             pinned_memory=False,
             streams=False,
+            fused_optimizer=True,
         )
 
     @property

@@ -92,7 +92,7 @@ def _open_real(name: str, index: int) -> Chip:
             chip: Chip = module.open_device(index)
             return chip
         absent += [presence.state for presence in found]
-    raise ChipUnavailable(f"{name!r} was asked for, but it is not here: {' '.join(absent)}")
+    raise ChipUnavailable(f"{name!r} was asked for, but it is not here: {'; '.join(absent)}.")
 
 
 def _open_emulated(profile: str, index: int, faults: str | None, seed: int, memory: Path | None) -> Chip:
