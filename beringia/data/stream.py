@@ -17,7 +17,11 @@ import numpy as np
 import torch
 
 from beringia.data.alphabet import PAD_TOKEN
-from beringia.data.counter import Booleans, Integers, chance, derive_key, random_words
+from beringia.data.counter import Booleans, Integers, Permutation, chance, derive_key, random_words
+from beringia.data.documents import DataKind
+from beringia.data.pack import Packed, pack
+from beringia.data.plan import Plan, plan_rows
+from beringia.data.shards import OpenShard, gather, open_shards
 from beringia.data.tasks import Split, Task, make_task
 from beringia.data.tokenizer import Tokenizer, load_tokenizer
 from beringia.errors import DataError
@@ -73,9 +77,26 @@ class Stream:
 
 def open_stream(data: DataSection, *, seed: int, directory: Path, split: Split, tokenizer: Tokenizer) -> Stream:
     """The stream a recipe asks for; folders are packed under `directory` first. Raises DataError."""
-    if data.task is None:
-        raise DataError("data: folders of text and chats are not readable yet; name a task.")
-    return _open_task(data, data.task, seed, split, tokenizer)
+    if data.task is not None:
+        return _open_task(data, data.task, seed, split, tokenizer)
+    kind: DataKind = "text" if data.text is not None else "chat"
+    folder = Path(data.text or data.chat or "")  # the recipe lets exactly one source through
+    packed = pack(folder, tokenizer, directory, kind=kind, held_out_fraction=data.held_out_fraction)
+    return open_packed(packed, data.sequence_length, seed=seed, split=split, pad=tokenizer.pad)
+
+
+def open_packed(packed: Packed, sequence_length: int, *, seed: int, split: Split, pad: int) -> Stream:
+    """The stream over packed data: every epoch is another permutation of the same rows. Raises DataError."""
+    shards = open_shards(packed.directory, packed.manifest, split)
+    plan, notes = plan_rows(shards, packed.manifest.settings.kind, sequence_length)
+    if plan.rows == 0:
+        raise DataError(
+            f"The {split} part of {packed.manifest.folder} holds nothing to learn within data.sequence_length = "
+            f"{sequence_length} tokens: raise it or add data."
+        )
+    rows = PackedRows(shards, plan, derive_key(seed, split), sequence_length, pad)
+    identity = _identity((packed.manifest.identity, sequence_length, seed, split))
+    return Stream(rows, None, identity, plan.rows, (*packed.notes, *notes))
 
 
 def _open_task(data: DataSection, name: str, seed: int, split: Split, tokenizer: Tokenizer) -> Stream:
@@ -86,7 +107,33 @@ def _open_task(data: DataSection, name: str, seed: int, split: Split, tokenizer:
         )
     rows = TaskRows(task, split, data.sequence_length, data.long_fraction)
     parts = (name, data.digits, str(data.long_fraction), str(data.held_out_fraction), data.sequence_length, seed, split)
-    return Stream(rows, task, hashlib.sha256(repr(parts).encode()).hexdigest())
+    return Stream(rows, task, _identity(parts))
+
+
+def _identity(parts: tuple[object, ...]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of packed shards, in an order that is a permutation of its own in every epoch."""
+
+    shards: list[OpenShard]
+    plan: Plan
+    key: int
+    sequence_length: int
+    pad: int
+
+    def rows(self, indices_B: Integers) -> tuple[Integers, Integers]:
+        """Tokens and labels, int64 (B, T) each."""
+        epochs_B, places_B = np.divmod(indices_B, self.plan.rows)
+        chosen_B = np.empty_like(places_B)
+        for epoch in np.unique(epochs_B):
+            here = epochs_B == epoch
+            chosen_B[here] = Permutation(self.plan.rows, derive_key(self.key, int(epoch)))(places_B[here])
+        tokens, learned = gather(self.shards, self.plan.spans(chosen_B), self.sequence_length + 1, self.pad)
+        labels_BT = np.where(learned[:, 1:], tokens[:, 1:], NO_LOSS)
+        return np.ascontiguousarray(tokens[:, :-1]), labels_BT
 
 
 @dataclass(frozen=True)

@@ -199,28 +199,24 @@ def _read(directory: Path) -> Tokenizer:
             f"There is no tokenizer.json in {directory}: give a Hugging Face directory that has one, or a kind "
             f"({', '.join(KINDS)})."
         )
-    try:
-        backend = Backend.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception
-        raise DataError(f"{path} is not a tokenizer that the tokenizers library reads: {error}.") from None
+    _json_object(path)  # the library itself raises plain Exception, which nobody should have to catch
+    backend = Backend.from_str(path.read_text(encoding="utf-8"))
     backend.no_truncation()
     backend.no_padding()
-    configuration = _configuration(directory)
+    configuration_path = directory / "tokenizer_config.json"
+    configuration = _json_object(configuration_path) if configuration_path.is_file() else {}
     specials = {role: name for role in _SPECIAL_ROLES if (name := _name(configuration.get(role))) is not None}
     return Tokenizer(str(directory), backend, specials, _template(directory, configuration))
 
 
-def _configuration(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        configuration = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(configuration, dict):
+    if not isinstance(content, dict):
         raise DataError(f"{path} holds no JSON object.")
-    return configuration
+    return content
 
 
 def _name(entry: object) -> str | None:

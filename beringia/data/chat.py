@@ -1,0 +1,109 @@
+"""Chats as tokens: the tokenizer's own template applied, and which tokens the assistant said.
+
+The tokens agree with transformers' `apply_chat_template` one by one (tested). A template is code from elsewhere: it
+runs in Jinja's immutable sandbox and sees plain data only. `strftime_now` is left undefined on purpose: with a date in
+the prompt, tomorrow's data would be other data; templates that use it carry a fixed date for this case.
+
+A message is what the JSON line holds: `role`, `content`, and whatever else the template reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from beringia.data.tokenizer import Tokenizer
+from beringia.errors import DataError
+
+Message = dict[str, Any]
+
+
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    """The chat as one text. Raises DataError where there is no template, or it refuses these messages."""
+    if tokenizer.chat_template is None:
+        raise DataError(f"The tokenizer of {tokenizer.source} has no chat template: add one as chat_template.jinja.")
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    try:
+        text: str = _compile(tokenizer.chat_template).render(
+            messages=present,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.specials,
+        )
+    except jinja2.TemplateError as error:
+        raise DataError(f"The chat template of {tokenizer.source} refuses this chat: {error}.") from None
+    return text
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """Tokens of a chat, and which of them the assistant said (its end mark included, white space after it not)."""
+    text = render_chat(tokenizer, messages)
+    spans = assistant_spans(tokenizer, messages, text)
+    tokens, offsets = tokenizer.encode_with_offsets(text)
+    said = [any(start <= first and last <= end for start, end in spans) for first, last in offsets]
+    return tokens, said
+
+
+def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+    """Characters (start, end) of `text` that are the assistant's turns.
+
+    A turn is what the template adds to the generation prompt when the message is there. Raises DataError for a template
+    that rewrites earlier turns, for then no prefix of the text is what the model will see when it must answer.
+    """
+    spans = []
+    for number, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = render_chat(tokenizer, messages[:number], add_generation_prompt=True) if number else ""
+        after = render_chat(tokenizer, messages[: number + 1])
+        if not (text.startswith(after) and after.startswith(before)):
+            raise DataError(
+                f"The chat template of {tokenizer.source} rewrites earlier turns, so turn {number + 1} cannot be told "
+                "from its prompt: split such chats so that each ends with its only assistant turn."
+            )
+        spans.append((len(before), len(after.rstrip())))
+    return spans
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what the assistant says in some templates; it renders as what it encloses."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(template)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML characters, which a model should not learn.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
