@@ -24,7 +24,9 @@ def reporting_full_disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL_DISK:
-            raise StorageFull(f"The disk is full: could not write {path}. Free some space and run the same again.") from error
+            raise StorageFull(
+                f"The disk is full: could not write {path}. Free some space and run the same again."
+            ) from error
         raise
 
 

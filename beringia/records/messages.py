@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter
 
 from beringia.records.events import EVENTS_SCHEMA
 from beringia.records.manifest import MANIFEST_SCHEMA
+from beringia.records.recipe import Recipe
 from beringia.records.record import Record
 
 MESSAGES_SCHEMA = 1
@@ -27,6 +28,8 @@ class Order(Record):
     """The run directory as the worker sees it."""
     chip: str
     """Label in the recipe."""
+    recipe: Recipe
+    """All of it: the worker may see another file system."""
     epoch: int
     resume_step: int | None
     """Checkpoint to go on from; null starts from the seeded initial state."""

@@ -166,7 +166,9 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     try:
         document = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise RecipeError(f"There is no recipe at {path}. Give the path of a TOML file, e.g. recipes/r2-nano.toml.") from None
+        raise RecipeError(
+            f"There is no recipe at {path}. Give the path of a TOML file, e.g. recipes/r2-nano.toml."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}.") from None
     for key, value in (overrides or {}).items():

@@ -113,7 +113,9 @@ def decide(history: Sequence[AnyEvent], recipe: Recipe) -> Decision | None:
     if isinstance(trouble, Canary):
         return _cross(situation, recipe, f"the canary on {situation.chip} lies beyond its band: {trouble.message}")
     if isinstance(trouble, CheckpointRejected):
-        return _go_back(situation, "retry", f"checkpoint {trouble.step} cannot be used: {trouble.message}", situation.newest)
+        return _go_back(
+            situation, "retry", f"checkpoint {trouble.step} cannot be used: {trouble.message}", situation.newest
+        )
     reason = "the supervisor was restarted" if situation.restarted else "the worker ended before its work"
     return _go_back(situation, "retry", reason, situation.newest)
 

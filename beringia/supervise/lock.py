@@ -12,9 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from beringia.checkpoint.epoch import advance_epoch
 from beringia.errors import RunError
-from beringia.records.epoch import holding_epoch, read_epoch
-from beringia.records.files import write_text
 from beringia.records.run_directory import RunDirectory
 
 
@@ -32,15 +31,15 @@ class RunLock:
 
     def advance(self) -> int:
         """Begin the next epoch: whatever an earlier worker still tries to publish is refused from now on."""
-        with holding_epoch(self._run.epoch):
-            self.epoch = read_epoch(self._run.epoch) + 1
-            write_text(self._run.epoch, f"{self.epoch}\n")
+        self.epoch = advance_epoch(self._run.epoch)
         return self.epoch
 
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
 

@@ -24,7 +24,9 @@ def prepare_run(recipe: Recipe, recipe_text: str, run: RunDirectory) -> None:
             )
         return
     if run.events.exists():
-        raise RunError(f"{run.root} has events but no recipe: it is not a run directory of ours. Choose another with --out.")
+        raise RunError(
+            f"{run.root} has events but no recipe: it is not a run directory of ours. Choose another with --out."
+        )
     write_text(run.recipe, recipe_text)
     write_bytes(run.resolved_recipe, canonical_json({"hash": recipe.hash, "recipe": recipe.model_dump(mode="json")}))
 

@@ -35,7 +35,7 @@ from beringia.supervise.crossing import CrossingInProgress
 from beringia.supervise.decide import Situation, decide, read_situation
 from beringia.supervise.event_log import EventLog
 from beringia.supervise.lock import RunLock
-from beringia.supervise.remote_root import RemoteRoot
+from beringia.supervise.remote_root import open_root
 from beringia.supervise.run_files import discard_abandoned, prepare_run
 from beringia.supervise.worker_process import WorkerProcess, check_hello, check_launcher
 
@@ -157,8 +157,8 @@ class _WorkerWatch:
         self._label = situation.chip
         self._chip: ChipSection = self._recipe.chips[self._label]
         self._epoch = epoch
-        self._remote = RemoteRoot.of(self._label, self._chip, self._run)
-        self._order = _order(self._recipe, situation, self._log.history, self._remote.root, epoch)
+        self._root = open_root(self._label, self._chip, self._run)
+        self._order = _order(self._recipe, situation, self._log.history, self._root.root, epoch)
         self._crossing = CrossingInProgress.of(self._log.history, situation, decided_at)
         self._progress_at = time.monotonic()
         self._stepping = False
@@ -167,7 +167,9 @@ class _WorkerWatch:
         self._ended: Ended | None = None
 
     def follow(self) -> RunFinished | None:
-        worker = WorkerProcess(self._label, self._chip, self._order, self._run.logs / f"{self._label}-{self._epoch}.log")
+        worker = WorkerProcess(
+            self._label, self._chip, self._order, self._run.logs / f"{self._label}-{self._epoch}.log"
+        )
         try:
             for message in worker.messages():
                 if message is not None:
@@ -199,10 +201,8 @@ class _WorkerWatch:
     def _record(self, event: AnyEvent, worker: WorkerProcess) -> None:
         stamped = self._log.append(event, epoch=self._epoch, chip=self._label)
         match stamped:
-            case CheckpointWritten():
-                self._remote.fetch_checkpoint(stamped.directory)
-            case CheckpointTrusted():
-                self._remote.fetch_trust_mark(stamped.step)
+            case CheckpointWritten() | CheckpointTrusted():
+                self._root.fetch_checkpoint(stamped.step)
             case StepDone():
                 self._stepping = True
                 if self._crossing is not None:
@@ -211,7 +211,7 @@ class _WorkerWatch:
             case _:
                 pass
         if stamped.kind == "chip":
-            self._remote.send_state(self._order)
+            self._root.send_state(self._order)
             worker.send(Go())
         if self._crossing is not None:
             self._crossing.note(stamped)
@@ -239,7 +239,9 @@ class _WorkerWatch:
         if ended is not None and ended.why == "done":
             return self._finish("done", step, "all steps done")
         if self._told_to_stop is not None:
-            return self._finish("stopped", step, f"stopped by signal {self._stop.signal}; the same command goes on from here")
+            return self._finish(
+                "stopped", step, f"stopped by signal {self._stop.signal}; the same command goes on from here"
+            )
         if not self._trouble:
             self._append(_unexplained_end(self._label, ended, status, worker, self._stepping))
         return None
@@ -261,7 +263,9 @@ def _unexplained_end(label: str, ended: Ended | None, status: int, worker: Worke
     if status == _COMMAND_NOT_FOUND or (not worker.shook_hands and status > 0):
         message = f"the worker of chips.{label} did not start ({how}): {log or 'it said nothing'}"
         return Fault(step=None, code="HandshakeError", category="ours", message=message)
-    return Fault(step=None, code="exit", category="transient", message=f"the worker was lost ({how}): {log or 'no last words'}")
+    return Fault(
+        step=None, code="exit", category="transient", message=f"the worker was lost ({how}): {log or 'no last words'}"
+    )
 
 
 def _error_of(fault: Fault) -> BeringiaError:
@@ -278,6 +282,7 @@ def _order(recipe: Recipe, situation: Situation, history: Sequence[AnyEvent], ro
     return Order(
         root=root,
         chip=situation.chip,
+        recipe=recipe,
         epoch=epoch,
         resume_step=target,
         canary_from=situation.canary_from if canary else None,

@@ -1,0 +1,5 @@
+"""`python -m beringia` is `beringia`."""
+
+from beringia.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The whole story from one recipe: train under supervision, export, compare, report."""

@@ -1,0 +1,59 @@
+"""A campaign, start to finish: every stage hands files in the run directory to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from beringia.campaign.export import compare_with_transformers, export
+from beringia.errors import Refusal
+from beringia.records.events import AnyEvent, Exported, RunFinished
+from beringia.records.recipe import Recipe
+from beringia.records.run_directory import RunDirectory
+from beringia.report.history import read_history
+from beringia.report.page import write_report
+from beringia.report.summary import Summary, summarise
+from beringia.supervise.event_log import EventLog
+from beringia.supervise.lock import RunLock
+from beringia.supervise.supervisor import supervise
+
+
+def run_campaign(
+    recipe: Recipe, recipe_text: str, run: RunDirectory, *, on_event: Callable[[AnyEvent], None] | None = None
+) -> Summary:
+    """Train with crossings as needed, export, compare, report. Going on after an interruption is the same call.
+
+    Raises Refusal when the run was given up or the export is not the model that was trained; the page is written first.
+    """
+    try:
+        finished = supervise(recipe, recipe_text, run, on_event=on_event)
+        if finished.status == "done":
+            _hand_on(run, finished, on_event)
+    finally:
+        if run.events.exists():
+            write_report(run.root)
+    return summarise(read_history(run.root))
+
+
+def _hand_on(run: RunDirectory, finished: RunFinished, on_event: Callable[[AnyEvent], None] | None) -> None:
+    with RunLock(run) as lock:
+        log = EventLog(run, on_event)
+        if any(isinstance(event, Exported) for event in log.history):
+            log.close()
+            return
+        step = export(run, run.export)
+        comparison = compare_with_transformers(run, run.export)
+        log.append(
+            Exported(
+                step=step,
+                directory=str(run.export.relative_to(run.root)),
+                largest_difference=comparison.largest_difference,
+                bound=comparison.bound,
+            ),
+            epoch=lock.epoch,
+        )
+        log.close()
+    if not comparison.same:
+        raise Refusal(
+            f"transformers computes other logits from {run.export} than Beringia: they differ by "
+            f"{comparison.largest_difference:.3g}, where rounding explains {comparison.bound:.3g}."
+        )

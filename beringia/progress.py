@@ -1,0 +1,92 @@
+"""Progress of a run on standard error: a bar with rate and time left, and a line for each fact that matters.
+
+Drawn only on a terminal; elsewhere the lines alone, so that a log stays readable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from beringia.records.events import (
+    Alarm,
+    AnyEvent,
+    Canary,
+    CheckpointRejected,
+    ChipOpened,
+    Crossing,
+    Decision,
+    Evaluated,
+    Exported,
+    Fallback,
+    Fault,
+    RunFinished,
+    StepDone,
+)
+from beringia.records.recipe import Recipe
+
+
+@contextmanager
+def showing_progress(recipe: Recipe) -> Iterator[Callable[[AnyEvent], None]]:
+    """A function to call with every event while the context lasts."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(recipe.name, total=recipe.train.steps, rate="")
+
+        def show(event: AnyEvent) -> None:
+            if isinstance(event, StepDone):
+                loss = "-" if event.loss is None else f"{event.loss:.3f}"
+                progress.update(
+                    task,
+                    completed=event.step,
+                    description=f"{event.chip} loss {loss}",
+                    rate=f"{1 / max(event.seconds, 1e-9):.1f} steps/s",
+                )
+            line = describe(event)
+            if line is not None:
+                progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+        yield show
+
+
+def describe(event: AnyEvent) -> str | None:
+    """One line for an event that a person should see, None for the others."""
+    match event:
+        case ChipOpened():
+            return f"{event.chip}: {event.used}, {event.identity.truth}, {event.compute_dtype} ({event.identity_hash[:12]})"
+        case Decision():
+            where = "" if event.to_step is None else f" from step {event.to_step}"
+            return f"{event.action}{where}: {event.reason}"
+        case Alarm():
+            return f"alarm at step {event.step}: {event.message}"
+        case Fault():
+            return f"fault ({event.category}): {event.code}: {event.message.splitlines()[0] if event.message else ''}"
+        case Canary():
+            return f"canary over steps {event.from_step} to {event.to_step}: {event.message}"
+        case Crossing():
+            same = "equal" if event.state_hash_before == event.state_hash_after else "DIFFERENT"
+            return f"crossed from {event.from_chip} to {event.to_chip} at step {event.step}: state hashes {same}"
+        case Evaluated():
+            accuracy = "" if event.accuracy is None else f", accuracy {event.accuracy:.3f}"
+            loss = "-" if event.loss is None else f"{event.loss:.4f}"
+            return f"step {event.step}: held-out loss {loss}{accuracy}"
+        case Fallback():
+            return f"{event.what}: {event.used} instead of {event.asked}: {event.reason}"
+        case CheckpointRejected():
+            return f"checkpoint {event.step} cannot be used: {event.message}"
+        case Exported():
+            return f"exported step {event.step} to {event.directory}"
+        case RunFinished():
+            return f"{event.status} at step {event.step}: {event.message}"
+        case _:
+            return None

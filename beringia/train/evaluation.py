@@ -1,0 +1,69 @@
+"""Held-out loss, and accuracy of sampled answers where the task has a checker.
+
+Every rank does the same evaluation on the same data: it takes part in collectives then, and all ranks agree without one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from beringia.chips.chip import Chip
+from beringia.data import Stream, Task
+from beringia.model import Decoder, sample
+
+_Z_95 = 1.959964
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers with its Wilson 95 % interval, and what guessing would give."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
+    chance: float
+
+
+@torch.no_grad()
+def held_out_loss(module: nn.Module, stream: Stream, sequences: int, chip: Chip, beat: Callable[[], None]) -> float:
+    """Mean cross-entropy per target token in nats over the first `sequences` samples of a held-out stream."""
+    total, targets = 0.0, 0
+    module.eval()
+    for start in range(0, sequences, _BATCH):
+        batch = stream.samples(start, min(_BATCH, sequences - start))
+        losses = module(batch.tokens_BT.to(chip.device), batch.labels_BT.to(chip.device), mtp=False)
+        total += float(losses.main_sum)
+        targets += int(losses.target_count)
+        beat()
+    module.train()
+    return total / targets if targets else math.nan
+
+
+@torch.no_grad()
+def sampled_accuracy(
+    decoder: Decoder, task: Task, questions: int, *, seed: int, end_token: int, max_new_tokens: int, chip: Chip
+) -> Accuracy:
+    """Sample one answer to each of the first held-out questions at temperature 1 and check it."""
+    prompts_BT = task.questions(0, questions, "held-out")
+    generator = torch.Generator().manual_seed(seed)
+    decoder.eval()
+    answers_BT = sample(decoder, prompts_BT.to(chip.device), max_new_tokens, end_token, 1.0, generator).cpu()
+    decoder.train()
+    right = sum(task.check(prompt, answer) for prompt, answer in zip(prompts_BT, answers_BT, strict=True))
+    low, high = wilson_interval(right, questions)
+    return Accuracy(right / questions, low, high, questions, task.chance)
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): honest also near 0 and 1, where the normal one leaves [0, 1]."""
+    share, square = right / count, _Z_95**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,434 @@
+"""One order carried out: the state loaded and checked, the canary where one is due, then steps until something ends them.
+
+Between the supervisor's order and the trainer's loop: makes model, data, trainer and checkpoint store from the order,
+reports every fact as an event, writes and trusts checkpoints, evaluates. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from beringia.checkpoint.store import CheckpointStore, PendingSave
+from beringia.chips.chip import Chip
+from beringia.data import Stream, Tokenizer, check_vocabulary, choose_tokenizer, open_stream
+from beringia.errors import CheckpointDamaged, RunError
+from beringia.model import Decoder, load_model
+from beringia.records.events import (
+    Alarm,
+    CheckpointTrusted,
+    CheckpointWritten,
+    ChipOpened,
+    Evaluated,
+    Fallback,
+    Resumed,
+    StepDone,
+)
+from beringia.records.manifest import CheckpointManifest, TrustMark
+from beringia.records.messages import Order
+from beringia.records.run_directory import RunDirectory
+from beringia.train import evaluation, sharding
+from beringia.train.canary import run_canary
+from beringia.train.channel import Channel
+from beringia.train.compute import choose_compute_dtype, reason_not_to_compile
+from beringia.train.guard import Guard
+from beringia.train.ranks import Ranks
+from beringia.train.state import adopt_progress, check_progress, live_tensors, progress_of
+from beringia.train.trainer import Trainer, finite
+
+End = Literal["done", "stopped", "alarm", "refused"]
+
+_CLOSING_STEPS = 50
+"""More than the guard needs to visit every site when all are demanded; a bound, so that the end always comes."""
+
+_POLL_SECONDS = 0.02
+_ANSWER_TOKENS = 8
+"""Room for the marks around an answer, beyond the tokens of the longest chain of thought."""
+
+
+class UnusableCheckpoint(Exception):
+    """A checkpoint that the order names cannot be loaded here. Carries what the `rejected` event says."""
+
+    def __init__(self, step: int, file: str | None, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.file = file
+
+
+class CanaryRefused(Exception):
+    """The replay on this chip left its band: the crossing must not happen. The `canary` event has the figures."""
+
+
+class Session:
+    """One worker's work. `open()`, then `train()`."""
+
+    def __init__(self, order: Order, chip: Chip, ranks: Ranks, channel: Channel) -> None:
+        self.order = order
+        self.recipe = order.recipe
+        self.chip = chip
+        self.ranks = ranks
+        self.channel = channel
+        self.run = RunDirectory(Path(order.root))
+        self.compute_dtype = choose_compute_dtype(self.recipe.train.compute, chip)
+        self._trainer: Trainer | None = None
+        self._saving: PendingSave | None = None
+        self._saving_step = 0
+        self._pending: dict[int, str] = {}
+
+    @property
+    def step(self) -> int | None:
+        """Steps done, or None before the state is there."""
+        return self._trainer.step if self._trainer is not None else None
+
+    # Opening
+
+    def open(self) -> None:
+        """Shake hands, make everything, load the state and check it, replay the canary where one is due."""
+        self._introduce()
+        self._wait_for_go()
+        tokenizer = choose_tokenizer(self.recipe.data, self.recipe.model)
+        self.stream, self.held_out = (self._open_stream(split, tokenizer) for split in ("train", "held-out"))
+        self.tokenizer = tokenizer
+        self._trainer = self._make_trainer(tokenizer)
+        self.store = self._open_store()
+        if self.order.canary_from is not None:
+            self._replay_canary()
+        self.resume(self.order.resume_step)
+        self._initial.clear()
+        self._arm_guard()
+        self._compile()
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer, once it is there."""
+        assert self._trainer is not None
+        return self._trainer
+
+    def resume(self, step: int | None) -> Resumed:
+        """Load a checkpoint (None: the initial state) into the live tensors, and hold their hash against the manifest's."""
+        started = time.perf_counter()
+        manifest = self.place(step)
+        expected = manifest.state_hash if manifest is not None else None
+        load_seconds = time.perf_counter() - started
+        progress = self._progress()
+        found = self.store.state_hash(self.tensors(), progress)
+        resumed = Resumed(
+            step=self.trainer.step,
+            cursor=self.trainer.cursor,
+            state_hash_expected=expected or found,
+            state_hash=found,
+            load_seconds=load_seconds,
+            first_sample=progress["next_samples"],
+        )
+        if self.ranks.first:
+            self.channel.event(resumed)
+        if expected is not None and found != expected:
+            raise UnusableCheckpoint(
+                self.trainer.step, None, f"the live tensors hash to {found}, the manifest says {expected}"
+            )
+        return resumed
+
+    def _introduce(self) -> None:
+        used = self.chip.name
+        section = self.recipe.chips[self.order.chip]
+        if not self.ranks.first:
+            return
+        self.channel.event(
+            ChipOpened(
+                asked=section.use,
+                used=used,
+                identity=self.chip.identity,
+                identity_hash=self.chip.identity.hash,
+                ranks=self.ranks.count,
+                compute_dtype=str(self.compute_dtype).removeprefix("torch."),
+                sharding="none" if self.ranks.count == 1 else self.chip.capabilities.sharding,
+            )
+        )
+        if used != section.use:
+            self._fall_back("chip", section.use, used, "the first present of cuda, npu, cpu")
+
+    def _wait_for_go(self) -> None:
+        # One of the ranks reads the line that all of them wait for.
+        while not self._agree(self.channel.go.is_set()):
+            time.sleep(_POLL_SECONDS)
+
+    def _agree(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.ranks.count == 1:
+            return flag
+        return bool(sharding.sum_over_ranks(torch.tensor([int(flag)], device=self.chip.device)).item())
+
+    def _open_stream(self, split: Literal["train", "held-out"], tokenizer: Tokenizer) -> Stream:
+        if not self.ranks.first:
+            dist.barrier()  # the first rank packs folders, the others read what it packed
+        stream = open_stream(
+            self.recipe.data, seed=self.recipe.seed, directory=self.run.data, split=split, tokenizer=tokenizer
+        )
+        if self.ranks.first and self.ranks.count > 1:
+            dist.barrier()
+        if self.ranks.first and split == "train":
+            for note in stream.notes:
+                self._fall_back("data", self.recipe.data.text or self.recipe.data.chat or "", "a part of it", note)
+        return stream
+
+    def _make_trainer(self, tokenizer: Tokenizer) -> Trainer:
+        model = self.recipe.model
+        size = tokenizer.vocabulary_size if model.preset is not None else None
+        decoder = load_model(model.path or model.preset or "", seed=self.recipe.seed, vocabulary_size=size)
+        check_vocabulary(tokenizer, decoder.config.vocab_size)
+        decoder.set_compute_dtype(self.compute_dtype)
+        self._initial = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+        decoder.to(self.chip.device)
+        decoder.train()
+        return Trainer(self.recipe, self.chip, self.ranks, decoder, self.stream)
+
+    def _open_store(self) -> CheckpointStore:
+        store = CheckpointStore(
+            self.run.checkpoints,
+            epoch=self.order.epoch,
+            epoch_file=self.run.epoch,
+            keep=self.recipe.train.keep,
+            recipe_hash=self.recipe.hash,
+            chip_identity=self.chip.identity.hash,
+            process_group=dist.group.WORLD if self.ranks.count > 1 else None,
+            chip=self.chip,
+        )
+        store.prepare(self.tensors())
+        why_not_compiled = store.hash_kernel.reason
+        if why_not_compiled and self.ranks.first:
+            self._fall_back("state hash", "compiled", "numpy", why_not_compiled)
+        return store
+
+    def _arm_guard(self) -> None:
+        share = self.recipe.guard.share
+        if share == 0:
+            if self.ranks.first:
+                self._fall_back("guard", "on", "off", "guard.share is 0: no checkpoint of this run becomes trusted")
+            return
+        trainer = self.trainer
+        trainer.guard = Guard(
+            trainer.decoder,
+            trainer.optimizer,
+            self.chip,
+            self.ranks,
+            share=share,
+            seed=self.recipe.seed,
+            sharding=trainer.sharding,
+            mtp=trainer.decoder.mtp is not None and self.recipe.train.mtp_weight > 0,
+        )
+
+    def _compile(self) -> None:
+        if not self.recipe.train.compile:
+            return
+        reason = reason_not_to_compile(self.chip)
+        if reason is None:
+            self.trainer.compile()
+        elif self.ranks.first:
+            self._fall_back("torch.compile", "compiled", "eager", reason)
+
+    # State
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every live tensor of the state, by name."""
+        return live_tensors(self.trainer.decoder, self.trainer.optimizer)
+
+    def _progress(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return progress_of(
+            step=trainer.step,
+            cursor=trainer.cursor,
+            seed=self.recipe.seed,
+            stream=self.stream,
+            batch=self.recipe.train.batch,
+        )
+
+    def _load(self, step: int) -> CheckpointManifest:
+        trainer = self.trainer
+        try:
+            manifest = self.store.manifest(step)
+            progress = self.store.load(step, self.tensors())
+            place = str(self.store.directory.path(step))
+            check_progress(
+                progress, seed=self.recipe.seed, stream=self.stream, batch=self.recipe.train.batch, place=place
+            )
+        except CheckpointDamaged as damage:
+            raise UnusableCheckpoint(step, damage.path, str(damage)) from damage
+        except RunError as mismatch:
+            raise UnusableCheckpoint(step, None, str(mismatch)) from mismatch
+        adopt_progress(progress, trainer.optimizer)
+        trainer.step, trainer.cursor = progress["step"], progress["cursor"]
+        return manifest
+
+    def _start_over(self) -> None:
+        """The seeded initial state in the live tensors."""
+        trainer = self.trainer
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if name in self._initial:
+                    sharding.copy_whole(self._initial[name], tensor)
+                else:
+                    tensor.zero_()
+        adopt_progress({"step": 0}, trainer.optimizer)
+        trainer.step = trainer.cursor = 0
+
+    def place(self, step: int | None) -> CheckpointManifest | None:
+        """Put the state of a checkpoint (None: the initial state) into the live tensors; returns its manifest."""
+        if step is None:
+            self._start_over()
+            return None
+        return self._load(step)
+
+    def _replay_canary(self) -> None:
+        assert self.order.resume_step is not None and self.order.canary_from is not None
+        canary = run_canary(self, self.order.canary_from or None, self.order.resume_step)
+        if self.ranks.first:
+            self.channel.event(canary)
+        if not canary.passed:
+            raise CanaryRefused(canary.message)
+
+    # Training
+
+    def train(self) -> End:
+        """Steps until the last one, a request to stop, or an alarm."""
+        trainer = self.trainer
+        while trainer.step < self.recipe.train.steps:
+            if self._agree(self.channel.stop_requested.is_set()):
+                self._save()
+                self._finish_save()
+                return "stopped"
+            self._report(trainer)
+            if self._alarmed():
+                return "alarm"
+            self._trust()
+            self._collect_save()
+            self._on_schedule()
+        return self._close_run()
+
+    def _report(self, trainer: Trainer) -> None:
+        result = trainer.train_step()
+        self.channel.beat()
+        if self.ranks.first:
+            self.channel.event(
+                StepDone(
+                    step=result.step,
+                    loss=finite(result.loss),
+                    mtp_loss=finite(result.mtp_loss),
+                    gradient_norm=finite(result.gradient_norm),
+                    learning_rate=result.learning_rate,
+                    tokens=result.tokens,
+                    seconds=result.seconds,
+                    cursor=trainer.cursor,
+                    guard_seconds=result.guard_seconds,
+                )
+            )
+
+    def _alarmed(self) -> bool:
+        guard = self.trainer.guard
+        events = guard.take_events() if guard is not None else []
+        for event in events:
+            self.channel.event(event)
+        return any(isinstance(event, Alarm) for event in events)
+
+    def _on_schedule(self) -> None:
+        train, step = self.recipe.train, self.trainer.step
+        if step % train.checkpoint_every == 0 or step == train.steps:
+            self._save()
+        if step % train.evaluate_every == 0 or step == train.steps:
+            self._evaluate()
+
+    def _close_run(self) -> End:
+        """The last checkpoint becomes trusted by checks after it; without a guard it stays pending.
+
+        The steps taken for that change the live state, which nobody reads again.
+        """
+        self._finish_save()
+        trainer, last = self.trainer, self.trainer.step
+        if trainer.guard is None:
+            return "done"
+        trainer.guard.demand_all()
+        while last in self._pending and trainer.step < last + _CLOSING_STEPS:
+            trainer.train_step()
+            self.channel.beat()
+            if self._alarmed():
+                return "alarm"
+            self._trust()
+        return "done"
+
+    def _save(self) -> None:
+        self._finish_save()
+        self._saving_step = self.trainer.step
+        self._saving = self.store.save(self.trainer.step, self.tensors(), self._progress())
+
+    def _collect_save(self) -> None:
+        if self._saving is not None and self._agree_done(self._saving):
+            self._finish_save()
+
+    def _agree_done(self, saving: PendingSave) -> bool:
+        return saving.done() if self.ranks.count == 1 else not self._agree(not saving.done())
+
+    def _finish_save(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        manifest = saving.result()
+        self._pending[self._saving_step] = manifest.state_hash
+        if self.ranks.first:
+            self.channel.event(
+                CheckpointWritten(
+                    step=self._saving_step,
+                    directory=str(self.store.directory.path(self._saving_step).relative_to(self.run.root)),
+                    bytes=sum(entry.bytes for entry in manifest.files),
+                    state_hash=manifest.state_hash,
+                    pause_seconds=saving.pause_seconds,
+                    write_seconds=saving.write_seconds,
+                )
+            )
+
+    def _trust(self) -> None:
+        guard = self.trainer.guard
+        if guard is None:
+            return
+        for step in sorted(self._pending):
+            checks = guard.clean_since(step)
+            if checks is None:
+                return
+            state_hash = self._pending.pop(step)
+            if self.ranks.first and step in self.store.steps():
+                self.store.mark_trusted(step, TrustMark(step=step, state_hash=state_hash, checks=checks))
+                self.channel.event(CheckpointTrusted(step=step, state_hash=state_hash, checks=checks))
+
+    def _evaluate(self) -> None:
+        trainer, train = self.trainer, self.recipe.train
+        started = time.perf_counter()
+        count = train.evaluation_sequences
+        loss = evaluation.held_out_loss(trainer.module, self.held_out, count, self.chip, self.channel.beat)
+        event = Evaluated(step=trainer.step, loss=finite(loss), sequences=count, seconds=0.0)
+        task = self.held_out.task
+        if task is not None and train.accuracy_samples > 0:
+            accuracy = evaluation.sampled_accuracy(
+                trainer.decoder,
+                task,
+                train.accuracy_samples,
+                seed=self.recipe.seed + trainer.step,
+                end_token=self.tokenizer.end,
+                max_new_tokens=task.text_tokens(long=True) + _ANSWER_TOKENS,
+                chip=self.chip,
+            )
+            event = event.model_copy(
+                update={
+                    "accuracy": accuracy.value,
+                    "accuracy_low": accuracy.low,
+                    "accuracy_high": accuracy.high,
+                    "samples": accuracy.samples,
+                    "chance": accuracy.chance,
+                }
+            )
+        if self.ranks.first:
+            self.channel.event(event.model_copy(update={"seconds": time.perf_counter() - started}))
+
+    def _fall_back(self, what: str, asked: str, used: str, reason: str) -> None:
+        self.channel.event(Fallback(what=what, asked=asked, used=used, reason=reason))

@@ -1,0 +1,54 @@
+"""What a run's state consists of, by name: the live tensors, and the progress beside them.
+
+Weights and the routers' correction biases under their names in the model, moments as in `optimizer.py`. What is not a
+tensor is the progress: step, data cursor, and the seed from which, with (step, sample), all randomness is derived.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from beringia.data import Stream
+from beringia.errors import CheckpointDamaged
+from beringia.model import Decoder
+from beringia.train.optimizer import moments, set_step
+
+
+def live_tensors(decoder: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor that training changes, as it is on the device now; not copies. A tied weight appears once."""
+    tensors: dict[str, torch.Tensor] = dict(decoder.named_parameters())
+    persistent = decoder.state_dict(keep_vars=True)
+    tensors |= {name: buffer for name, buffer in decoder.named_buffers() if name in persistent}
+    tensors |= dict(moments(decoder.named_parameters(), optimizer))
+    return tensors
+
+
+def progress_of(*, step: int, cursor: int, seed: int, stream: Stream, batch: int) -> dict[str, Any]:
+    """What a checkpoint records beside the tensors. `next_samples` lets whoever resumes see that the next batch is due."""
+    return {
+        "step": step,
+        "cursor": cursor,
+        "seed": seed,
+        "data": stream.identity,
+        "next_samples": stream.fingerprint(cursor, batch),
+    }
+
+
+def check_progress(progress: dict[str, Any], *, seed: int, stream: Stream, batch: int, place: str) -> None:
+    """The data that comes next is the data that was due. Raises CheckpointDamaged saying what differs."""
+    cursor = progress["cursor"]
+    found = {"seed": seed, "data": stream.identity, "next_samples": stream.fingerprint(cursor, batch)}
+    for what, value in found.items():
+        if progress[what] != value:
+            raise CheckpointDamaged(
+                f"{place}: the checkpoint was due to go on with {what} {progress[what]}, here it is {value} "
+                f"(cursor {cursor}). The data or the cursor is not the one that was saved.",
+                place,
+            )
+
+
+def adopt_progress(progress: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Tell the optimizer how many updates it has done."""
+    set_step(optimizer, progress["step"])
