@@ -1,0 +1,206 @@
+"""An emulated chip: a profile's arithmetic and a script's faults behind the interface that every chip has.
+
+One emulated chip is open in a process at a time: two vendors' chips never share one, and torch has room for one plugin
+device. Opening the same profile again takes the device over (its faults start anew); another profile has to wait until
+the first is closed.
+
+`memory` (a small JSON file) is what the emulated hardware remembers across restarts of the process: which one-time
+faults have struck. It is written before the fault strikes.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from beringia import __version__
+from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory
+from beringia.chips.emulated import arithmetic, device
+from beringia.chips.emulated.profile import Format, Profile, read_profile
+from beringia.errors import ChipUnavailable
+from beringia.records.identity import ChipIdentity
+
+_FIDELITIES = ("fast",)
+_GIBIBYTE = 2**30
+_DTYPES: dict[Format, torch.dtype | None] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tfloat32": None,
+    "hfloat32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3": torch.float8_e4m3fn,
+    "float8_e4m3fnuz": torch.float8_e4m3fnuz,
+    "float8_e5m2": torch.float8_e5m2,
+}
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool})
+
+
+class EmulatedChip(Chip):
+    """One opened emulated device.
+
+    >>> chip = EmulatedChip("h800")
+    >>> model.to(chip.device)
+    """
+
+    _open: ClassVar[EmulatedChip | None] = None
+
+    def __init__(
+        self,
+        profile_name: str,
+        *,
+        faults: str | None = None,
+        seed: int = 0,
+        memory: Path | None = None,
+        device_name: str = "emu",
+        index: int = 0,
+        fidelity: str = "fast",
+    ) -> None:
+        """Register the device and give it this profile's arithmetic and these faults.
+
+        `faults`: a script's name, or the path of a TOML file. `index`: which of several such devices this process sees as
+        its only one; a script may strike one of them. Raises ChipUnavailable.
+        """
+        if fidelity not in _FIDELITIES:
+            raise ChipUnavailable(
+                f"Fidelity {fidelity!r} was asked for, but emulated chips compute in {_FIDELITIES[0]!r} only so far: "
+                "leave it out."
+            )
+        profile = read_profile(profile_name)
+        opened = EmulatedChip._open
+        if opened is not None and opened._profile.hash != profile.hash:
+            raise ChipUnavailable(
+                f"emulated:{profile_name} was asked for, but {opened.name} is open in this process: one process drives "
+                "one vendor's chip; close it, or start another process."
+            )
+        self.name = f"emulated:{profile_name}"
+        self._profile = profile
+        self._fidelity = fidelity
+        self._index = index
+        self._device = device.register(device_name)
+        device.install(arithmetic.kernels(profile), arithmetic.results_of(profile))
+        self._identity = _identity(profile, fidelity)
+        EmulatedChip._open = self
+
+    @property
+    def profile(self) -> Profile:
+        """The arithmetic that it computes with."""
+        return self._profile
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def identity(self) -> ChipIdentity:
+        return self._identity
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            dtypes=_INTEGERS | {dtype for name in self._profile.storage.formats if (dtype := _DTYPES[name])},
+            compute_dtype=getattr(torch, self._profile.storage.compute),
+            sharding="ddp",
+            compile=False,
+            exact_int64=True,
+            pinned_memory=False,
+            streams=False,
+        )
+
+    @property
+    def collective_backend(self) -> str:
+        return "gloo"
+
+    def memory(self) -> Memory:
+        """Total as the part has it; used and peak are what this process holds of the host's memory."""
+        from beringia.chips.cpu import Cpu
+
+        host = Cpu.memory(self)  # type: ignore[arg-type]
+        return Memory(self._profile.memory.gibibytes * _GIBIBYTE, host.used_bytes, host.peak_bytes)
+
+    def synchronize(self) -> None:
+        """Operators end before they return."""
+
+    def random_state(self) -> torch.Tensor:
+        return device.device_generator().get_state()
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        device.device_generator().set_state(state)
+
+    def classify(self, error: BaseException) -> ChipFault | None:
+        """By the tables of the vendor whose words the profile's faults use; torch's and gloo's own errors by the CPU's."""
+        from beringia.chips.cpu import classify_cpu
+
+        return _vendor_fault(self._profile.vendor, error) or classify_cpu(error)
+
+    def stream(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def begin_step(self, step: int) -> None:
+        """The training step that begins: faults are scheduled by it."""
+
+    def close(self) -> None:
+        """Give the device back; tensors on it stay readable, and another profile may be opened."""
+        if EmulatedChip._open is self:
+            EmulatedChip._open = None
+
+
+def register_device(
+    name: str, profile: str, module_extras: dict[str, Any] | None = None, **options: Any
+) -> EmulatedChip:
+    """The emulated device under another name (`npu`), with attributes for its module (`torch.npu`).
+
+    So that a vendor's adapter can be exercised on it without the vendor's software. `options` as for `EmulatedChip`.
+    """
+    chip = EmulatedChip(profile, device_name=name, **options)
+    device.register(name, module_extras)
+    return chip
+
+
+def _identity(profile: Profile, fidelity: str) -> ChipIdentity:
+    overall = profile.float32_products
+    units = {
+        f"unit.{name}": f"{unit.scheme}, {unit.result_bits} bits, {unit.final}" for name, unit in profile.units.items()
+    }
+    return ChipIdentity(
+        vendor="emulated",
+        sku=profile.part,
+        truth="emulated",
+        driver="none",
+        runtime=f"beringia {__version__} on {torch.backends.cpu.get_cpu_capability()}",
+        torch=torch.__version__,
+        plugin="none",
+        switches={
+            "fidelity": fidelity,
+            "profile": profile.hash,
+            "arithmetic": profile.arithmetic,
+            "float32_products": f"{overall.format}, {overall.input_rounding}",
+            "casts": profile.casts.rounding,
+            "overflow": profile.overflow.mode,
+            "subnormals": profile.subnormals.mode,
+            "reduction": f"{profile.reduction.scheme}, {profile.reduction.lanes} lanes, {profile.reduction.serial} serial",
+            # The CPU's own sums inside a chunk depend on how many threads share them.
+            "threads": str(torch.get_num_threads()),
+            **units,
+        },
+        note=f"Emulated; assumed: {', '.join(profile.assumed()) or 'nothing'}.",
+    )
+
+
+def _vendor_fault(vendor: str, error: BaseException) -> ChipFault | None:
+    if vendor == "ascend":
+        from beringia.chips.ascend_faults import classify_ascend
+
+        return classify_ascend(error)
+    if vendor == "nvidia":
+        from beringia.chips.cuda_faults import classify_cuda
+
+        return classify_cuda(error)
+    if vendor == "amd":
+        from beringia.chips.cuda_faults import classify_rocm
+
+        return classify_rocm(error)
+    return None
