@@ -1,0 +1,316 @@
+"""The supervisor's rules: what is decided, for stories and for any history whatever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beringia.records.events import (
+    Alarm,
+    AnyEvent,
+    Canary,
+    CheckpointRejected,
+    CheckpointTrusted,
+    CheckpointWritten,
+    Crossing,
+    Decision,
+    Fault,
+    RunFinished,
+    RunStarted,
+    StepDone,
+)
+from beringia.records.recipe import Recipe, parse_recipe
+from beringia.supervise.decide import decide, read_situation
+
+CHIPS = ("first", "second", "third")
+
+
+def recipe(**supervise: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "rules",
+            "model": {"preset": "r2-nano"},
+            "chips": {label: {"use": "cpu", "ranks": 2 if label == "third" else 1} for label in CHIPS},
+            "data": {"task": "digit-sum"},
+            "train": {"prefer": list(CHIPS), "steps": 1000},
+            "supervise": supervise,
+        },
+        "test",
+    )
+
+
+def step(number: int) -> StepDone:
+    return StepDone(step=number, loss=1.0, gradient_norm=1.0, learning_rate=1e-3, tokens=1, seconds=0.1, cursor=number)
+
+
+def written(number: int) -> CheckpointWritten:
+    return CheckpointWritten(
+        step=number, directory="", bytes=1, state_hash=f"hash-{number}", pause_seconds=0, write_seconds=0
+    )
+
+
+def trusted(number: int) -> CheckpointTrusted:
+    return CheckpointTrusted(step=number, state_hash=f"hash-{number}", checks=())
+
+
+def alarm(number: int, site: str = "layers.0") -> Alarm:
+    return Alarm(step=number, detector="shadow", site=site, tensor="output", value=2.0, bound=1.0, message="wrong")
+
+
+def fault(category: Any, number: int | None = None) -> Fault:
+    return Fault(step=number, code="507014", category=category, message="aicore timeout")
+
+
+def canary(passed: bool) -> Canary:
+    return Canary(from_step=50, to_step=100, difference=0.5, band=0.1, parts={}, passed=passed, seconds=1)
+
+
+def crossing() -> Crossing:
+    return Crossing(
+        from_chip="first",
+        to_chip="second",
+        step=100,
+        state_hash_before="h",
+        state_hash_after="h",
+        band=0.1,
+        difference=0.05,
+        seconds=1,
+        imports_seconds=1,
+        load_seconds=1,
+        canary_seconds=1,
+    )
+
+
+def play(*acts: AnyEvent | str, rules: Recipe | None = None) -> list[AnyEvent]:
+    """The history of these events; "decide" lets the rules speak."""
+    rules = rules or recipe()
+    history: list[AnyEvent] = [RunStarted(name="r", recipe_hash="", beringia="", steps=1, prefer=CHIPS)]
+    for act in ("decide", *acts):
+        if isinstance(act, str):
+            decision = decide(history, rules)
+            assert decision is not None
+            history.append(decision)
+        else:
+            history.append(act)
+    return history
+
+
+def last_decision(history: Sequence[AnyEvent]) -> Decision:
+    return next(event for event in reversed(history) if isinstance(event, Decision))
+
+
+def test_a_new_run_starts_on_the_first_chip_from_the_initial_state() -> None:
+    decision = last_decision(play())
+    assert (decision.action, decision.to_chip, decision.to_step) == ("start", "first", None)
+
+
+def test_a_transient_fault_is_retried_from_the_newest_checkpoint_trusted_or_not() -> None:
+    decision = last_decision(
+        play(step(100), written(100), trusted(100), step(150), written(150), step(160), fault("transient"), "decide")
+    )
+    assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("retry", "first", 150, 10)
+
+
+def test_the_fourth_transient_fault_within_the_window_crosses() -> None:
+    story = [act for number in range(4) for act in (step(100 + number), fault("transient", 100 + number), "decide")]
+    history = play(*story)
+    actions = [event.action for event in history if isinstance(event, Decision)]
+    assert actions == ["start", "retry", "retry", "retry", "cross"]
+
+
+def test_transient_faults_far_apart_are_retried_for_ever() -> None:
+    story = [
+        act
+        for number in range(1, 20)
+        for act in (step(300 * number), written(300 * number), fault("transient", 300 * number), "decide")
+    ]
+    assert last_decision(play(*story)).action == "retry"
+
+
+def test_an_alarm_goes_back_to_the_last_trusted_checkpoint_not_to_a_newer_pending_one() -> None:
+    decision = last_decision(
+        play(step(100), written(100), trusted(100), step(150), written(150), step(160), alarm(160), "decide")
+    )
+    assert (decision.action, decision.to_step, decision.lost_steps) == ("rollback", 100, 60)
+
+
+def test_the_same_alarm_after_a_rollback_crosses() -> None:
+    history = play(
+        step(100), written(100), trusted(100), step(160), alarm(160), "decide",
+        step(150), written(150), trusted(150), step(170), alarm(170), "decide",
+    )  # fmt: skip
+    decision = last_decision(history)
+    assert (decision.action, decision.to_chip, decision.to_step) == ("cross", "second", 150)
+
+
+def test_alarms_at_other_sites_without_a_newly_trusted_checkpoint_cross_too() -> None:
+    history = play(
+        step(100),
+        written(100),
+        trusted(100),
+        step(160),
+        alarm(160, "layers.0"),
+        "decide",
+        step(160),
+        alarm(160, "layers.1"),
+        "decide",
+    )
+    assert last_decision(history).action == "cross"
+
+
+def test_an_alarm_outranks_the_fault_that_follows_from_it() -> None:
+    history = play(step(100), written(100), step(110), fault("transient"), alarm(110), "decide")
+    assert last_decision(history).action == "rollback"
+
+
+def test_a_persistent_fault_crosses_at_once_from_a_trusted_checkpoint() -> None:
+    decision = last_decision(
+        play(step(100), written(100), trusted(100), written(150), step(150), fault("persistent"), "decide")
+    )
+    assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("cross", "second", 100, 50)
+
+
+def test_without_a_trusted_checkpoint_a_crossing_starts_over() -> None:
+    decision = last_decision(play(step(100), written(100), fault("persistent"), "decide"))
+    assert (decision.action, decision.to_step, decision.lost_steps) == ("cross", None, 100)
+
+
+def test_a_lost_device_is_left_out_while_others_remain() -> None:
+    history = play(
+        fault("persistent"), "decide", fault("persistent"), "decide", step(10), fault("device-lost"), "decide"
+    )
+    decision = last_decision(history)
+    assert (decision.action, decision.to_chip, decision.excluded_device) == ("exclude", "third", 0)
+    assert read_situation(history).excluded == {0}
+
+
+def test_the_last_device_lost_ends_a_chip() -> None:
+    assert last_decision(play(step(10), fault("device-lost"), "decide")).action == "cross"
+
+
+def test_a_canary_beyond_its_band_refuses_the_crossing_and_tries_the_next_chip_from_the_same_state() -> None:
+    history = play(step(100), written(100), trusted(100), fault("persistent"), "decide", canary(False), "decide")
+    decision = last_decision(history)
+    assert (decision.action, decision.to_chip, decision.to_step) == ("cross", "third", 100)
+
+
+def test_the_canary_stays_due_until_it_has_passed() -> None:
+    before = play(step(100), written(100), trusted(100), fault("persistent"), "decide", fault("transient"), "decide")
+    assert read_situation(before).canary_due
+    after = [*before, canary(True), crossing()]
+    assert not read_situation(after).canary_due
+    assert read_situation(after).came_from is None
+
+
+def test_with_no_chip_left_the_run_is_given_up_with_the_reason() -> None:
+    history = play(*[act for _ in CHIPS for act in (fault("persistent"), "decide")])
+    decision = last_decision(history)
+    assert decision.action == "stop"
+    assert "no chip of train.prefer is left" in decision.reason and "507014" in decision.reason
+
+
+def test_a_damaged_checkpoint_sends_the_run_back_to_the_one_before() -> None:
+    rejected = CheckpointRejected(step=150, file="x.safetensors", message="x.safetensors is truncated")
+    history = play(step(100), written(100), step(150), written(150), fault("transient"), "decide", rejected, "decide")
+    assert last_decision(history).to_step == 100
+    assert read_situation(history).damaged == {150}
+
+
+def test_checkpoints_of_an_abandoned_future_do_not_come_back() -> None:
+    history = play(
+        step(100), written(100), trusted(100), step(150), written(150), step(160), alarm(160), "decide",
+        step(110), fault("transient"), "decide",
+    )  # fmt: skip
+    assert last_decision(history).to_step == 100
+
+
+def test_a_restarted_supervisor_goes_on_from_the_newest_checkpoint() -> None:
+    again = RunStarted(name="r", recipe_hash="", beringia="", steps=1, prefer=CHIPS)
+    decision = last_decision(play(step(100), written(100), step(120), again, "decide"))
+    assert (decision.action, decision.to_step, decision.lost_steps) == ("retry", 100, 20)
+    assert "restarted" in decision.reason
+
+
+def test_a_finished_run_needs_no_decision() -> None:
+    assert decide([*play(), RunFinished(status="done", step=1, message="")], recipe()) is None
+
+
+def test_a_stopped_run_goes_on() -> None:
+    history = [*play(step(50), written(50)), RunFinished(status="stopped", step=50, message="")]
+    decision = decide(history, recipe())
+    assert decision is not None and (decision.action, decision.to_step) == ("retry", 50)
+
+
+_STEPS = st.integers(1, 400)
+_EVENTS = st.one_of(
+    _STEPS.map(step),
+    _STEPS.map(written),
+    _STEPS.map(trusted),
+    st.builds(alarm, _STEPS, st.sampled_from(["layers.0", "layers.1", "model"])),
+    st.sampled_from(["transient", "device-lost", "persistent"]).map(fault),
+    st.booleans().map(canary),
+    _STEPS.map(lambda number: CheckpointRejected(step=number, file=None, message="bad")),
+    st.just("decide"),
+)
+
+
+def _play_any(acts: list[Any], rules: Recipe) -> list[AnyEvent]:
+    """Play any acts; events after the run was stopped are dropped, as no worker exists then."""
+    history = play(rules=rules)
+    for act in acts:
+        if last_decision(history).action == "stop":
+            break
+        if act == "decide":
+            decision = decide(history, rules)
+            assert decision is not None
+            history.append(decision)
+        else:
+            history.append(act)
+    return history
+
+
+@given(st.lists(_EVENTS, max_size=40))
+def test_the_same_history_always_gives_the_same_decision(acts: list[Any]) -> None:
+    history = _play_any(acts, recipe())
+    assert decide(history, recipe()) == decide(list(history), recipe())
+
+
+@given(st.lists(_EVENTS, max_size=40))
+def test_no_decision_goes_on_from_a_checkpoint_that_is_missing_damaged_or_for_a_crossing_not_trusted(
+    acts: list[Any],
+) -> None:
+    history = _play_any(acts, recipe())
+    situation, decision = read_situation(history), decide(history, recipe())
+    assert decision is not None
+    if decision.to_step is not None:
+        assert decision.to_step in situation.complete
+        assert decision.to_step not in situation.damaged
+    if decision.action in ("cross", "rollback"):
+        assert decision.to_step is None or decision.to_step in situation.trusted
+
+
+@given(st.lists(_EVENTS, max_size=40))
+def test_a_run_crosses_only_forward_through_the_chips_that_the_recipe_prefers(acts: list[Any]) -> None:
+    history = _play_any([*acts, "decide"], recipe())
+    used = [event.to_chip for event in history if isinstance(event, Decision) and event.action in ("start", "cross")]
+    assert used == list(CHIPS[: len(used)])
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.sampled_from(["transient", "device-lost", "persistent", "alarm", "canary"]), min_size=60, max_size=60)
+)
+def test_trouble_without_progress_always_ends(kinds: list[str]) -> None:
+    events = {"alarm": alarm(5), "canary": canary(False)}
+    acts = [act for kind in kinds for act in (events.get(kind) or fault(kind), "decide")]
+    assert last_decision(_play_any(acts, recipe())).action == "stop"
+
+
+@given(st.lists(_EVENTS, max_size=40))
+def test_lost_steps_are_never_negative(acts: list[Any]) -> None:
+    for event in _play_any([*acts, "decide"], recipe()):
+        if isinstance(event, Decision):
+            assert event.lost_steps >= 0
