@@ -2,7 +2,7 @@
 
 torch.distributed.checkpoint's default planners decide: one item for each shard, replicated tensors written by one rank
 only, and on loading the overlaps of what was saved with what is wanted (2 ranks -> 1 -> 2). Local plans travel between
-ranks as JSON (`ranks.py`) and every rank computes the same global plan from them. The plan depends on the state's layout
+ranks as JSON (`ranks.py`) and every rank computes the same global plan. It depends on the state's layout
 alone, so it is made once and kept.
 """
 

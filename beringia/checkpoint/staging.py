@@ -12,20 +12,21 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from beringia.checkpoint.tensor_file import PIECE_BYTES, Slot, TensorFile, lay_out
+from beringia.checkpoint.tensor_file import Slot, TensorFile, lay_out
 from beringia.chips.chip import Chip
-from beringia.numerics.keyed_sum import BLOCK_WORDS, Words
-from beringia.numerics.state_hash import hash_tensor, hash_words, runs_in_whole, words_of, words_per_element
+from beringia.numerics.keyed_sum import BLOCK_WORDS, JOB, Jobs, open_kernel
+from beringia.numerics.state_hash import hash_tensor, jobs_of, runs_in_whole
 from beringia.threads import usable_cores
 
 PART_BYTES = 256 << 20
 """Tensors go into files of about this size, so that a checkpoint is hashed by several cores when it is read."""
 
-_TASK_WORDS = 4 * PIECE_BYTES // 4 // BLOCK_WORDS * BLOCK_WORDS
-"""Words that one thread copies and hashes at a time, whole blocks: 4 MiB of float32."""
+_JOB_WORDS = 256 * BLOCK_WORDS
+"""Words that one thread copies and hashes at a time: 4 MiB of float32."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Staging:
         # Zeroed, which touches every page: the first checkpoint would otherwise wait for the operating system.
         self.buffers = [torch.zeros(file.data_bytes, dtype=torch.uint8, pin_memory=pinned) for file in self.files]
         self._views = [self._view(piece) for piece in self.pieces]
-        self._words = [words_of(view) for view in self._views]
+        self._jobs, self._job_counts = self._all_jobs()
 
     @property
     def bytes(self) -> int:
@@ -64,14 +65,24 @@ class Staging:
         """Copy the live tensors, in the order of `pieces`; returns this rank's share of each tensor's value."""
         tensors = [tensor.detach() for tensor in live]
         values = dict.fromkeys((piece.name for piece in self.pieces), 0)
-        on_host = [number for number, tensor in enumerate(tensors) if tensor.device.type == "cpu"]
         elsewhere = [number for number, tensor in enumerate(tensors) if tensor.device.type != "cpu"]
         if elsewhere:
             self._take_from_device(elsewhere, tensors, values)
-        tasks = [task for number in on_host for task in self._tasks(number, tensors[number])]
-        for name, value in pool.map(_copy_and_hash, tasks):
-            values[name] = (values[name] + value) % 2**64
+        self._take_from_host(tensors, values, pool)
         return values
+
+    def _take_from_host(self, tensors: list[torch.Tensor], values: dict[str, int], pool: ThreadPoolExecutor) -> None:
+        contiguous = [tensor.contiguous() if tensor.device.type == "cpu" else None for tensor in tensors]
+        addresses = np.array([0 if tensor is None else tensor.data_ptr() for tensor in contiguous], np.uint64)
+        jobs = self._jobs.copy()
+        jobs["words"] += np.repeat(addresses, self._job_counts)
+        here = np.repeat(addresses != 0, self._job_counts)
+        jobs = jobs[here]
+        open_kernel().run(jobs, pool, usable_cores())
+        owners = np.repeat(np.arange(len(tensors)), self._job_counts)[here]
+        for number, value in zip(owners.tolist(), jobs["value"].tolist(), strict=True):
+            name = self.pieces[number].name
+            values[name] = (values[name] + value) % 2**64
 
     def _take_from_device(self, numbers: list[int], tensors: list[torch.Tensor], values: dict[str, int]) -> None:
         assert self.chip is not None, "tensors on a device need the chip that they are on"
@@ -88,30 +99,20 @@ class Staging:
             values[piece.name] = (values[piece.name] + value) % 2**64
         self.chip.synchronize()
 
-    def _tasks(self, number: int, tensor: torch.Tensor) -> Iterator[_Task]:
-        piece, staged, live = self.pieces[number], self._words[number], words_of(tensor)
-        per_element = words_per_element(tensor.dtype)
-        for start, length, first in runs_in_whole(piece.offsets, piece.slot.sizes, piece.shape):
-            start, length, first = start * per_element, length * per_element, first * per_element
-            for done in range(0, length, _TASK_WORDS):
-                part = slice(start + done, start + min(done + _TASK_WORDS, length))
-                yield _Task(piece.name, live[part], staged[part], first + done)
+    def _all_jobs(self) -> tuple[Jobs, list[int]]:
+        """Jobs from address 0 to the staged copies (a save adds where the live tensors are), and how many per piece."""
+        parts = []
+        for piece, view in zip(self.pieces, self._views, strict=True):
+            runs = runs_in_whole(piece.offsets, piece.slot.sizes, piece.shape)
+            jobs = jobs_of(view, piece.name, runs, longest=_JOB_WORDS)
+            jobs["copy"] = jobs["words"]
+            jobs["words"] -= np.uint64(view.data_ptr())
+            parts.append(jobs)
+        return np.concatenate([np.zeros(0, JOB), *parts]), [jobs.size for jobs in parts]
 
     def _view(self, piece: Piece) -> torch.Tensor:
         data = self.buffers[piece.file][piece.slot.start : piece.slot.start + piece.slot.bytes]
         return data.view(getattr(torch, piece.slot.dtype)).view(piece.slot.sizes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    name: str
-    live: Words
-    staged: Words
-    first_word: int
-
-
-def _copy_and_hash(task: _Task) -> tuple[str, int]:
-    return task.name, hash_words(task.live, task.name, task.first_word, copy_to=task.staged)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

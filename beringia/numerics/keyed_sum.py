@@ -1,9 +1,9 @@
-"""Multiply-and-add of a tensor's words with a table of odd 64-bit multipliers, one sum per block of 4,096 words.
+"""Multiply-and-add of a tensor's words with odd 64-bit multipliers: the inner loop of the state hash, on host memory.
 
-The inner loop of the state hash (`state_hash.py`), on host memory. It can copy the words while it reads them, so that
-a checkpoint reads memory once. Compiled from the few lines of C below with the machine's own compiler (a fifth of a
-second), or done by numpy where there is none: `open_kernel()` says which, and why, so that the caller can report it.
-Both give the same integers; the compiled one is compared with numpy before it is used.
+It can copy the words while it reads them, so that a checkpoint reads memory once. Compiled from the few lines of C
+below with the machine's own compiler (a fifth of a second), or done by numpy where there is none: `open_kernel()` says
+which, and why, so that the caller can report it. Both give the same integers; the compiled one is compared with numpy
+before it is used. Work is given as an array of jobs that hold addresses: many tensors, one call, several threads.
 
 Writes nothing but a temporary directory, removed before this returns.
 """
@@ -12,44 +12,86 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Words = npt.NDArray[np.uint32] | npt.NDArray[np.uint16] | npt.NDArray[np.uint8]
 Sums = npt.NDArray[np.uint64]
+Jobs = npt.NDArray[np.void]
 
 BLOCK_WORDS = 4096
 """Words per block: the multipliers (32 KiB) and a block of float32 (16 KiB) stay in the caches next to the core."""
 
+JOB = np.dtype(
+    [
+        ("words", np.uint64),
+        ("copy", np.uint64),
+        ("key", np.uint64),
+        ("first", np.int64),
+        ("count", np.int64),
+        ("width", np.int64),
+        ("value", np.uint64),
+    ]
+)
+"""Consecutive words of one tensor: their address, the address of the copy or 0, the tensor's key, the first word's
+number in the whole tensor, how many, bytes per word (1, 2 or 4), and the result: their share of the tensor's value."""
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
+_NUMPY_WORDS: dict[int, Any] = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32}
 
 _SOURCE = """
 #include <stdint.h>
 #include <string.h>
 #define BLOCK %(block)d
-#define DEFINE(NAME, WORD)                                                                                   \\
-  void NAME(WORD *copy, const WORD *words, const uint64_t *table, int64_t count, int64_t place, uint64_t *sums) {  \\
-    for (int64_t done = 0, block = 0; done < count; block++, place = 0) {                                    \\
-      int64_t length = BLOCK - place < count - done ? BLOCK - place : count - done;                           \\
-      const WORD *from = words + done;                                                                       \\
-      const uint64_t *factor = table + place;                                                                \\
-      uint64_t sum = 0;                                                                                      \\
-      if (copy) memcpy(copy + done, from, length * sizeof(WORD));                                            \\
-      for (int64_t i = 0; i < length; i++) sum += (uint64_t)from[i] * factor[i];                              \\
-      sums[block] = sum;                                                                                     \\
-      done += length;                                                                                        \\
-    }                                                                                                        \\
+typedef struct { uint64_t words, copy, key; int64_t first, count, width; uint64_t value; } job_t;
+
+static uint64_t multiplier(uint64_t key, uint64_t number) {
+  uint64_t mixed = (number + 1) * %(golden)dULL + key;
+  mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9ULL;
+  mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EBULL;
+  return (mixed ^ (mixed >> 31)) | 1;
+}
+
+#define DEFINE(NAME, WORD)                                                        \\
+  static uint64_t NAME(const job_t *job, const uint64_t *table) {                 \\
+    uint64_t value = 0;                                                           \\
+    for (int64_t done = 0; done < job->count;) {                                  \\
+      int64_t place = (job->first + done) %% BLOCK, length = BLOCK - place;        \\
+      if (length > job->count - done) length = job->count - done;                 \\
+      const WORD *words = (const WORD *)job->words + done;                        \\
+      const uint64_t *factors = table + place;                                    \\
+      uint64_t sum = 0;                                                           \\
+      if (job->copy) memcpy((WORD *)job->copy + done, words, length * sizeof(WORD)); \\
+      for (int64_t i = 0; i < length; i++) sum += (uint64_t)words[i] * factors[i]; \\
+      value += sum * multiplier(job->key, (job->first + done) / BLOCK);           \\
+      done += length;                                                             \\
+    }                                                                             \\
+    return value;                                                                 \\
   }
-DEFINE(sums_of_uint8, uint8_t)
-DEFINE(sums_of_uint16, uint16_t)
-DEFINE(sums_of_uint32, uint32_t)
+DEFINE(value_of_uint8, uint8_t)
+DEFINE(value_of_uint16, uint16_t)
+DEFINE(value_of_uint32, uint32_t)
+
+/* Threads call this with the same `next` and take jobs until none is left. */
+void run(job_t *jobs, int64_t count, const uint64_t *table, int64_t *next) {
+  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) {
+    job_t *job = jobs + i;
+    job->value = job->width == 4   ? value_of_uint32(job, table)
+                 : job->width == 2 ? value_of_uint16(job, table)
+                                   : value_of_uint8(job, table);
+  }
+}
 """
 
 
@@ -85,37 +127,46 @@ def table() -> Sums:
     return entries
 
 
-def blocks_touched(place: int, count: int) -> int:
-    """How many blocks `count` words touch when the first stands at `place` in its block."""
-    return -(-(place + count) // BLOCK_WORDS) if count else 0
-
-
 @dataclass(frozen=True)
 class KeyedSumKernel:
-    """Block sums of words in host memory."""
+    """Runs jobs."""
 
     compiled: bool
     reason: str
     """Why it is not compiled; empty when it is."""
     library: ctypes.CDLL | None = None
 
-    def block_sums(self, words: Words, place: int, copy_to: Words | None = None) -> Sums:
-        """Sum of word x multiplier mod 2^64 for each block touched; the first word stands at `place` in its block.
+    def run(self, jobs: Jobs, pool: Executor | None = None, threads: int = 1) -> None:
+        """Fill in each job's `value`, and copy where it says so, in `threads` threads of `pool` or in this one.
 
-        `words`: contiguous, one-dimensional; `copy_to`: like `words`, receives a copy. Other threads run meanwhile.
+        Other Python threads run meanwhile. The caller keeps the memory behind the addresses alive.
         """
         if self.library is None:
-            return _numpy_block_sums(words, place, copy_to)
-        sums = np.empty(blocks_touched(place, words.size), np.uint64)
-        function = getattr(self.library, f"sums_of_{words.dtype.name}")
-        destination = None if copy_to is None else copy_to.ctypes.data
-        function(destination, words.ctypes.data, table().ctypes.data, words.size, place, sums.ctypes.data)
-        return sums
+            work = partial(_run_in_numpy, jobs, itertools.count())
+        else:
+            following = ctypes.c_int64(0)
+            work = partial(self.library.run, jobs.ctypes.data, jobs.size, table().ctypes.data, ctypes.byref(following))
+        if pool is None:
+            work()
+            return
+        for running in [pool.submit(work) for _ in range(threads)]:
+            running.result()
 
 
-def _numpy_block_sums(words: Words, place: int, copy_to: Words | None) -> Sums:
-    if copy_to is not None:
-        np.copyto(copy_to, words)
+def _run_in_numpy(jobs: Jobs, following: Iterator[int]) -> None:
+    while (number := next(following)) < jobs.size:
+        job = jobs[number]
+        count, width, first = int(job["count"]), int(job["width"]), int(job["first"])
+        kind = _NUMPY_WORDS[width] * count
+        words = np.frombuffer(kind.from_address(int(job["words"])), dtype=f"u{width}")
+        if job["copy"]:
+            ctypes.memmove(int(job["copy"]), int(job["words"]), count * width)
+        sums = _block_sums(words, first % BLOCK_WORDS)
+        factors = multipliers(int(job["key"]), first // BLOCK_WORDS, sums.size)
+        job["value"] = np.sum(sums * factors, dtype=np.uint64)
+
+
+def _block_sums(words: npt.NDArray[Any], place: int) -> Sums:
     factors = table()
     head = min(words.size, -place % BLOCK_WORDS)
     body = (words.size - head) // BLOCK_WORDS * BLOCK_WORDS
@@ -127,7 +178,7 @@ def _numpy_block_sums(words: Words, place: int, copy_to: Words | None) -> Sums:
     return np.concatenate(parts)
 
 
-def _row_sums(rows: Words, factors: Sums) -> Sums:
+def _row_sums(rows: npt.NDArray[Any], factors: Sums) -> Sums:
     """Sums of rows x factors, 64 rows at a time so that the products stay in the cache (2 MiB)."""
     sums = np.zeros(rows.shape[0], np.uint64)
     products = np.empty((min(64, rows.shape[0]), rows.shape[1]), np.uint64)
@@ -146,32 +197,35 @@ def open_kernel() -> KeyedSumKernel:
         return KeyedSumKernel(compiled=False, reason="no C compiler (cc, gcc or clang) was found")
     try:
         library = _compile(compiler)
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", "") or str(error)
-        return KeyedSumKernel(compiled=False, reason=f"{compiler} failed: {detail.strip().splitlines()[-1:]}")
+    except subprocess.CalledProcessError as error:
+        return KeyedSumKernel(compiled=False, reason=f"{compiler} failed: {error.stderr.strip()[-200:]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return KeyedSumKernel(compiled=False, reason=f"what {compiler} made cannot be used: {error}")
     kernel = KeyedSumKernel(compiled=True, reason="", library=library)
     if not _agrees_with_numpy(kernel):
-        return KeyedSumKernel(compiled=False, reason=f"what {compiler} compiled does not add up as numpy does")
+        return KeyedSumKernel(compiled=False, reason=f"what {compiler} made does not add up as numpy does")
     return kernel
 
 
 def _compile(compiler: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="beringia-") as directory:
         source, shared = Path(directory, "keyed_sum.c"), Path(directory, "keyed_sum.so")
-        source.write_text(_SOURCE % {"block": BLOCK_WORDS})
+        source.write_text(_SOURCE % {"block": BLOCK_WORDS, "golden": _GOLDEN})
         command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(shared), str(source)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         library = ctypes.CDLL(str(shared))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name in ("sums_of_uint8", "sums_of_uint16", "sums_of_uint32"):
-        getattr(library, name).argtypes = [pointer, pointer, pointer, number, number, pointer]
-        getattr(library, name).restype = None
+    library.run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    library.run.restype = None
     return library
 
 
 def _agrees_with_numpy(kernel: KeyedSumKernel) -> bool:
     random = splitmix64(np.arange(3 * BLOCK_WORDS, dtype=np.uint64))
-    for words in (random.astype(np.uint8), random.astype(np.uint16), random.astype(np.uint32)):
-        if not np.array_equal(kernel.block_sums(words, 77), _numpy_block_sums(words, 77, None)):
-            return False
-    return True
+    jobs = np.zeros(3, JOB)
+    for job, width in zip(jobs, (1, 2, 4), strict=True):
+        job["words"], job["key"], job["first"] = random.ctypes.data, 2**63 + width, 77 * BLOCK_WORDS + 7
+        job["count"], job["width"] = random.nbytes // width - 3, width
+    by_numpy = jobs.copy()
+    kernel.run(jobs)
+    _run_in_numpy(by_numpy, itertools.count())
+    return bool(np.array_equal(jobs["value"], by_numpy["value"]))

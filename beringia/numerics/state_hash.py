@@ -19,17 +19,16 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from beringia.numerics.keyed_sum import BLOCK_WORDS, Sums, Words, multipliers, open_kernel, table
+from beringia.numerics.keyed_sum import BLOCK_WORDS, JOB, Jobs, multipliers, open_kernel, table
 from beringia.records.record import canonical_hash
 
 _MASK = 2**64 - 1
-_WORD_TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
 _DEVICE_WORD_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _DEVICE_CHUNK_WORDS = 1024 * BLOCK_WORDS
 """Words taken at once on a device: 4M words make 32 MiB of 64-bit products."""
@@ -56,13 +55,33 @@ def hash_tensor(
         runs = list(runs_in_whole(offsets, sizes, shape))
         if len(runs) <= 1:
             return _hash_on_device(tensor, name, runs)
-    words = words_of(tensor.detach().cpu())
-    per_element = words_per_element(tensor.dtype)
-    total = 0
-    for start, length, first in runs_in_whole(offsets, sizes, shape):
-        piece = words[start * per_element : (start + length) * per_element]
-        total += hash_words(piece, name, first * per_element)
-    return total & _MASK
+    host = tensor.detach().cpu().contiguous()
+    jobs = jobs_of(host, name, runs_in_whole(offsets, sizes, shape))
+    open_kernel().run(jobs)
+    return total_value(jobs)
+
+
+def jobs_of(
+    tensor: torch.Tensor,
+    name: str,
+    runs: Iterable[tuple[int, int, int]],
+    *,
+    longest: int = 1 << 62,
+) -> Jobs:
+    """Jobs for the stretches of a contiguous tensor in host memory, none longer than `longest` words."""
+    per_element, width, address = words_per_element(tensor.dtype), min(tensor.dtype.itemsize, 4), tensor.data_ptr()
+    rows = []
+    for start, length, first in runs:
+        start, length, first = start * per_element, length * per_element, first * per_element
+        for done in range(0, length, longest):
+            count = min(longest, length - done)
+            rows.append((address + (start + done) * width, 0, key_of(name), first + done, count, width, 0))
+    return np.array(rows, JOB)
+
+
+def total_value(jobs: Jobs) -> int:
+    """The sum mod 2^64 of what jobs of one tensor gave."""
+    return int(np.sum(jobs["value"], dtype=np.uint64))
 
 
 def combine(
@@ -92,22 +111,6 @@ def words_per_element(dtype: torch.dtype) -> int:
     return 2 if dtype.itemsize == 8 else 1
 
 
-def words_of(tensor: torch.Tensor) -> Words:
-    """The bits of a tensor in host memory as unsigned words, one-dimensional; a view where the tensor is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    words: Words = flat.numpy().view(_WORD_TYPES[tensor.dtype.itemsize])
-    return words
-
-
-def hash_words(words: Words, name: str, first_word: int, copy_to: Words | None = None) -> int:
-    """The value of consecutive words of tensor `name`, the first of which is number `first_word` of the whole.
-
-    `copy_to` receives a copy on the way. Values of pieces are added mod 2^64 by the caller.
-    """
-    sums = open_kernel().block_sums(words, first_word % BLOCK_WORDS, copy_to)
-    return _weigh(sums, name, first_word // BLOCK_WORDS)
-
-
 def runs_in_whole(offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """The stretches of a piece that are consecutive in the whole too, as (start in piece, length, start in whole).
 
@@ -133,12 +136,9 @@ def runs_in_whole(offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _key(name: str) -> int:
+def key_of(name: str) -> int:
+    """The key of a tensor: the first 64 bits of the SHA-256 of its name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-
-
-def _weigh(sums: Sums, name: str, first_block: int) -> int:
-    return int(np.sum(sums * multipliers(_key(name), first_block, sums.size), dtype=np.uint64))
 
 
 def _hash_on_device(tensor: torch.Tensor, name: str, runs: list[tuple[int, int, int]]) -> int:
@@ -160,7 +160,8 @@ def _hash_on_device(tensor: torch.Tensor, name: str, runs: list[tuple[int, int, 
             length = BLOCK_WORDS
         block = words[done : done + rows * length].to(torch.int64) & unsigned
         sums = (block.view(rows, length) * factors[place : place + length]).sum(1)
-        total += _weigh(sums.cpu().numpy().view(np.uint64), name, (first + done) // BLOCK_WORDS)
+        weights = multipliers(key_of(name), (first + done) // BLOCK_WORDS, rows)
+        total += int(np.sum(sums.cpu().numpy().view(np.uint64) * weights, dtype=np.uint64))
         done += rows * length
     return total & _MASK
 
