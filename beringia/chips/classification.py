@@ -5,12 +5,13 @@ the supervisor acts on, and the reason for that category. A bare number is never
 may be 507014, so a numeric code counts only where a word such as `error code` says that it is one (`numbered`).
 
 Only errors that a device or its libraries can raise are read (`RuntimeError` with torch's subclasses, `MemoryError`,
-`OSError`, `AssertionError`): a `ValueError` that mentions a code is a bug of ours. Does not decide what to do about a
-fault; reads and writes nothing.
+`AssertionError`): a `ValueError` that mentions a code is a bug of ours, a `BrokenPipeError` is our own channel's. Does
+not decide what to do about a fault; reads and writes nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ _GRAVITY: dict[Category, int] = {"transient": 0, "persistent": 1, "device-lost":
 _MESSAGE_CHARACTERS = 2000
 """Longest message kept in a fault: vendors append whole stack dumps, and an event is one line."""
 
-_SPEAKS_FOR_A_DEVICE = (RuntimeError, MemoryError, OSError, AssertionError)
-"""torch's AcceleratorError, OutOfMemoryError and Dist*Error are RuntimeErrors; torch_npu asserts; gloo and stores end
-in ConnectionError or TimeoutError, which are OSErrors."""
+_SPEAKS_FOR_A_DEVICE = (RuntimeError, MemoryError, AssertionError)
+"""torch's AcceleratorError, OutOfMemoryError and Dist*Error are RuntimeErrors, and so is what gloo raises; torch_npu
+asserts. Of OSErrors only the one that says there is no memory counts: Python's own sockets and files raise the rest."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def device_errors(error: BaseException) -> list[BaseException]:
 
     Frameworks wrap the vendor's error ("training step failed") and chain the original: the code is in the chain.
     """
-    return [link for link in _chain(error) if isinstance(link, _SPEAKS_FOR_A_DEVICE)]
+    return [link for link in _chain(error) if isinstance(link, _SPEAKS_FOR_A_DEVICE) or _says_no_memory(link)]
 
 
 def device_text(error: BaseException | str) -> str:
@@ -92,6 +93,10 @@ def device_text(error: BaseException | str) -> str:
     if isinstance(error, str):
         return error
     return "\n".join(f"{type(link).__name__}: {link}" for link in device_errors(error))
+
+
+def _says_no_memory(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOMEM
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

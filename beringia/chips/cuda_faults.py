@@ -104,7 +104,7 @@ CUDA_RULES: tuple[Rule, ...] = (
     _cuda(
         46,
         "DevicesUnavailable/CUDA_ERROR_DEVICE_UNAVAILABLE",
-        "(?:all )?CUDA-capable device\\(s\\) (?:is|are) busy",
+        "(?:all )?CUDA-capable device(?:s|\\(s\\)) (?:are|is/are) busy",
         "transient",
         "Another process holds the device; it may let go.",
     ),
