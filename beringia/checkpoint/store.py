@@ -35,6 +35,7 @@ from beringia.chips.chip import Chip
 from beringia.errors import BeringiaError, CheckpointDamaged, RunError, StaleEpoch, StorageFull
 from beringia.numerics.keyed_sum import KeyedSumKernel, open_kernel
 from beringia.numerics.state_hash import combine, hash_tensor
+from beringia.records.files import reporting_full_disk
 from beringia.records.manifest import MANIFEST_SCHEMA, CheckpointManifest, Chunk, FileEntry, TrustMark
 
 _TOLD_TO_OTHERS: dict[str, type[BeringiaError]] = {
@@ -259,7 +260,7 @@ class CheckpointStore:
         partial = self.directory.partial(step, self.epoch)
         writer = StagedWriter(partial, staging)
         try:
-            self._together(lambda: self._clean())
+            self._together(self._clean)
             self._together(lambda: self._write_files(writer, layout))
             manifest = self._manifest(step, layout, writer, values, progress)
             self._together(lambda: self._publish(step, layout, writer, manifest))
@@ -275,7 +276,8 @@ class CheckpointStore:
         self._cleaned = True
 
     def _write_files(self, writer: StagedWriter, layout: _Layout) -> None:
-        writer.directory.mkdir(parents=True, exist_ok=True)
+        with reporting_full_disk(writer.directory):
+            writer.directory.mkdir(parents=True, exist_ok=True)
         writer.write_data(layout.plan, layout.planner).wait()
 
     def _publish(self, step: int, layout: _Layout, writer: StagedWriter, manifest: CheckpointManifest) -> None:
