@@ -1,4 +1,4 @@
-"""The story of recipes/r2-nano.toml as a run directory, without training anything: for tests of the report, and to look at.
+"""The story of recipes/r2-nano.toml as a run directory, without training: for tests of the report, and to look at.
 
 `python tests/report_story.py DIRECTORY` writes the run and its page.
 """
@@ -121,10 +121,11 @@ class Story:
         )
 
     def loss(self, step: int) -> float:
-        return 0.55 + 2.6 * math.exp(-step / 70) + 0.35 / (1 + math.exp((step - 330) / 40)) + self.random.gauss(0, 0.05)
+        understood = 0.35 / (1 + math.exp(min(50.0, (step - 330) / 40)))
+        return 0.55 + 2.6 * math.exp(-step / 70) + understood + self.random.gauss(0, 0.05)
 
     def train(self, first: int, last: int, *, seconds: float = 0.33, checks: bool = True) -> None:
-        """Steps `first` to `last`, with checkpoints every 50, trust 30 steps later, checks every 10, evaluations every 200."""
+        """Steps `first` to `last`: a checkpoint every 50, trusted 30 later, checks every 10, evaluations every 200."""
         for step in range(first, last + 1):
             took = seconds * (1 + abs(self.random.gauss(0, 0.08)))
             self.tell(

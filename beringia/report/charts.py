@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -126,6 +126,15 @@ def decimate(points: Sequence[Point], scale: Scale) -> list[Point]:
     return kept
 
 
+def spaced(places: Sequence[float], scale: Scale, pixels: float) -> list[int]:
+    """Indices of places at least so many pixels apart, the last one always among them."""
+    kept: list[int] = []
+    for index in reversed(range(len(places))):
+        if not kept or scale(places[kept[-1]]) - scale(places[index]) >= pixels:
+            kept.append(index)
+    return kept[::-1]
+
+
 @dataclass
 class Chart:
     """A drawing that grows by calls; `svg()` gives the text. Values go through `x` and `y`; pixels say so."""
@@ -180,8 +189,8 @@ class Chart:
             self.text(self.x.pixel_low - 7, place + 4, label, "tick", "end")
         self.text(0, self.y.pixel_high - 22, name, "axis-name")
 
-    def curve(self, points: Sequence[Point], style: str) -> None:
-        """A line through values, thinned to the pixels there are; hover finds its points."""
+    def curve(self, points: Sequence[Point], style: str, describe: Callable[[Point], str]) -> None:
+        """A line through values, thinned to the pixels there are; hover shows `describe` of its points."""
         shown = decimate(points, self.x)
         if len(shown) == 1:
             self.mark(shown[0], "circle", style, radius=1.5)
@@ -189,7 +198,7 @@ class Chart:
         if len(placed) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
             self.add(f'<polyline points="{path}" class="curve {style}"/>')
-        self.hovers += [(x, y, point.text) for (x, y), point in zip(placed, shown, strict=True) if point.text]
+        self.hovers += [(x, y, describe(point)) for (x, y), point in zip(placed, shown, strict=True)]
 
     def interval(self, x: float, low: float, high: float, style: str) -> None:
         """An upright bar with ends: from `low` to `high` at `x`."""

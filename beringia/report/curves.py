@@ -6,13 +6,14 @@ Draws; reads nothing but the history. Work that was thrown away is dashed; the c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from markupsafe import Markup
 
-from beringia.records.events import Alarm, CheckDone
+from beringia.records.events import Alarm, CheckDone, Evaluated
 from beringia.report.answer import labelled
 from beringia.report.charts import (
     Chart,
@@ -23,6 +24,7 @@ from beringia.report.charts import (
     log_range,
     log_ticks,
     nice_range,
+    spaced,
     text_width,
 )
 from beringia.report.history import At, History, Step
@@ -47,13 +49,14 @@ def draw_loss(history: History, width: int) -> Markup:
     chart = _chart(history, width, 230, low, high, "Training and held-out loss over time")
     chart.vertical_axis(linear_ticks(low, high), "loss (nats per token)")
     _guides(chart, history, labels=True)
-    for style, points in _stretches(history):
-        chart.curve(points, style)
-    for step in history.steps:
-        if step.event.loss is None:
-            words = f"step {step.event.step}: loss not finite"
-            chart.mark(Point(step.seconds, high, words), "cross", "alarm")
-    for at in history.evaluations:
+    for style, fate, piece in _stretches(history):
+        points = [Point(step.seconds, step.event.loss or 0.0, str(step.event.step)) for step in piece]
+        chart.curve(points, style, partial(_loss_words, fate))
+    broken = [step for step in history.steps if step.event.loss is None]
+    for index in spaced([step.seconds for step in broken], chart.x, 10):
+        words = f"step {broken[index].event.step}: loss not finite"
+        chart.mark(Point(broken[index].seconds, high, words), "cross", "alarm")
+    for at in _apart(history.evaluations, chart.x, 14):
         if at.event.loss is not None:
             words = f"step {at.event.step}: held-out loss {significant(at.event.loss, 4)}, {labelled(history, at.chip)}"
             chart.mark(Point(at.seconds, at.event.loss, words), "ring", _series(history, at.chip), radius=5)
@@ -61,14 +64,18 @@ def draw_loss(history: History, width: int) -> Markup:
     return chart.svg()
 
 
-def _stretches(history: History) -> Iterator[tuple[str, list[Point]]]:
-    """The loss as pieces that belong together: one chip, kept or not, steps in a row."""
+def _loss_words(fate: str, point: Point) -> str:
+    return f"step {point.text}: loss {significant(point.y, 4)}, {fate}"
+
+
+def _stretches(history: History) -> Iterator[tuple[str, str, list[Step]]]:
+    """(style, words, steps) of the pieces of the loss that belong together: one chip, kept or not, steps in a row."""
     piece: list[Step] = []
     for step in (*history.steps, None):
         if piece and (step is None or not _follows(piece[-1], step)):
             style = _series(history, piece[0].chip) + ("" if piece[0].kept else " thrown-away")
             chip = labelled(history, piece[0].chip)
-            yield style, [_loss_point(one, chip) for one in piece]
+            yield style, chip + ("" if piece[0].kept else ", thrown away"), piece
             piece = []
         if step is not None and step.event.loss is not None:
             piece.append(step)
@@ -79,10 +86,9 @@ def _follows(earlier: Step, later: Step) -> bool:
     return same and later.event.loss is not None and later.event.step == earlier.event.step + 1
 
 
-def _loss_point(step: Step, chip: str) -> Point:
-    loss = step.event.loss if step.event.loss is not None else math.nan
-    fate = "" if step.kept else ", thrown away"
-    return Point(step.seconds, loss, f"step {step.event.step}: loss {significant(loss, 4)}, {chip}{fate}")
+def _apart(evaluations: Sequence[At[Evaluated]], x: Scale, pixels: float) -> list[At[Evaluated]]:
+    """Evaluations whose marks do not touch; the table has all of them."""
+    return [evaluations[index] for index in spaced([at.seconds for at in evaluations], x, pixels)]
 
 
 def _name_lines(chart: Chart, history: History) -> None:
@@ -112,8 +118,7 @@ def draw_accuracy(history: History, width: int) -> Markup:
     chance = next((at.event.chance for at in sampled if at.event.chance is not None), None)
     if chance is not None:
         chart.line(chart.x.pixel_low, chart.y(chance), chart.x.pixel_high, chart.y(chance), "reference")
-        chart.text(chart.x.pixel_low + 6, chart.y(chance) - 5, f"chance {percent(chance, 0)}", "small halo")
-    for at in sampled:
+    for at in _apart(sampled, chart.x, 11):
         event, series = at.event, series_of(history, at.chip or "")
         low_end, high_end = event.accuracy_low, event.accuracy_high
         if low_end is not None and high_end is not None:
@@ -127,6 +132,8 @@ def draw_accuracy(history: History, width: int) -> Markup:
             shape,
             f"series-{series}",
         )
+    if chance is not None:
+        chart.text(chart.x.pixel_low + 6, chart.y(chance) - 5, f"chance {percent(chance, 0)}", "small halo")
     return chart.svg()
 
 
@@ -137,7 +144,13 @@ class GuardCheck:
     seconds: float
     chip: str | None
     share: float
-    words: str
+    event: CheckDone | Alarm
+
+    def words(self, history: History) -> str:
+        """For hover."""
+        used = "nothing" if self.share == 0 else f"{significant(self.share)} ×"
+        where = f"step {self.event.step}, {self.event.detector} of {self.event.site} {self.event.tensor}"
+        return f"{where}: {used} of its bound, {labelled(history, self.chip)}"
 
 
 def guard_checks(history: History) -> list[GuardCheck]:
@@ -145,19 +158,14 @@ def guard_checks(history: History) -> list[GuardCheck]:
     told = {_site(at.event) for at in history.checks}
     silent = [at for at in history.alarms if _site(at.event) not in told]
     moments: list[At[CheckDone] | At[Alarm]] = [*history.checks, *silent]
-    return sorted((_guard_check(history, at) for at in moments), key=lambda check: check.seconds)
+    checks = [
+        GuardCheck(at.seconds, at.chip, share_of_bound(at.event.value, at.event.bound), at.event) for at in moments
+    ]
+    return sorted(checks, key=lambda check: check.seconds)
 
 
 def _site(event: CheckDone | Alarm) -> tuple[int, str, str, str]:
     return event.step, event.detector, event.site, event.tensor
-
-
-def _guard_check(history: History, at: At[CheckDone] | At[Alarm]) -> GuardCheck:
-    event = at.event
-    share = share_of_bound(event.value, event.bound)
-    used = "nothing" if share == 0 else f"{significant(share)} ×"
-    where = f"step {event.step}, {event.detector} of {event.site} {event.tensor}"
-    return GuardCheck(at.seconds, at.chip, share, f"{where}: {used} of its bound, {labelled(history, at.chip)}")
 
 
 def draw_guard(history: History, width: int) -> Markup:
@@ -171,10 +179,10 @@ def draw_guard(history: History, width: int) -> Markup:
     chart.line(chart.x.pixel_low, chart.y(1.0), chart.x.pixel_high, chart.y(1.0), "reference")
     for check in _thinned([check for check in checks if check.share <= 1], chart.x):
         series = series_of(history, check.chip or "")
-        point = Point(check.seconds, check.share, check.words)
+        point = Point(check.seconds, check.share, check.words(history))
         chart.mark(point, SHAPES[series - 1], f"series-{series} dot", radius=2.5)
     for check in _thinned([check for check in checks if check.share > 1], chart.x):
-        chart.mark(Point(check.seconds, check.share, check.words), "triangle", "alarm", radius=5)
+        chart.mark(Point(check.seconds, check.share, check.words(history)), "triangle", "alarm", radius=5)
     chart.text(chart.x.pixel_high - 4, chart.y(1.0) - 5, "beyond its bound: alarm", "small halo", "end")
     return chart.svg()
 

@@ -121,7 +121,7 @@ def _lead(history: History) -> str:
 def _facts(history: History, summary: Summary) -> list[Fact]:
     facts = [
         Fact("Steps", f"{history.step:,}", f"of {history.planned_steps or 0:,} planned"),
-        Fact("Work done again", f"{summary.lost_steps:,}", f"steps, of {len(history.steps):,} done in all"),
+        Fact("Work thrown away", f"{summary.lost_steps:,}", f"steps, of {len(history.steps):,} done in all"),
         Fact("Wall time", duration(history.seconds), _paused(history)),
     ]
     if summary.loss is not None and history.held_out is not None:
@@ -167,17 +167,26 @@ def _figures(history: History) -> list[Figure]:
 
 def _timeline_caption(history: History) -> str:
     trusted = sum(checkpoint.state == "trusted" for checkpoint in history.checkpoints)
-    words = (
-        f"What to see: where the bar is hatched, work was thrown away; the arrow above it leads back to the checkpoint "
-        f"that the run went on from. {trusted} of {count(len(history.checkpoints), 'checkpoint')} became trusted."
-    )
+    words = "What to see: an unbroken bar; no work was thrown away."
+    if history.lost_steps:
+        words = (
+            "What to see: where the bar is hatched, work was thrown away; the arrow above it leads back to the "
+            "checkpoint that the run went on from."
+        )
+    words += f" {trusted:,} of {count(len(history.checkpoints), 'checkpoint')} became trusted."
+    if len(history.checkpoints) > 40:
+        words += " Where marks would touch, one stands for its neighbours."
     if history.pauses:
         words += " A dotted upright line marks a time in which nothing ran; the axis leaves it out."
     return words
 
 
 def _loss_caption(history: History) -> str:
-    shown = " Long runs are drawn with the lowest and highest step of each pixel." if len(history.steps) > 2000 else ""
+    shown = (
+        " A long run is drawn as the lowest and highest step of each pixel, and rings that do not touch."
+        if len(history.steps) > 2000
+        else ""
+    )
     if history.crossings:
         return (
             "What to see: after the bold line the loss goes on where the old chip's trusted checkpoint left it. "

@@ -29,6 +29,11 @@ BETWEEN_LANES_PIXELS = 18
 AXIS_PIXELS = 38
 CLOSEST_MARKS_PIXELS = 11
 """Marks nearer to each other than this are drawn as one, with their number."""
+CLOSEST_CHECKPOINTS_PIXELS = 14
+NUMBER_PIXELS = 22
+"""Numbers of decisions nearer to each other than this touch, and are drawn as a range..."""
+RANGE_PIXELS = 52
+"""...which is at most this long."""
 MOST_DECISION_ROWS = 3
 NARROW_PIXELS = 600
 """Below this width decisions show their number only; the list of decisions has the words."""
@@ -86,6 +91,10 @@ class Lane:
     @property
     def rows(self) -> int:
         return max((decision.row + 1 for decision in self.decisions), default=0)
+
+    def row(self, row: int) -> float:
+        """Middle of a row of decisions, counted from the bar upwards."""
+        return self.title + (self.rows - row - 0.5) * DECISION_ROW_PIXELS
 
     @property
     def checkpoints(self) -> float:
@@ -285,7 +294,7 @@ def _draw_checkpoints(chart: Chart, history: History, lane: Lane) -> None:
     y = lane.bar - 7
     last_label = -1e9
     mine = [checkpoint for checkpoint in history.checkpoints if checkpoint.chip == lane.chip.label]
-    for _, group in groupby(mine, key=lambda checkpoint: int(chart.x(checkpoint.seconds) / CLOSEST_MARKS_PIXELS)):
+    for _, group in groupby(mine, key=lambda checkpoint: int(chart.x(checkpoint.seconds) / CLOSEST_CHECKPOINTS_PIXELS)):
         cluster = list(group)
         shown = next((one for one in reversed(cluster) if one.state == "trusted"), cluster[-1])
         x, step = chart.x(shown.seconds), f"{shown.event.step:,}"
@@ -300,17 +309,26 @@ def _draw_checkpoints(chart: Chart, history: History, lane: Lane) -> None:
 
 def _draw_decisions(chart: Chart, lane: Lane) -> None:
     for decision in lane.decisions:
-        x = chart.x(decision.at.seconds)
-        y = lane.title + (lane.rows - 1 - decision.row) * DECISION_ROW_PIXELS + DECISION_ROW_PIXELS / 2
+        x, y = chart.x(decision.at.seconds), lane.row(decision.row)
         chart.line(x, y, x, lane.bar + BAR_PIXELS, "arrow")
         if decision.target is not None and decision.target.chip == lane.chip.label:
             _draw_arrow_back(chart, x, y, chart.x(decision.target.seconds), lane.bar - 24)
-    for decision in lane.decisions:
-        x = chart.x(decision.at.seconds)
-        y = lane.title + (lane.rows - 1 - decision.row) * DECISION_ROW_PIXELS + DECISION_ROW_PIXELS / 2
-        _draw_number(chart, x, y, decision)
-        if decision.label:
-            chart.text(x + 12, y + 4, decision.label, "label halo")
+    for cluster in _clusters(chart, lane.decisions):
+        _draw_numbers(chart, lane.row(cluster[0].row), cluster)
+
+
+def _clusters(chart: Chart, decisions: list[PlacedDecision]) -> list[list[PlacedDecision]]:
+    """Decisions whose numbers would touch go together, so that the range of their numbers has room."""
+    clusters: list[list[PlacedDecision]] = []
+    for decision in decisions:
+        group = clusters[-1] if clusters else []
+        near = group and chart.x(decision.at.seconds) - chart.x(group[0].at.seconds) < RANGE_PIXELS
+        touching = group and chart.x(decision.at.seconds) - chart.x(group[-1].at.seconds) < NUMBER_PIXELS
+        if near and (touching or len(group) > 1) and decision.row == group[0].row and not group[-1].label:
+            group.append(decision)
+        else:
+            clusters.append([decision])
+    return clusters
 
 
 def _draw_arrow_back(chart: Chart, x: float, y: float, target: float, tip: float) -> None:
@@ -319,13 +337,20 @@ def _draw_arrow_back(chart: Chart, x: float, y: float, target: float, tip: float
     chart.path(f"M{target:.1f} {tip:.1f}l-3.5 -6h7z", "arrow-head")
 
 
-def _draw_number(chart: Chart, x: float, y: float, decision: PlacedDecision) -> None:
-    words = f"decision {decision.number}: {decision_label(decision.at.event)}. {decision.at.event.reason}"
-    width = 8 + 7 * len(str(decision.number))
+def _draw_numbers(chart: Chart, y: float, cluster: list[PlacedDecision]) -> None:
+    first, last = cluster[0], cluster[-1]
+    x = (chart.x(first.at.seconds) + chart.x(last.at.seconds)) / 2
+    number = f"{first.number}" if first is last else f"{first.number}–{last.number}"
+    words = "; ".join(
+        f"decision {one.number}: {decision_label(one.at.event)}, {one.at.event.reason}" for one in cluster
+    )
+    width = 8 + 7 * len(number)
     box = Markup('<g class="number"><title>{}</title><rect x="{}" y="{}" width="{}" height="15" rx="7.5"/>')
     chart.add(box.format(words, f"{x - width / 2:.1f}", f"{y - 7.5:.1f}", width))
-    chart.text(x, y + 4, str(decision.number), "", "middle")
+    chart.text(x, y + 4, number, "", "middle")
     chart.add("</g>")
+    if last.label:
+        chart.text(x + width / 2 + 4, y + 4, last.label, "label halo")
 
 
 class _Incident(NamedTuple):
@@ -349,9 +374,11 @@ def _draw_marks(chart: Chart, history: History, lane: Lane, canvas: Canvas) -> N
     """Faults and alarms under the bar; those too near to tell apart as one mark with their number."""
     crossed = [chart.x(at.seconds) for at, _ in crossing_times(history)]
     incidents = _incidents(history, lane.chip.label)
+    groups = groupby(incidents, key=lambda one: (int(chart.x(one.seconds) / CLOSEST_MARKS_PIXELS), one.kind))
+    clusters = [list(group) for _, group in groups]
+    obstacles = [chart.x(cluster[0].seconds) for cluster in clusters] + crossed + [float(chart.width)]
     free = 0.0
-    for _, group in groupby(incidents, key=lambda one: (int(chart.x(one.seconds) / CLOSEST_MARKS_PIXELS), one.kind)):
-        cluster = list(group)
+    for cluster in clusters:
         x, kind = chart.x(cluster[0].seconds), cluster[0].kind
         label = f"{kind} {cluster[0].name}" + (f" ×{len(cluster)}" if len(cluster) > 1 else "")
         # Beside the bold line of the crossing, not under it.
@@ -359,19 +386,13 @@ def _draw_marks(chart: Chart, history: History, lane: Lane, canvas: Canvas) -> N
         x -= CLOSEST_MARKS_PIXELS if before else 0
         shape: Shape = "cross" if kind == "fault" else "triangle"
         chart.add(mark(x, lane.marks, shape, kind, f"{label}: {cluster[0].message}"))
-        if not canvas.narrow:
-            free = _name_mark(chart, x, lane.marks + 4, label, before=before, free=free)
-
-
-def _name_mark(chart: Chart, x: float, y: float, label: str, *, before: bool, free: float) -> float:
-    """Write a mark's name beside it if there is room right of `free`; returns where the next name may begin."""
-    width = text_width(label)
-    if before and x - width - 8 > free:
-        chart.text(x - 8, y, label, "small halo", "end")
-    elif not before and x > free and x + 10 + width < chart.width:
-        chart.text(x + 9, y, label, "small halo")
-        return x + 16 + width
-    return max(free, x + 9)
+        width = text_width(label)
+        if before and not canvas.narrow and x - width - 8 > free:
+            chart.text(x - 8, lane.marks + 4, label, "small halo", "end")
+        elif not before and not canvas.narrow and not any(x < other < x + width + 14 for other in obstacles):
+            chart.text(x + 9, lane.marks + 4, label, "small halo")
+            free = x + 16 + width
+        free = max(free, x + 9)
 
 
 def _draw_crossings(chart: Chart, history: History, lanes: list[Lane], canvas: Canvas) -> None:
