@@ -380,12 +380,12 @@ def _draw_marks(chart: Chart, history: History, lane: Lane, canvas: Canvas) -> N
     free = 0.0
     for cluster in clusters:
         x, kind = chart.x(cluster[0].seconds), cluster[0].kind
-        label = f"{kind} {cluster[0].name}" + (f" ×{len(cluster)}" if len(cluster) > 1 else "")
+        label = cluster[0].name + (f" ×{len(cluster)}" if len(cluster) > 1 else "")
         # Beside the bold line of the crossing, not under it.
         before = any(abs(x - place) < CLOSEST_MARKS_PIXELS for place in crossed)
         x -= CLOSEST_MARKS_PIXELS if before else 0
         shape: Shape = "cross" if kind == "fault" else "triangle"
-        chart.add(mark(x, lane.marks, shape, kind, f"{label}: {cluster[0].message}"))
+        chart.add(mark(x, lane.marks, shape, kind, f"{kind} {label}: {cluster[0].message}"))
         width = text_width(label)
         if before and not canvas.narrow and x - width - 8 > free:
             chart.text(x - 8, lane.marks + 4, label, "small halo", "end")
