@@ -12,29 +12,35 @@ from torch.nn import functional as F
 
 from beringia.model.cache import LayerCache
 from beringia.model.config import DecoderConfig
-from beringia.model.layers import Linear, RMSNorm
+from beringia.model.layers import Linear, RMSNorm, linear_jointly
 from beringia.model.rope import Rope, rotate, softmax_scale
 
 # transformers and DeepSeek's own code norm the latents with this, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
 
 
-def attend(q_BTNH: torch.Tensor, k_BSGH: torch.Tensor, v_BSGH: torch.Tensor, scale: float) -> torch.Tensor:
+def attend(q_BNTH: torch.Tensor, k_BGSH: torch.Tensor, v_BGSH: torch.Tensor, scale: float) -> torch.Tensor:
     """Each of the last T tokens attends to itself and all before it; returns B T (N times the width of v)."""
-    num_new, num_all = q_BTNH.shape[1], k_BSGH.shape[1]
+    num_new, num_all = q_BNTH.shape[2], k_BGSH.shape[2]
     mask = None
     if 1 < num_new < num_all:
-        mask = torch.ones(num_new, num_all, dtype=torch.bool, device=q_BTNH.device).tril(num_all - num_new)
+        mask = torch.ones(num_new, num_all, dtype=torch.bool, device=q_BNTH.device).tril(num_all - num_new)
     out_BNTH = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2),
-        k_BSGH.transpose(1, 2),
-        v_BSGH.transpose(1, 2),
+        q_BNTH,
+        k_BGSH,
+        v_BGSH,
         attn_mask=mask,
         is_causal=num_new == num_all,
         scale=scale,
-        enable_gqa=q_BTNH.shape[2] != k_BSGH.shape[2],
+        enable_gqa=q_BNTH.shape[1] != k_BGSH.shape[1],
     )
     return out_BNTH.transpose(1, 2).flatten(2)
+
+
+def by_head(x_BTX: torch.Tensor, width: int) -> torch.Tensor:
+    """Split the last dimension into heads and bring them before the tokens: B N T width."""
+    batch, tokens, _ = x_BTX.shape
+    return x_BTX.view(batch, tokens, -1, width).transpose(1, 2)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -56,16 +62,14 @@ class GroupedQueryAttention(nn.Module):
         self.norms_heads = config.family == "qwen3"
 
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
-        q_BTNH = self.q_proj(x_BTD).unflatten(-1, (-1, self.width))
-        k_BTGH = self.k_proj(x_BTD).unflatten(-1, (-1, self.width))
-        v_BTGH = self.v_proj(x_BTD).unflatten(-1, (-1, self.width))
+        q, k, v = linear_jointly(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BNTH, k_BGSH, v_BGSH = (by_head(x, self.width) for x in (q, k, v))
         if self.norms_heads:
-            q_BTNH, k_BTGH = self.q_norm(q_BTNH), self.k_norm(k_BTGH)
-        q_BTNH, k_BSGH = rotate(q_BTNH, rope, interleaved=False), rotate(k_BTGH, rope, interleaved=False)
-        v_BSGH = v_BTGH
+            q_BNTH, k_BGSH = self.q_norm(q_BNTH), self.k_norm(k_BGSH)
+        q_BNTH, k_BGSH = rotate(q_BNTH, rope, interleaved=False), rotate(k_BGSH, rope, interleaved=False)
         if cache is not None:
-            k_BSGH, v_BSGH = cache.extend(k_BSGH, v_BSGH)
-        return self.o_proj(attend(q_BTNH, k_BSGH, v_BSGH, self.scale))
+            k_BGSH, v_BGSH = cache.extend(k_BGSH, v_BGSH)
+        return self.o_proj(attend(q_BNTH, k_BGSH, v_BGSH, self.scale))
 
 
 class LatentAttention(nn.Module):
@@ -91,22 +95,23 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(heads * self.value, hidden, bias=bias)
 
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
-        q_nope, q_rope = self._queries(x_BTD).split((self.nope, self.rope), dim=-1)
-        latent_BSR, k_BSP = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.rope), dim=-1)
-        latent_BSR = self.kv_a_layernorm(latent_BSR)
-        q_rope = rotate(q_rope, rope, interleaved=self.interleaved)
-        k_BSP = rotate(k_BSP.unsqueeze(2), rope, interleaved=self.interleaved).squeeze(2)
+        q_BNTH, latent_BSR, k_B1SP = self._down(x_BTD)
+        q_nope, q_rope = q_BNTH.split((self.nope, self.rope), dim=-1)
+        q_BNTH = torch.cat((q_nope, rotate(q_rope, rope, interleaved=self.interleaved)), dim=-1)
+        k_B1SP = rotate(k_B1SP, rope, interleaved=self.interleaved)
         if cache is not None:
-            latent_BSR, k_BSP = cache.extend(latent_BSR, k_BSP)
-        keys_values = self.kv_b_proj(latent_BSR).unflatten(-1, (-1, self.nope + self.value))
-        k_nope, v_BSNH = keys_values.split((self.nope, self.value), dim=-1)
-        k_rope = k_BSP.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)
-        q_BTNH, k_BSNH = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope), dim=-1)
-        return self.o_proj(attend(q_BTNH, k_BSNH, v_BSNH, self.scale))
+            latent_B1SR, k_B1SP = cache.extend(latent_BSR.unsqueeze(1), k_B1SP)
+            latent_BSR = latent_B1SR.squeeze(1)
+        k_nope, v_BNSH = by_head(self.kv_b_proj(latent_BSR), self.nope + self.value).split((self.nope, self.value), -1)
+        k_BNSH = torch.cat((k_nope, k_B1SP.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        return self.o_proj(attend(q_BNTH, k_BNSH, v_BNSH, self.scale))
 
-    def _queries(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def _down(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries B N T H, normed latent B T R and shared rotary key B 1 T P, neither rotated."""
         if self.compresses_queries:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+            q_low, kv_low = linear_jointly(x_BTD, self.q_a_proj, self.kv_a_proj_with_mqa)
+            q = self.q_b_proj(self.q_a_layernorm(q_low))
         else:
-            q = self.q_proj(x_BTD)
-        return q.unflatten(-1, (-1, self.nope + self.rope))
+            q, kv_low = self.q_proj(x_BTD), self.kv_a_proj_with_mqa(x_BTD)
+        latent_BTR, k_BTP = kv_low.split((self.rank, self.rope), dim=-1)
+        return by_head(q, self.nope + self.rope), self.kv_a_layernorm(latent_BTR), k_BTP.unsqueeze(1)

@@ -1,7 +1,7 @@
 """What decoding remembers of earlier tokens, layer by layer.
 
-Two tensors a layer: keys and values (B S G H), or for latent attention the normed latent (B S R) and the rotated
-shared key (B S P), which is what makes DeepSeek's cache small. Grows by concatenation; a paged cache is the engine's.
+Two tensors a layer: keys and values (B G S H), or for latent attention the normed latent (B 1 S R) and the rotated
+shared key (B 1 S P), which is what makes DeepSeek's cache small. Grows by concatenation; a paged cache is the engine's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 
 class LayerCache:
-    """The two tensors of one layer, tokens along dimension 1."""
+    """The two tensors of one layer, tokens along dimension 2."""
 
     def __init__(self) -> None:
         self.first: torch.Tensor | None = None
@@ -19,13 +19,13 @@ class LayerCache:
     @property
     def length(self) -> int:
         """Tokens remembered."""
-        return 0 if self.first is None else self.first.shape[1]
+        return 0 if self.first is None else self.first.shape[2]
 
     def extend(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new tokens' tensors; returns those of all tokens."""
         if self.first is not None and self.second is not None:
-            first = torch.cat((self.first, first), dim=1)
-            second = torch.cat((self.second, second), dim=1)
+            first = torch.cat((self.first, first), dim=2)
+            second = torch.cat((self.second, second), dim=2)
         self.first, self.second = first, second
         return first, second
 

@@ -91,7 +91,9 @@ class Trunk(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         layers: list[nn.Module] = [DecoderLayer(config, index) for index in range(config.num_hidden_layers)]
         layers += [MultiTokenLayer(config) for _ in range(config.num_nextn_predict_layers)]
         self.layers = nn.ModuleList(layers)

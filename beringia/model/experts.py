@@ -7,13 +7,15 @@ into one tensor an expert on disk.
 The choice of experts can be recorded and forced, because a replay in float64 must follow the chip's own choices: near a
 tie another choice is not an error of arithmetic.
 
-M rows (tokens), D hidden, E experts, K experts a token, A = M K assignments, F expert width.
+M rows (tokens), D hidden, E experts, K experts a token, A = M K assignments, C slots an expert, S = E C slots, F expert
+width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,6 +62,67 @@ class Router(nn.Module):
         return weights_MK * self.scaling
 
 
+def plan_slots(chosen_MK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay the assignments out expert by expert, C slots each, where C is the largest load: no token is dropped.
+
+    Returns the slot (expert times C plus rank) of each assignment, M K, and the row whose copy each of the S slots
+    holds, M for an empty one. So every product is one batched product over experts, and rows move either way by a
+    gather: no atomic additions, the same result on every run. Waits for the device once, for C.
+    """
+    expert_A = chosen_MK.flatten()
+    load_E = count(expert_A, num_experts)
+    capacity = int(load_E.max())
+    order_A = expert_A.argsort(stable=True)
+    first_E = load_E.cumsum(0) - load_E
+    # Slots in sorted order: the expert's first slot, plus how many of its assignments came before.
+    expert_sorted_A = expert_A[order_A]
+    place_A = torch.arange(len(order_A), device=order_A.device)
+    slot_sorted_A = expert_sorted_A * capacity + place_A - first_E[expert_sorted_A]
+    slot_A = torch.empty_like(order_A).scatter_(0, order_A, slot_sorted_A)
+    row_S = torch.full((num_experts * capacity,), len(chosen_MK), dtype=order_A.dtype, device=order_A.device)
+    row_S.scatter_(0, slot_sorted_A, order_A // chosen_MK.shape[1])
+    return slot_A.view_as(chosen_MK), row_S
+
+
+def spread(x_MD: torch.Tensor, row_S: torch.Tensor) -> torch.Tensor:
+    """Copy rows to their slots; empty slots are zero."""
+    padded_D = torch.cat((x_MD, x_MD.new_zeros(1, x_MD.shape[1])))
+    return padded_D.index_select(0, row_S)
+
+
+def gather_sum(x_SD: torch.Tensor, slot_MK: torch.Tensor) -> torch.Tensor:
+    """For each row the sum over its K slots."""
+    return x_SD.index_select(0, slot_MK.flatten()).view(*slot_MK.shape, -1).sum(1)
+
+
+class Dispatch(torch.autograd.Function):
+    """`spread`, whose adjoint is `gather_sum`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: torch.Tensor, slot_MK: torch.Tensor, row_S: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(slot_MK)
+        return spread(x_MD, row_S)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (slot_MK,) = ctx.saved_tensors
+        return gather_sum(grad_SD, slot_MK), None, None
+
+
+class Combine(torch.autograd.Function):
+    """`gather_sum`, whose adjoint is `spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SD: torch.Tensor, slot_MK: torch.Tensor, row_S: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(row_S)
+        return gather_sum(x_SD, slot_MK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (row_S,) = ctx.saved_tensors
+        return spread(grad_MD, row_S), None, None
+
+
 class Experts(nn.Module):
     """All experts' weights, stacked: gate above up (E 2F D), and down (E D F)."""
 
@@ -71,27 +134,24 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
     def forward(self, x_MD: torch.Tensor, chosen_MK: torch.Tensor, weights_MK: torch.Tensor) -> torch.Tensor:
-        expert_A = chosen_MK.flatten()
-        order_A = expert_A.argsort(stable=True)
-        row_A = order_A // chosen_MK.shape[1]
-        sizes = count(expert_A, self.num_experts).tolist()
-        gate_up = grouped_linear(x_MD[row_A], self.gate_up_proj, sizes)
-        gate, up = gate_up.chunk(2, dim=-1)
-        out_AD = grouped_linear(F.silu(gate) * up, self.down_proj, sizes)
-        weighted_AD = out_AD * weights_MK.flatten()[order_A].unsqueeze(-1).to(out_AD.dtype)
-        return torch.zeros_like(x_MD).index_add_(0, row_A, weighted_AD)
+        slot_MK, row_S = plan_slots(chosen_MK, self.num_experts)
+        x_ECD = Dispatch.apply(x_MD, slot_MK, row_S).view(self.num_experts, -1, x_MD.shape[1])
+        gate_ECF, up_ECF = self._product(x_ECD, self.gate_up_proj).chunk(2, dim=-1)
+        # The weight of an assignment commutes with the linear down projection, and F is smaller than D.
+        weight_S = torch.zeros_like(row_S, dtype=x_MD.dtype).scatter(
+            0, slot_MK.flatten(), weights_MK.flatten().to(x_MD.dtype)
+        )
+        h_ECF = F.silu(gate_ECF) * up_ECF * weight_S.view(self.num_experts, -1, 1)
+        return Combine.apply(self._product(h_ECF, self.down_proj).flatten(0, 1), slot_MK, row_S)
+
+    def _product(self, x_ECK: torch.Tensor, weight_ENK: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x_ECK, weight_ENK.to(x_ECK.dtype).transpose(1, 2))
 
 
 def count(expert_A: torch.Tensor, num_experts: int) -> torch.Tensor:
     """How often each expert occurs, int64, shape E."""
     zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_A.device)
     return zeros_E.scatter_add_(0, expert_A, torch.ones_like(expert_A))
-
-
-def grouped_linear(x_AD: torch.Tensor, weight_EFD: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Rows sorted by expert, each multiplied with its expert's matrix; `sizes` says how many rows each expert has."""
-    weights = weight_EFD.to(x_AD.dtype).unbind(0)
-    return torch.cat([F.linear(rows, weight) for rows, weight in zip(x_AD.split(sizes), weights, strict=True)])
 
 
 class MixtureOfExperts(nn.Module):

@@ -1,8 +1,9 @@
 """Checkpoints in Hugging Face form: `config.json` with one `model.safetensors`, or shards and their index.
 
 Reads float32, bfloat16 and float16 weights into float32 masters; a tensor that is missing, unexpected or of another
-shape is an error that names it. Writes a directory aside and renames it when it is complete. Experts, stacked in memory, are one
-tensor each on disk; the multi-token layer's copies of embedding and head are written, and checked when read.
+shape is an error that names it. Writes a directory aside and renames it when it is complete. Experts, stacked in
+memory, are one tensor each on disk; the multi-token layer's copies of embedding and head are written, and checked when
+read.
 """
 
 from __future__ import annotations
@@ -100,10 +101,7 @@ def load_model(directory_or_preset: str | Path, *, seed: int = 0, vocabulary_siz
     mtp_prefix = f"model.layers.{config.num_hidden_layers}."
     if not any(name.startswith(mtp_prefix) for name in files):
         config = replace(config, num_nextn_predict_layers=0)
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder.to_empty(device="cpu")
-    _reset_counts(decoder)
+    decoder = Decoder(config)
     _read_tensors(decoder, directory, files)
     return decoder
 
@@ -126,11 +124,6 @@ def _load_preset(name: str, seed: int, vocabulary_size: int | None) -> Decoder:
     decoder = Decoder(preset(name, vocabulary_size))
     initialise(decoder, seed)
     return decoder
-
-
-def _reset_counts(decoder: Decoder) -> None:
-    for counts in decoder.expert_counts().values():
-        counts.zero_()
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:

@@ -18,11 +18,23 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that casts its weight to the activations' dtype."""
+    """`nn.Linear` that casts its weight to the activations' dtype, and leaves it to others to fill it."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: `initialise` or a checkpoint fills it, and the process-wide random state stays untouched."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def linear_jointly(x: torch.Tensor, *parts: Linear) -> tuple[torch.Tensor, ...]:
+    """Several linear maps of the same input as one product: fewer, larger products, and one gradient of `x`."""
+    weight = torch.cat([part.weight.to(x.dtype) for part in parts])
+    biases = [part.bias.to(x.dtype) for part in parts if part.bias is not None]
+    assert len(biases) in (0, len(parts)), "either all parts have a bias or none"
+    joined = F.linear(x, weight, torch.cat(biases) if biases else None)
+    return torch.split(joined, [part.out_features for part in parts], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -49,4 +61,5 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(width, hidden, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linear_jointly(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)

@@ -1,7 +1,8 @@
 """Models by name: seeded random weights instead of a directory.
 
 `r2-nano` and `r2-micro` are small enough for a laptop's CPU and have every part of the big model; `r2-small` fits one
-GPU; `deepseek-v3` and `deepseek-r1` are the published 671-billion-parameter configuration, for planning and shape tests.
+GPU; `deepseek-v3` and `deepseek-r1` are the published configuration with 671 billion parameters, for planning and shape
+tests.
 """
 
 from __future__ import annotations
