@@ -213,6 +213,8 @@ def test_opening_switches_off_what_changes_numbers_and_records_it(trained: dict[
     assert switches["hf32_matmul"] == switches["hf32_conv"] == switches["jit_compile"] == "False"
     assert switches["deterministic_algorithms"] == "True" and switches["deterministic_level"] == "1"
     assert trained["level"] == 1
+    # The stand-in was imported before the adapter set the variables, and the identity says so.
+    assert switches["set_after_torch_npu_was_imported"] == ", ".join(ascend.ENVIRONMENT)
     assert switches["overflow"] == "inf_nan" and switches["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1"
 
 
@@ -233,7 +235,9 @@ def test_an_environment_that_asks_for_saturation_is_refused(monkeypatch: pytest.
         for name in ascend.ENVIRONMENT:
             patch.setenv(name, ascend.ENVIRONMENT[name][0])
         patch.setenv("HCCL_DETERMINISTIC", "strict")
-        ascend.prepare_environment()
+        assert ascend.prepare_environment() == []
+        patch.delenv("HCCL_DETERMINISTIC")
+        assert ascend.prepare_environment() == ["HCCL_DETERMINISTIC"]
         patch.setenv("INF_NAN_MODE_ENABLE", "0")
         with pytest.raises(ChipUnavailable, match="INF_NAN_MODE_ENABLE=0 is set, but Beringia needs 1"):
             ascend.prepare_environment()

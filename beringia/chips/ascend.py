@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import re
+import sys
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -85,7 +86,10 @@ class Ascend(Chip):
 
     def __init__(self, index: int = 0) -> None:
         """Import torch_npu, select the device, set the switches, read who it is. Raises ChipUnavailable."""
-        prepare_environment()
+        # torch imports torch_npu by itself unless TORCH_DEVICE_BACKEND_AUTOLOAD=0; what libraries read then is unknown.
+        imported_before = "torch_npu" in sys.modules
+        newly_set = prepare_environment()
+        late = newly_set if imported_before else []
         self._torch_npu = _import_torch_npu()
         found = self._torch_npu.npu.device_count()
         if index >= found:
@@ -97,7 +101,11 @@ class Ascend(Chip):
         self._torch_npu.npu.set_device(self._device)
         level = _set_switches(self._torch_npu)
         self._bfloat16 = bool(self._torch_npu.npu.is_bf16_supported())
-        self._identity = _identity(self._torch_npu, index, level)
+        switches = _switches(self._torch_npu) | {
+            "deterministic_level": level,
+            "set_after_torch_npu_was_imported": ", ".join(late) or "none",
+        }
+        self._identity = _identity(self._torch_npu, index, switches)
 
     @property
     def device(self) -> torch.device:
@@ -172,8 +180,12 @@ class Ascend(Chip):
         self._torch_npu.npu.empty_cache()
 
 
-def prepare_environment() -> None:
-    """Set what CANN reads once; refuse an environment that asks for something else. Raises ChipUnavailable."""
+def prepare_environment() -> list[str]:
+    """Set what CANN reads once, and return the names that were unset before.
+
+    Raises ChipUnavailable for an environment that asks for something else.
+    """
+    unset = [name for name in ENVIRONMENT if name not in os.environ]
     for name, (needed, why) in ENVIRONMENT.items():
         found = os.environ.setdefault(name, needed)
         if found not in (needed, *ACCEPTED_TOO.get(name, ())):
@@ -183,6 +195,7 @@ def prepare_environment() -> None:
             "HCCL_OP_EXPANSION_MODE=AIV is set, but it conflicts with HCCL_DETERMINISTIC, "
             "without which no run can be repeated: unset it."
         )
+    return unset
 
 
 def find() -> list[Presence]:
@@ -273,7 +286,7 @@ def _set_deterministic_level(torch_npu: ModuleType) -> str:
     return str(_DETERMINISTIC_LEVEL)
 
 
-def _identity(torch_npu: ModuleType, index: int, level: str) -> ChipIdentity:
+def _identity(torch_npu: ModuleType, index: int, switches: dict[str, str]) -> ChipIdentity:
     return ChipIdentity(
         vendor="ascend",
         sku=f"{torch_npu.npu.get_device_name(index)} (soc {torch_npu.npu.utils.get_soc_version()})",
@@ -282,7 +295,7 @@ def _identity(torch_npu: ModuleType, index: int, level: str) -> ChipIdentity:
         runtime=f"CANN {torch_npu.npu.utils.get_cann_version('CANN')}",
         torch=torch.__version__,
         plugin=f"torch_npu {torch_npu.__version__}",
-        switches=_switches(torch_npu) | {"deterministic_level": level},
+        switches=switches,
         note=NEVER_RUN,
     )
 
