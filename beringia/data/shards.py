@@ -7,6 +7,7 @@ said it) and `.ends` (int64, the token at which each chat ends). Nothing here kn
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -109,7 +110,10 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        else:
+            self._abandon()
 
     def append(self, tokens: list[int], said: list[bool] | None = None) -> None:
         """Add one document; `said` for chats."""
@@ -124,8 +128,16 @@ class ShardWriter:
 
     def close(self) -> None:
         """Finish the shard that is being written."""
-        if self._open:
-            self.shards.append(Shard(tokens=self._tokens, files=tuple(map(self._finish, sorted(self._open)))))
+        try:
+            if self._open:
+                self.shards.append(Shard(tokens=self._tokens, files=tuple(map(self._finish, sorted(self._open)))))
+        finally:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        for file, _ in self._open.values():
+            with contextlib.suppress(OSError):  # what could not be written is reported already
+                file.close()
         self._open, self._tokens = {}, 0
 
     def _write(self, part: str, values: NDArray[Any]) -> None:

@@ -37,7 +37,7 @@ class Task(ABC):
     """Questions, their gold completions, and a checker.
 
     Worked example: `task.questions(0, 2, "held-out")` gives two rows such as `+3141592653`; for the first,
-    `task.check(row, completion)` is True for the tokens of `=9<end>` and of `:3458...=9<end>`, False for `=8<end>`.
+    `task.check(row, completion)` is True for the tokens of `=9<end>` and of `:3489435169=9<end>`, False for `=8<end>`.
     """
 
     digits: int
