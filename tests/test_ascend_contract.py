@@ -2,7 +2,7 @@
 
 `tests/data/` records the names and signatures of one wheel for each torch that Beringia admits. Here every use of
 torch_npu in the adapter is found in its syntax tree and held against each record, and the adapter trains a small module
-on the emulated device registered as `npu`, through a stand-in that has the recorded names and no others.
+on the emulated 910B registered as `npu`, through a stand-in that has the recorded names and no others.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ import torch
 from torch import nn
 import torch_npu_stand_in
 from beringia.chips.ascend import OLDEST, Ascend
-from beringia.chips.emulated.device import register
+from beringia.chips.emulated import register_device
 module, answers = torch_npu_stand_in.install(OLDEST[".".join(torch.__version__.split(".")[:2])])
-register("npu")
+register_device("npu", "ascend-910b")
 
 chip = Ascend(0)
 generator = torch.Generator().manual_seed(7)
@@ -202,8 +202,8 @@ def trained() -> dict[str, Any]:
 def test_a_module_trains_on_npu_through_the_adapter_as_it_does_on_the_cpu(trained: dict[str, Any]) -> None:
     assert trained["device"] == "npu:0"
     assert trained["losses"][-1] < trained["losses"][0] / 2
-    # Without an arithmetic installed the device computes with ATen's own kernels, yet composite operators decompose
-    # differently on it: last-digit differences, so a thousand float32 roundoffs.
+    # The emulated 910B multiplies float32 in float32 in another order, over sums of at most 16 terms and five AdamW steps:
+    # last-digit differences, so a thousand float32 roundoffs (a format with 11 fraction bits would show 2^-12).
     assert trained["losses"] == pytest.approx(trained["reference"], rel=1000 * 2.0**-24)
 
 
