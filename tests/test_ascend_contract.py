@@ -202,8 +202,8 @@ def trained() -> dict[str, Any]:
 def test_a_module_trains_on_npu_through_the_adapter_as_it_does_on_the_cpu(trained: dict[str, Any]) -> None:
     assert trained["device"] == "npu:0"
     assert trained["losses"][-1] < trained["losses"][0] / 2
-    # The emulated 910B multiplies float32 in float32 in another order, over sums of at most 16 terms and five AdamW steps:
-    # last-digit differences, so a thousand float32 roundoffs (a format with 11 fraction bits would show 2^-12).
+    # The emulated 910B multiplies float32 in float32 in another order, over sums of at most 16 terms and five AdamW
+    # steps: last-digit differences, so a thousand float32 roundoffs (11 fraction bits would show 2^-12).
     assert trained["losses"] == pytest.approx(trained["reference"], rel=1000 * 2.0**-24)
 
 
