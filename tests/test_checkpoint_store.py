@@ -335,6 +335,24 @@ def test_the_last_two_and_the_last_two_trusted_are_kept(store: CheckpointStore) 
     store.close()
 
 
+def test_after_a_rollback_the_new_line_is_kept_and_what_was_pending_on_the_old_one_goes(store: CheckpointStore) -> None:
+    def save(step: int, trusted: bool = False) -> None:
+        store.save(step, {"w": torch.full((3,), float(step))}, {"step": step}).result()
+        if trusted:
+            trust(store, step)
+
+    for step in (10, 20, 30, 40, 50):
+        save(step, trusted=step <= 30)
+    assert store.steps() == [20, 30, 40, 50]
+    save(25)
+    assert store.steps() == [20, 25, 30]
+    trust(store, 25)
+    save(28, trusted=True)
+    assert store.steps() == [20, 25, 28, 30]
+    save(31)
+    assert store.steps() == [28, 30, 31]
+
+
 def test_a_mark_of_trust_must_speak_of_the_checkpoint_that_it_is_put_on(store: CheckpointStore) -> None:
     store.save(400, training_state(), PROGRESS).result()
     with pytest.raises(RunError, match="cannot go to"):

@@ -91,14 +91,20 @@ class CheckpointDirectory:
             )
         write_bytes(self.path(step) / TRUST, canonical_json(mark))
 
-    def kept_steps(self, keep: int) -> set[int]:
-        """What pruning keeps: the last `keep`, and the last two trusted (a crossing replays between those)."""
-        steps = self.steps()
-        return set(steps[max(0, len(steps) - keep) :]) | set(self.trusted_steps()[-2:])
+    def kept_steps(self, keep: int, newest: int | None = None) -> set[int]:
+        """What pruning keeps: the last `keep`, and the last two trusted (a crossing replays between those).
 
-    def prune(self, keep: int) -> list[int]:
+        `newest`: the step just saved. Later ones are then of a line that the run has left by rolling back: they do not
+        count among the last `keep`, and of them only the last two trusted are kept.
+        """
+        steps, trusted = self.steps(), self.trusted_steps()
+        line = [step for step in steps if newest is None or step <= newest]
+        trusted_line = [step for step in trusted if step in line]
+        return set(line[max(0, len(line) - keep) :]) | set(trusted_line[-2:]) | set(trusted[-2:])
+
+    def prune(self, keep: int, newest: int | None = None) -> list[int]:
         """Delete what need not be kept; returns the steps deleted. The caller makes sure that it may write here."""
-        kept = self.kept_steps(keep)
+        kept = self.kept_steps(keep, newest)
         gone = [step for step in self.steps() if step not in kept]
         for step in gone:
             self.discard(step)

@@ -286,7 +286,7 @@ class CheckpointStore:
         writer.finish(replace(layout.metadata, storage_data=manifest), [])
         with self._publishing():
             self.directory.publish(step, self.epoch)
-            self.directory.prune(self.keep)
+            self.directory.prune(self.keep, newest=step)
 
     def _manifest(
         self, step: int, layout: _Layout, writer: StagedWriter, values: dict[str, int], progress: dict[str, Any]
