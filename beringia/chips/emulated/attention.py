@@ -5,7 +5,7 @@ cost time; hardware has one fused kernel too. Here, as there: scores and softmax
 to the operands' dtype before they meet the values, and the backward recomputes them from the saved log-sum-exp.
 
 Letters: B batch, H heads, G heads of keys and values, T queries, S keys, D head size, V value head size.
-Dropout is left to torch's composite, which says so by its own choice (`_fused_sdp_choice`).
+Dropout is left to torch's composite of single operators (see `device.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch._ops import OpOverload
-from torch.nn.attention import SDPBackend
 
 from beringia.chips.emulated.device import Kernel
 from beringia.chips.emulated.products import Products
@@ -48,7 +47,6 @@ class Attention:
 
     def kernels(self) -> dict[OpOverload, Kernel]:
         return {
-            aten._fused_sdp_choice.default: _choice,
             aten._scaled_dot_product_fused_attention_overrideable.default: self.forward,
             aten._scaled_dot_product_fused_attention_overrideable_backward.default: self.backward,
         }
@@ -145,20 +143,6 @@ def _native_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _wide(number: torch.Tensor) -> torch.Tensor:
     return number if number.dtype == torch.float64 else number.float()
-
-
-def _choice(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **_: Any,
-) -> int:
-    """Which of torch's routes: ours where there is no dropout, else the composite of single operators."""
-    fused = dropout_p == 0.0 and query.dim() == 4 and query.dtype.is_floating_point
-    return int(SDPBackend.OVERRIDEABLE.value if fused else SDPBackend.MATH.value)
 
 
 def _factor(q: torch.Tensor, scale: float | None) -> float:

@@ -108,6 +108,7 @@ class EmulatedChip(Chip):
             exact_int64=True,
             pinned_memory=False,
             streams=False,
+            fused_optimizer=True,
         )
 
     @property

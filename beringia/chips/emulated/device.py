@@ -173,6 +173,8 @@ def _plan(func: OpOverload) -> Handler:
         return _collective(func, _kernel(func))
     if func in _CROSSING:
         return _CROSSING[func](func, _kernel(func))
+    if func is _aten.scaled_dot_product_attention.default:
+        return lambda args, kwargs: _attention(*args, **kwargs)
     if func not in _state.kernels and func._can_decompose():
         return lambda args, kwargs: func.decompose(*args, **kwargs)
     if torch.Tag.inplace_view in func.tags:
@@ -330,6 +332,8 @@ def _register_once(name: str) -> None:
     kernels.impl("empty_strided", _empty_strided, "PrivateUse1")
     # `torch.tensor(..., device=...)` copies with Python dispatch off, where only this is looked up.
     kernels.impl("_copy_from", _copy_from, "PrivateUse1")
+    # Torch asks a table in C++ which devices have fused attention, and this one cannot be in it.
+    kernels.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
     _state.libraries += [fallback, casts, kernels]
 
 
@@ -354,6 +358,34 @@ def _empty_strided(size: Sequence[int], stride: Sequence[int], **options: Any) -
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     numbers(target).copy_(numbers(source))
     return target
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """The device's fused attention; torch's composite of single operators where there is dropout or no four dimensions.
+
+    Torch itself differentiates the fused operator. Heads that share keys are told by their number.
+    """
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+    if dropout_p > 0.0 or query.dim() != 4 or (is_causal and attn_mask is not None):
+        single = _aten._scaled_dot_product_attention_math.default
+        out: torch.Tensor = single(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+        return out
+    fused = _aten._scaled_dot_product_fused_attention_overrideable.default
+    out = fused(query, key, value, attn_mask, 0.0, is_causal, False, scale=scale)[0]
+    return out
 
 
 def _on_cpu(options: dict[str, Any]) -> dict[str, Any]:
