@@ -7,8 +7,8 @@ Every verb takes `--json`: one JSON object on standard output and nothing else t
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,6 @@ import typer
 from beringia.errors import BeringiaError, RecipeError
 
 if TYPE_CHECKING:
-    from beringia.records.events import AnyEvent, RunFinished
     from beringia.records.recipe import Recipe
     from beringia.records.run_directory import RunDirectory
 
@@ -125,7 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a verb, turns our errors into a sentence and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, standalone_mode=False)
+        status = app(arguments, standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except BeringiaError as error:
@@ -173,8 +173,8 @@ def _explain(sentence: str, kind: str, as_json: bool) -> None:
 
 def _exit_if_stopped(status: str, message: str) -> None:
     if status == "stopped":
-        number = next((int(word) for word in message.split() if word.rstrip(";").isdigit()), 15)
-        raise typer.Exit(128 + number)
+        signal_number = re.search(r"signal (\d+)", message)
+        raise typer.Exit(128 + int(signal_number[1]) if signal_number else 1)
 
 
 def _console() -> Any:

@@ -1,7 +1,7 @@
 """What a checkpoint directory holds, and the marks of trust beside it.
 
-`manifest.json` is written last, so a directory without one is not a checkpoint. `trusted.json` appears later, once every
-layer on every replica was found clean at a step after the checkpoint's.
+`manifest.json` is written last, so a directory without one is not a checkpoint. `trusted.json` appears later, once
+every layer on every replica was found clean at a step after the checkpoint's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a supervisor and a worker say to each other, one JSON object a line, over the worker's standard input and output.
+"""What a supervisor and a worker say to each other, one JSON object a line, over the worker's standard input and
+output.
 
 The lines pass through any launch prefix (`ssh`, `srun`, `kubectl exec`) because nothing else is needed than the two
 streams. When the supervisor dies its end of standard input closes, and the worker exits.
@@ -20,10 +21,14 @@ from beringia.records.record import Record
 
 MESSAGES_SCHEMA = 1
 
+ORDER_VARIABLE = "BERINGIA_ORDER"
+"""Environment variable that holds the order too, for ranks that share one standard input (torchrun's, srun's)."""
+
 
 class Order(Record):
     """What a worker is to do."""
 
+    kind: Literal["order"] = "order"
     root: str
     """The run directory as the worker sees it."""
     chip: str
@@ -91,7 +96,7 @@ class EventLine(Record):
 
 
 FromWorker = Annotated[Hello | Heartbeat | Ended | EventLine, Field(discriminator="kind")]
-ToWorker = Annotated[Go | Stop, Field(discriminator="kind")]
+ToWorker = Annotated[Order | Go | Stop, Field(discriminator="kind")]
 
 from_worker: TypeAdapter[FromWorker] = TypeAdapter(FromWorker)
 to_worker: TypeAdapter[ToWorker] = TypeAdapter(ToWorker)

@@ -42,7 +42,8 @@ class ChipSection(Record):
     launch: tuple[str, ...] = ()
     """Command prefix that reaches the chip's machine: `["ssh", "node7"]`, `["srun", "-N1"]`."""
     root: str | None = None
-    """Run directory on that machine when it does not share this file system; state is then moved and checked by hash."""
+    """Run directory on that machine when it does not share this file system; state is then moved and checked by
+    hash."""
     ranks: int = Field(default=1, ge=1)
     """Worker processes on that machine, one device each."""
     faults: str | None = None

@@ -1,8 +1,8 @@
 """What to do next with a run: a pure function of its history.
 
 No clock, no files, no processes: `decide(history, recipe)` reads the events of a run and returns the next decision, or
-None when the run is over. The same history always gives the same decision, so a supervisor that was killed goes on where
-it was, and the rules can be tested by properties.
+None when the run is over. The same history always gives the same decision, so a supervisor that was killed goes on
+where it was, and the rules can be tested by properties.
 
 The rules, in order:
 
@@ -12,8 +12,8 @@ The rules, in order:
   `supervise.transient_retries` within `supervise.transient_window` steps, cross
 - a lost device: leave it out where other devices of the chip remain, else cross
 - a persistent fault, or a canary beyond its band: cross
-- crossing goes to the next chip of `train.prefer`, always from a trusted checkpoint or from the start; with no chip left
-  the run is given up with a reason
+- crossing goes to the next chip of `train.prefer`, always from a trusted checkpoint or from the start; with no chip
+  left the run is given up with a reason
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from beringia.records.run_directory import RunDirectory
 from beringia.supervise.crossing import CrossingInProgress
 from beringia.supervise.decide import Situation, decide, read_situation
 from beringia.supervise.event_log import EventLog
+from beringia.supervise.follower import follow, lead, rank_in
 from beringia.supervise.lock import RunLock
 from beringia.supervise.remote_root import open_root
 from beringia.supervise.run_files import discard_abandoned, prepare_run
@@ -55,6 +56,9 @@ def supervise(
     """
     for label in recipe.train.prefer:
         check_launcher(label, recipe.chips[label])
+    if rank_in() > 0:
+        follow(recipe, run)
+        return RunFinished(status="done", step=recipe.train.steps, message="the first rank reports")
     with RunLock(run) as lock:
         prepare_run(recipe, recipe_text, run)
         log = EventLog(run, on_event)
@@ -62,6 +66,7 @@ def supervise(
             with stopping_on_signals() as stop:
                 return Supervisor(recipe, run, lock, log, stop).carry()
         finally:
+            lead(run, None)
             log.close()
 
 
@@ -167,6 +172,8 @@ class _WorkerWatch:
         self._ended: Ended | None = None
 
     def follow(self) -> RunFinished | None:
+        """From its start to its end. Returns the end of the run, or None when there is something to decide."""
+        lead(self._run, self._order)
         worker = WorkerProcess(
             self._label, self._chip, self._order, self._run.logs / f"{self._label}-{self._epoch}.log"
         )

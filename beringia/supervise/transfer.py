@@ -1,7 +1,7 @@
 """The far end of moving files: a short-lived process behind a launch prefix that reads or writes one stream.
 
-Small files (recipe, epoch, packed data) travel as frames, each with its SHA-256; checkpoints as `checkpoint.archive` does.
-A file that is already there with the right hash is replaced all the same: the stream is the only truth.
+Small files (recipe, epoch, packed data) travel as frames, each with its SHA-256; checkpoints as `checkpoint.archive`
+does. A file that is already there with the right hash is replaced all the same: the stream is the only truth.
 """
 
 from __future__ import annotations

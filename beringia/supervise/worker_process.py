@@ -1,7 +1,7 @@
 """A worker as the supervisor sees it: a child process behind a launch prefix, two streams of JSON lines and a log.
 
-Starts it with the chip's own interpreter, shakes hands, passes messages, notices silence, ends it. Knows nothing of what
-the worker does, and nothing of the vendor.
+Starts it with the chip's own interpreter, shakes hands, passes messages, notices silence, ends it. Knows nothing of
+what the worker does, and nothing of the vendor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import beringia
 from beringia.errors import HandshakeError
 from beringia.records.events import EVENTS_SCHEMA
 from beringia.records.manifest import MANIFEST_SCHEMA
-from beringia.records.messages import MESSAGES_SCHEMA, FromWorker, Hello, Order, from_worker
+from beringia.records.messages import MESSAGES_SCHEMA, ORDER_VARIABLE, FromWorker, Hello, Order, from_worker
 from beringia.records.recipe import ChipSection
 from beringia.records.record import Record
 
@@ -62,7 +62,13 @@ class WorkerProcess:
         try:
             with open(log, "ab") as errors:
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    start_new_session=True,
+                    # For launchers that start several ranks on one standard input, and hand the environment on.
+                    env=os.environ | {ORDER_VARIABLE: order.model_dump_json()},
                 )
         except OSError as error:
             raise HandshakeError(f"chips.{label}: could not start {' '.join(command)}: {error.strerror}.") from None

@@ -2,9 +2,10 @@
 
 From the earlier checkpoint A the new chip takes the recorded steps to the later one B, and its update of the weights is
 compared with the recorded update: difference = ||new - recorded|| / ||recorded - A||. The band comes from the new chip
-itself: the same replay with every weight moved, in each step, by up to the unit roundoffs of both chips' products, which
-is what rounding does to the result at the least. A sound chip's difference lies within a small multiple of that; a lost
-moment, a wrong gradient or another batch lies far outside. The direction matters, not the loss, which hides them.
+itself: the same replay with every weight moved, in each step, by up to the unit roundoffs of both chips' products,
+which is what rounding does to the result at the least. A sound chip's difference lies within a small multiple of
+that; a lost moment, a wrong gradient or another batch lies far outside. The direction matters, not the loss, which
+hides them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ PERTURBED_REPLAYS = 2
 
 BAND_FACTOR = 4.0
 """How many times the largest perturbed replay's difference a sound chip may differ. Derivation in docs/crossing.md: a
-perturbed replay moves only the weights, once a step, while each chip rounds activations, products and gradients too; over
-clean crossings between all emulated chips and the CPU the ratio stayed below half of this."""
+perturbed replay moves only the weights, once a step, while each chip rounds activations, products and gradients too;
+over clean crossings between all emulated chips and the CPU the ratio stayed below half of this."""
 
 FLOOR = 1e-6
 """Smallest band: two float32 chips that agree to rounding may have a perturbed replay of nearly no difference. A few

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from beringia.records.events import Event
-from beringia.records.messages import EventLine, Go, Heartbeat, Stop, to_worker
+from beringia.records.messages import EventLine, Go, Heartbeat, Order, Stop, to_worker
 from beringia.records.record import Record
 
 _HEARTBEAT_SECONDS = 1.0
@@ -74,6 +74,8 @@ class Channel:
                     self.go.set()
                 case Stop():
                     self.stop_requested.set()
+                case Order():
+                    pass  # read from the environment
         on_close()
 
 

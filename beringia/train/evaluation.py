@@ -1,6 +1,7 @@
 """Held-out loss, and accuracy of sampled answers where the task has a checker.
 
-Every rank does the same evaluation on the same data: it takes part in collectives then, and all ranks agree without one.
+Every rank does the same evaluation on the same data: it takes part in collectives then, and all ranks agree without
+one.
 """
 
 from __future__ import annotations

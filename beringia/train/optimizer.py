@@ -1,7 +1,7 @@
 """AdamW with float32 state, its learning-rate schedule, and its state under names that outlive this process.
 
-The state of parameter `p` is named `optimizer.exp_avg.p` and `optimizer.exp_avg_sq.p`. The step count is not a tensor of
-its own: it is the run's step, set on loading.
+The state of parameter `p` is named `optimizer.exp_avg.p` and `optimizer.exp_avg_sq.p`. The step count is not a tensor
+of its own: it is the run's step, set on loading.
 """
 
 from __future__ import annotations

@@ -23,16 +23,13 @@ class Ranks:
     local: int = 0
     address: str = "127.0.0.1"
     port: int = 0
+    agent_hosts_store: bool = False
+    """torchrun's own process keeps the store at this address already."""
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that speaks for all."""
         return self.rank == 0
-
-    @property
-    def rendezvous(self) -> str:
-        """Where the ranks meet, as torch.distributed's `init_method`."""
-        return f"tcp://{self.address}:{self.port}"
 
 
 def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks | None:
@@ -44,6 +41,7 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
             local=int(environment.get("LOCAL_RANK", "0")),
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=int(environment.get("MASTER_PORT", "29500")),
+            agent_hosts_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
     if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return Ranks(

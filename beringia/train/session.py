@@ -1,4 +1,5 @@
-"""One order carried out: the state loaded and checked, the canary where one is due, then steps until something ends them.
+"""One order carried out: the state loaded and checked, the canary where one is due, then steps until something ends
+them.
 
 Between the supervisor's order and the trainer's loop: makes model, data, trainer and checkpoint store from the order,
 reports every fact as an event, writes and trusts checkpoints, evaluates. Decides nothing.
@@ -17,7 +18,7 @@ from beringia.checkpoint.store import CheckpointStore, PendingSave
 from beringia.chips.chip import Chip
 from beringia.data import Stream, Tokenizer, check_vocabulary, choose_tokenizer, open_stream
 from beringia.errors import CheckpointDamaged, RunError
-from beringia.model import Decoder, load_model
+from beringia.model import load_model
 from beringia.records.events import (
     Alarm,
     CheckpointTrusted,
@@ -109,7 +110,8 @@ class Session:
         return self._trainer
 
     def resume(self, step: int | None) -> Resumed:
-        """Load a checkpoint (None: the initial state) into the live tensors, and hold their hash against the manifest's."""
+        """Load a checkpoint (None: the initial state) into the live tensors, and hold their hash against the
+        manifest's."""
         started = time.perf_counter()
         manifest = self.place(step)
         expected = manifest.state_hash if manifest is not None else None
@@ -149,7 +151,7 @@ class Session:
             )
         )
         if used != section.use:
-            self._fall_back("chip", section.use, used, "the first present of cuda, npu, cpu")
+            self._fall_back("chip", section.use, used, "the first accelerator that is here, else the CPU")
 
     def _wait_for_go(self) -> None:
         # One of the ranks reads the line that all of them wait for.

@@ -21,12 +21,21 @@ from beringia.train.ranks import Ranks
 Sharding = Literal["none", "ddp", "fsdp2"]
 
 
-def join(ranks: Ranks, chip: Chip) -> None:
-    """Meet the other ranks; one rank alone meets nobody and pays nothing."""
-    if ranks.count > 1:
-        dist.init_process_group(
-            chip.collective_backend, init_method=ranks.rendezvous, rank=ranks.rank, world_size=ranks.count
-        )
+def join(ranks: Ranks, chip: Chip, epoch: int) -> None:
+    """Meet the other ranks; one rank alone meets nobody and pays nothing.
+
+    `epoch` keeps workers of an earlier start, whose keys may still lie in torchrun's store, apart from these.
+    """
+    if ranks.count == 1:
+        return
+    hosts_store = ranks.first and not ranks.agent_hosts_store
+    store = dist.TCPStore(ranks.address, ranks.port, ranks.count, is_master=hosts_store)
+    dist.init_process_group(
+        chip.collective_backend,
+        store=dist.PrefixStore(f"beringia-{epoch}", store),
+        rank=ranks.rank,
+        world_size=ranks.count,
+    )
 
 
 def leave() -> None:

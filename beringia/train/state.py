@@ -26,7 +26,8 @@ def live_tensors(decoder: Decoder, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def progress_of(*, step: int, cursor: int, seed: int, stream: Stream, batch: int) -> dict[str, Any]:
-    """What a checkpoint records beside the tensors. `next_samples` lets whoever resumes see that the next batch is due."""
+    """What a checkpoint records beside the tensors. `next_samples` lets whoever resumes see that the next batch is
+    due."""
     return {
         "step": step,
         "cursor": cursor,

@@ -84,6 +84,8 @@ class Trainer:
             self.guard.begin_step(number)
         with self.while_computing():
             sums = self._accumulate_gradients()
+        if self.guard is not None:
+            self.guard.gradients_ready()
         norm = self._clip()
         if self.guard is not None:
             self.guard.before_update()
@@ -96,6 +98,19 @@ class Trainer:
         self.step = number
         self.cursor += self.recipe.train.batch
         return self._result(sums, norm, rate, started)
+
+    def closing_checks(self) -> None:
+        """Check every site with the weights as they are, in the pass of a step that is not taken."""
+        if self.guard is None:
+            return
+        self.guard.demand_all()
+        self.guard.begin_step(self.step + 1)
+        with self.while_computing():
+            self._accumulate_gradients()
+        self.guard.gradients_ready()
+        self.optimizer.zero_grad(set_to_none=True)
+        for count in self.decoder.expert_counts().values():
+            count.zero_()
 
     def batches(self) -> list[Batch]:
         """This rank's share of the step that is due, one batch for each accumulation step."""
@@ -152,6 +167,8 @@ class Trainer:
         loss, mtp_loss, gradient_norm = torch.cat((means, norm.detach().reshape(1).to(means.dtype))).tolist()
         has_mtp = self.decoder.mtp is not None and self.recipe.train.mtp_weight > 0
         tokens = self.recipe.train.batch * self.recipe.data.sequence_length
+        if self.guard is not None:
+            self.guard.end_step(loss, mtp_loss if has_mtp else None, gradient_norm)
         return StepResult(
             step=self.step,
             loss=loss,

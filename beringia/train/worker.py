@@ -1,9 +1,10 @@
 """The process that trains on one chip: opens it, goes through a session of training, reports how it ended.
 
 Started by the supervisor through the chip's interpreter and launch prefix (`python -m beringia.train.worker`), it hears
-an `Order` on standard input and answers with messages on standard output (`records/messages.py`). It decides nothing: on
-an alarm or a fault of the chip it says so and ends. With several ranks on one machine the first process starts torchrun,
-whose processes are the ranks; inside a torchrun or Slurm environment that already exists, it is a rank at once.
+an `Order` on standard input and answers with messages on standard output (`records/messages.py`). It decides nothing:
+on an alarm or a fault of the chip it says so and ends. With several ranks on one machine the first process starts
+torchrun, whose processes are the ranks; inside a torchrun or Slurm environment that already exists, it is a rank at
+once.
 """
 
 from __future__ import annotations
@@ -26,22 +27,20 @@ import beringia  # noqa: E402
 from beringia.chips.chip import Chip  # noqa: E402
 from beringia.chips.open import open_chip  # noqa: E402
 from beringia.errors import BeringiaError  # noqa: E402
+from beringia.memory import keep_freed_memory  # noqa: E402
 from beringia.records.events import CheckpointRejected, Fault  # noqa: E402
-from beringia.records.messages import Ended, Hello, Order  # noqa: E402
+from beringia.records.messages import ORDER_VARIABLE, Ended, Hello, Order  # noqa: E402
 from beringia.records.run_directory import RunDirectory  # noqa: E402
 from beringia.train import sharding  # noqa: E402
 from beringia.train.channel import Channel, Watchdog  # noqa: E402
 from beringia.train.ranks import Ranks, ranks_from_environment  # noqa: E402
 from beringia.train.session import CanaryRefused, Session, UnusableCheckpoint  # noqa: E402
 
-_ORDER_VARIABLE = "BERINGIA_ORDER"
-"""How torchrun's processes get the order that the process before them read from standard input."""
-
 
 def main() -> int:
     """Be a worker, or start the ranks that are."""
-    handed_down = os.environ.get(_ORDER_VARIABLE)
-    order = Order.model_validate_json(handed_down or sys.stdin.readline(), strict=False)
+    keep_freed_memory()
+    order = Order.model_validate_json(os.environ.get(ORDER_VARIABLE) or sys.stdin.readline(), strict=False)
     ranks = ranks_from_environment()
     if ranks is None and order.ranks > 1:
         return _start_ranks(order)
@@ -51,7 +50,7 @@ def main() -> int:
 def _start_ranks(order: Order) -> int:
     # torchrun starts them, watches them and ends all when one fails; they inherit our standard streams.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={order.ranks}"]
-    environment = os.environ | {_ORDER_VARIABLE: order.model_dump_json()}
+    environment = os.environ | {ORDER_VARIABLE: order.model_dump_json()}
     return subprocess.run([*command, "-m", "beringia.train.worker"], env=environment, check=False).returncode
 
 
@@ -70,6 +69,11 @@ def _work(order: Order, ranks: Ranks) -> int:
         raise
     if ranks.first or ended.why != "done":
         channel.send(ended)
+    if ranks.count == 1:
+        # All is written and said; taking the interpreter down would only keep the supervisor waiting (1.5 s).
+        sys.stderr.flush()
+        os._exit(0)
+    sharding.leave()
     return 0
 
 
@@ -81,7 +85,7 @@ def _train(order: Order, ranks: Ranks, channel: Channel) -> Ended:
     )
     session = Session(order, chip, ranks, channel)
     try:
-        sharding.join(ranks, chip)
+        sharding.join(ranks, chip, order.epoch)
         session.open()
         return Ended(why=session.train())
     except UnusableCheckpoint as problem:

@@ -1,0 +1,163 @@
+"""A run from its recipe to its end: what it leaves, that it is the same every time, and what interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import beringia, events, final_hash, of_kind, small_recipe, start, write_recipe
+
+from beringia.records.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    finished = beringia("train", str(write_recipe(directory, small_recipe())), "--out", str(directory / "run"))
+    assert finished.returncode == 0, finished.stderr
+    return directory / "run"
+
+
+def test_a_run_takes_every_step_once_and_trusts_its_last_checkpoint(uninterrupted: Path) -> None:
+    assert [event.step for event in of_kind(uninterrupted, "step")] == list(range(1, 61))
+    assert of_kind(uninterrupted, "trusted")[-1].step == 60
+    assert of_kind(uninterrupted, "finish")[-1].status == "done"
+    assert [event.sequence for event in events(uninterrupted)] == list(range(len(events(uninterrupted))))
+
+
+def test_the_loss_falls(uninterrupted: Path) -> None:
+    losses = [event.loss for event in of_kind(uninterrupted, "step")]
+    assert sum(losses[-9:]) < sum(losses[:9])
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted: Path) -> None:
+    before = len(events(uninterrupted))
+    again = beringia("train", str(uninterrupted / "recipe.toml"), "--out", str(uninterrupted), "--json")
+    assert again.returncode == 0 and json.loads(again.stdout)["status"] == "done"
+    assert len(events(uninterrupted)) == before
+
+
+def test_the_same_recipe_gives_bitwise_the_same_run(uninterrupted: Path, tmp_path: Path) -> None:
+    beringia("train", str(uninterrupted / "recipe.toml"), "--out", str(tmp_path / "run"))
+    assert final_hash(tmp_path / "run") == final_hash(uninterrupted)
+    losses = [[event.loss for event in of_kind(run, "step")] for run in (uninterrupted, tmp_path / "run")]
+    assert losses[0] == losses[1]
+
+
+def _worker_of(supervisor: int) -> int | None:
+    """Process number of the worker, found among the supervisor's children."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children")
+    numbers = children.read_text().split() if children.exists() else []
+    return int(numbers[0]) if numbers else None
+
+
+def _wait_for_step(run: Path, step: int, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not any(event.step >= step for event in of_kind(run, "step")):
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.02)
+
+
+def _gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+def test_killing_worker_supervisor_or_both_at_random_moments_changes_nothing_but_time(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    moments = random.Random(5)
+    recipe, run = str(uninterrupted / "recipe.toml"), tmp_path / "run"
+    for victims in ("worker", "supervisor", "both", "worker", "both"):
+        with start("train", recipe, "--out", str(run)) as supervisor:
+            time.sleep(moments.uniform(0.5, 6.0))
+            worker = _worker_of(supervisor.pid)
+            if victims in ("supervisor", "both"):
+                supervisor.kill()
+            if victims in ("worker", "both") and worker is not None:
+                os.kill(worker, signal.SIGKILL)
+            if victims == "worker":
+                supervisor.wait(120)
+            deadline = time.monotonic() + 20
+            while worker is not None and not _gone(worker):
+                assert time.monotonic() < deadline, "the worker outlived its supervisor"
+                time.sleep(0.05)
+            supervisor.kill()
+    assert beringia("train", recipe, "--out", str(run)).returncode == 0
+    assert final_hash(run) == final_hash(uninterrupted)
+    assert not list((run / "checkpoints").glob(".*")), "half-written files are cleaned up"
+
+
+def test_sigterm_ends_in_a_checkpoint_and_the_same_command_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
+    recipe, run = str(uninterrupted / "recipe.toml"), tmp_path / "run"
+    with start("train", recipe, "--out", str(run)) as supervisor:
+        _wait_for_step(run, 2)
+        supervisor.send_signal(signal.SIGTERM)
+        supervisor.communicate()
+    assert supervisor.returncode == 128 + signal.SIGTERM
+    assert of_kind(run, "checkpoint")[-1].step == of_kind(run, "step")[-1].step
+    assert beringia("train", recipe, "--out", str(run)).returncode == 0
+    assert final_hash(run) == final_hash(uninterrupted)
+
+
+def test_a_second_supervisor_is_refused_and_the_first_is_not_disturbed(uninterrupted: Path, tmp_path: Path) -> None:
+    recipe, run = str(uninterrupted / "recipe.toml"), tmp_path / "run"
+    with start("train", recipe, "--out", str(run)) as first:
+        _wait_for_step(run, 1)
+        second = beringia("train", recipe, "--out", str(run))
+        first.communicate()
+    assert second.returncode == 2 and f"process {first.pid}" in second.stderr
+    assert first.returncode == 0 and final_hash(run) == final_hash(uninterrupted)
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_back_to_the_one_before(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    recipe, run = str(uninterrupted / "recipe.toml"), tmp_path / "run"
+    with start("train", recipe, "--out", str(run)) as supervisor:
+        _wait_for_step(run, 45)
+        supervisor.kill()
+    newest = max((run / "checkpoints").glob("step-*"))
+    data = next(newest.glob("*.safetensors"))
+    content = bytearray(data.read_bytes())
+    content[-5] ^= 1
+    data.write_bytes(content)
+    assert beringia("train", recipe, "--out", str(run)).returncode == 0
+    assert any(data.name in event.message for event in of_kind(run, "rejected"))
+    assert list((run / "set-aside").glob(f"{newest.name}-*"))
+    assert final_hash(run) == final_hash(uninterrupted)
+
+
+def test_a_run_directory_of_another_recipe_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    other = write_recipe(tmp_path, small_recipe(seed=99))
+    refused = beringia("train", str(other), "--out", str(uninterrupted))
+    assert refused.returncode == 2 and "another recipe" in refused.stderr
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    refused = beringia("export", str(tmp_path), "--to", str(tmp_path / "out"))
+    assert refused.returncode == 2 and "not a run directory" in refused.stderr
+
+
+def test_a_hang_leaves_the_stacks_of_every_rank_and_is_retried(tmp_path: Path) -> None:
+    document = small_recipe(supervise={"hang_seconds": 4.0, "start_seconds": 60.0})
+    recipe, run = write_recipe(tmp_path, document), tmp_path / "run"
+    with start("train", str(recipe), "--out", str(run)) as supervisor:
+        _wait_for_step(run, 2)
+        worker = _worker_of(supervisor.pid)
+        assert worker is not None
+        os.kill(worker, signal.SIGSTOP)  # frozen: not even its watchdog runs, the supervisor must notice
+        supervisor.communicate()
+    assert supervisor.returncode == 0
+    faults = of_kind(run, "fault")
+    assert [fault.code for fault in faults] == ["hang"]
+    assert RunDirectory(run).logs.is_dir()
