@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from beringia.records.events import Alarm, CheckDone
@@ -45,8 +46,9 @@ class Finding:
             seconds=seconds,
         )
 
-    def alarm(self, step: int) -> Alarm:
-        """The event of a value beyond its bound."""
+    def alarm(self, step: int, others: Sequence[str] = ()) -> Alarm:
+        """The event of a value beyond its bound; `others` are tensors that exceeded theirs in the same check."""
+        also = f" Beyond their bounds too: {', '.join(dict.fromkeys(others))}." if others else ""
         return Alarm(
             step=step,
             detector=self.detector,
@@ -54,7 +56,7 @@ class Finding:
             tensor=self.tensor,
             value=_finite(self.value),
             bound=self.bound,
-            message=f"{self.tensor} of {self.site} at step {step}: {self.what} is {self._figures()}",
+            message=f"{self.tensor} of {self.site} at step {step}: {self.what} is {self._figures()}{also}",
         )
 
     def _figures(self) -> str:

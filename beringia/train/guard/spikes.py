@@ -2,7 +2,8 @@
 
 Logarithms are compared, with the median and the median absolute deviation (MAD) of a window, both of which a few
 outliers cannot move. Only rises alarm: learning makes values fall fast, and that is no fault. Not seen: a rise slower
-than the window, anything in the first steps, and every fault that leaves the norms alone (the layer shadow is for those).
+than the window, anything in the first steps, and every fault that leaves the norms alone (the layer shadow is for
+those).
 
 The threshold allows for tails that fall exponentially and no faster: with P(x > k MAD) = 2^-k / 2 (Laplace's
 distribution, in which the MAD is the scale times ln 2), one false alarm in 10^9 values needs k = 29.
@@ -28,7 +29,8 @@ _FIRST_STEPS = 32
 _REFRESH_STEPS = 8
 """Steps between recomputing median and MAD, which cost more than comparing."""
 _SMALLEST_DEVIATION = 0.05
-"""Least MAD of a logarithm that is believed (5 %): quiet stretches end. A rise below e^(29 x 0.05) = 4.3 never alarms."""
+"""Least MAD of a logarithm that is believed (5 %): quiet stretches end. A rise below e^(29 x 0.05) = 4.3 never
+alarms."""
 
 
 class Spikes:
