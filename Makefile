@@ -1,0 +1,41 @@
+# Tasks. `make campaign` and `make test` are all a newcomer needs; each makes what it needs first.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+.PHONY: campaign test test-slow check bench docs size peers clean
+
+campaign: $(VENV)/installed            ## the story, end to end: runs/r2-nano/report.html
+	$(BIN)/beringia campaign recipes/r2-nano.toml
+
+test: $(VENV)/installed                ## the quick suite
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/installed           ## the tests that take longer
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/installed               ## format, lint, types, architecture
+	$(BIN)/ruff format --check beringia tests benchmarks recipes
+	$(BIN)/ruff check beringia tests benchmarks recipes
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_architecture.py
+
+bench: $(VENV)/installed               ## every benchmark, one JSON object each
+	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
+
+docs: $(VENV)/installed                ## the generated pages of docs/
+	$(BIN)/python -m beringia.records.events_document > docs/events.md
+	PYTHONPATH=. $(BIN)/python tests/chip_tables.py
+
+size: $(VENV)/installed                ## how large files and functions are
+	$(BIN)/python benchmarks/size.py
+
+# A range that 2.13.0 satisfies installs nothing more: torch comes first, from the constraint.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,156 @@
+"""What is wrong with the input is said in one clear sentence, with exit code 2, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import beringia, of_kind, small_recipe, write_recipe
+
+
+def refused(tmp_path: Path, document: dict[str, Any], *arguments: str) -> str:
+    """The sentence with which `beringia train` refuses a recipe."""
+    done = beringia("train", str(write_recipe(tmp_path, document)), "--out", str(tmp_path / "run"), *arguments)
+    assert done.returncode == 2, (done.returncode, done.stderr, done.stdout)
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("beringia: ")]
+    assert len(sentences) == 1 and "Traceback" not in done.stderr
+    return sentences[0]
+
+
+def script(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "launcher"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_an_unknown_key_is_named_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    sentence = refused(tmp_path, small_recipe(train={"learning_rat": 0.1}))
+    assert "'train.learning_rat'" in sentence and "Did you mean 'learning_rate'?" in sentence
+
+
+def test_a_value_of_another_type_is_named(tmp_path: Path) -> None:
+    assert "'train.steps'" in refused(tmp_path, small_recipe(train={"steps": "many"}))
+
+
+def test_a_preferred_chip_that_the_recipe_does_not_define_is_named(tmp_path: Path) -> None:
+    assert "'elsewhere'" in refused(tmp_path, small_recipe(train={"prefer": ["elsewhere"]}))
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    done = beringia("train", str(tmp_path / "none.toml"))
+    assert done.returncode == 2 and "none.toml" in done.stderr
+
+
+def test_with_json_an_error_is_json_too(tmp_path: Path) -> None:
+    done = beringia("train", str(tmp_path / "none.toml"), "--json")
+    assert done.returncode == 2 and json.loads(done.stdout)["error"] == "RecipeError"
+
+
+def test_a_chip_that_does_not_exist_is_answered_with_those_that_do(tmp_path: Path) -> None:
+    sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpuu"}}))
+    assert "'cpuu'" in sentence and "'cpu'" in sentence
+
+
+def test_a_chip_that_is_not_here_is_said_to_be_missing(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the chip that the test wants to miss")
+    assert "cuda" in refused(tmp_path, small_recipe(chips={"first": {"use": "cuda"}}))
+
+
+def test_a_missing_interpreter_is_named(tmp_path: Path) -> None:
+    sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "python": "/no/such/python"}}))
+    assert "/no/such/python" in sentence and "chips.first.python" in sentence
+
+
+def test_a_launch_prefix_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "launch": ["no-such-launcher", "x"]}}))
+    assert "no-such-launcher" in sentence
+
+
+def test_a_launch_prefix_that_fails_is_reported_with_its_own_words(tmp_path: Path) -> None:
+    launcher = script(tmp_path, "echo 'node7: connection refused' >&2; exit 255")
+    sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "launch": [launcher]}}))
+    assert "node7: connection refused" in sentence and "chips.first" in sentence
+
+
+def test_another_version_of_beringia_on_the_other_side_is_refused_in_the_handshake(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys, beringia; beringia.__version__ = '0.0.9'; sys.argv = sys.argv[2:]; "
+        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    )
+    python = script(tmp_path, f'exec {sys.executable} -c "{code}" "$@"')
+    sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "python": python}}))
+    assert "0.0.9" in sentence and "Install the same Beringia" in sentence
+
+
+def test_a_model_directory_without_a_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    document = small_recipe()
+    document["model"] = {"path": str(tmp_path / "model")}
+    assert "config.json" in refused(tmp_path, document)
+
+
+def test_an_unsupported_family_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    document = small_recipe()
+    document["model"] = {"path": str(tmp_path / "model")}
+    assert "mamba" in refused(tmp_path, document)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    from beringia.model import load_model, save_model
+
+    save_model(load_model("r2-nano"), tmp_path / "model")
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"text number {number}\n" * 20)
+    document = small_recipe(data={"text": str(tmp_path / "text"), "tokenizer": "bytes"})
+    del document["data"]["task"]
+    document["model"] = {"path": str(tmp_path / "model")}
+    assert "vocabulary" in refused(tmp_path, document)
+
+
+def test_empty_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    document = small_recipe(data={"text": str(tmp_path / "text"), "tokenizer": "bytes"})
+    del document["data"]["task"]
+    assert str(tmp_path / "text") in refused(tmp_path, document)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
+    assert "train.batch is 5" in refused(tmp_path, small_recipe(train={"batch": 5, "accumulate": 2}))
+
+
+def test_faults_on_a_real_chip_are_refused(tmp_path: Path) -> None:
+    sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "faults": "r2-2025"}}))
+    assert "r2-2025" in sentence
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of its own needs root to be mounted")
+def test_a_full_disk_stops_the_run_at_its_last_complete_checkpoint_and_room_lets_it_go_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(run)], check=True)
+    try:
+        recipe = str(write_recipe(tmp_path, small_recipe()))
+        full = beringia("train", recipe, "--out", str(run))
+        assert full.returncode == 2 and "disk is full" in full.stderr, full.stderr
+        written = {event.step for event in of_kind(run, "checkpoint")}
+        there = {int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")}
+        assert there <= written, "only complete checkpoints are left"
+        subprocess.run(["mount", "-o", "remount,size=200m", str(run)], check=True)
+        assert beringia("train", recipe, "--out", str(run)).returncode == 0
+        assert of_kind(run, "finish")[-1].status == "done"
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
