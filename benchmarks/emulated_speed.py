@@ -1,7 +1,8 @@
 """What emulation costs: our own eager training step of r2-micro on each emulated chip against the same on the CPU.
 
-The bound is 5 times the CPU's step (float32, 32 x 64 tokens, eager). Steps are interleaved, so that what else the machine
-does falls on both; medians, with the 95 % interval of the ratio of medians from a bootstrap. Prints one JSON object.
+The bound is 5 times the CPU's step (float32, 32 x 64 tokens, eager). Steps are interleaved, so that what else the
+machine does falls on both; medians, with the 95 % interval of the ratio of medians from a bootstrap. Prints one JSON
+object.
 
     python benchmarks/emulated_speed.py --profiles h800 ascend-910b --steps 30
 """

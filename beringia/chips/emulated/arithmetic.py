@@ -1,9 +1,9 @@
 """A profile's arithmetic as kernels: what each operator computes from CPU tensors.
 
-Products go through the matrix unit (`products.py`), elementary functions carry the profile's error, sums its order, casts
-its rounding, and results its treatment of subnormals and overflow. Operators that are exact on every chip (copies,
-integers, comparisons) and those that are correctly rounded on all of them (add, multiply, divide, square root) have no
-kernel here and stay ATen's own.
+Products go through the matrix unit (`products.py`), elementary functions carry the profile's error, sums its order,
+casts its rounding, and results its treatment of subnormals and overflow. Operators that are exact on every chip
+(copies, integers, comparisons) and those that are correctly rounded on all of them (add, multiply, divide, square root)
+have no kernel here and stay ATen's own.
 
 Attention is one operator, as on hardware: its two products go through the matrix unit, its softmax is float32.
 Refuses what would be computed outside the emulated unit without anyone noticing (convolutions, fused recurrent cells).
@@ -18,7 +18,7 @@ import torch
 from torch._ops import OpOverload
 
 from beringia.chips.emulated.attention import Attention
-from beringia.chips.emulated.device import Kernel
+from beringia.chips.emulated.device import Interposer, Kernel
 from beringia.chips.emulated.products import Products, grouped
 from beringia.chips.emulated.profile import Profile
 from beringia.chips.emulated.reductions import Reduce
@@ -29,18 +29,14 @@ aten = torch.ops.aten
 _CAST_BITS = {torch.bfloat16: 7, torch.float16: 10}
 
 ELEMENTARY: dict[str, str] = {
-    name: name
-    for name in (
-        "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh erf erfc rsqrt sigmoid silu gelu "
-        "softplus mish"
-    ).split()
-} | {
+    **{name: name for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "pow", "rsqrt", "erf", "erfc")},
+    **{name: name for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "atanh")},
+    **{name: name for name in ("sigmoid", "silu", "gelu", "softplus", "mish")},
     "silu_backward": "sigmoid",
     "gelu_backward": "gelu",
     "softplus_backward": "exp",
     "_softmax": "exp",
     "_log_softmax": "log",
-    "pow": "pow",
 }
 """Operator -> the function whose error it has."""
 
@@ -50,11 +46,18 @@ _KEYED_BY_SECOND = {"silu_backward", "gelu_backward", "softplus_backward"}
 _EXACT_POWERS = (0, 0.5, 1, 2, 3, -1, -2)
 
 _REFUSED = (
-    "convolution convolution_backward _convolution convolution_overrideable convolution_backward_overrideable lstm gru "
-    "_cdist_forward _trilinear _int_mm _weight_int8pack_mm _scaled_grouped_mm _addmm_activation"
-).split()
-
-SaturatingInterposer = Callable[[OpOverload, Kernel], Kernel]
+    "convolution",
+    "convolution_backward",
+    "_convolution",
+    "convolution_overrideable",
+    "convolution_backward_overrideable",
+    "_thnn_fused_lstm_cell",
+    "_thnn_fused_gru_cell",
+    "_cdist_forward",
+    "_trilinear",
+    "_weight_int8pack_mm",
+    "_addmm_activation",
+)
 
 
 def kernels(profile: Profile) -> dict[OpOverload, Kernel]:
@@ -73,9 +76,9 @@ def kernels(profile: Profile) -> dict[OpOverload, Kernel]:
     return table
 
 
-def results_of(profile: Profile) -> list[SaturatingInterposer]:
+def results_of(profile: Profile) -> list[Interposer]:
     """Interposers for what happens to every floating result: subnormals flushed, overflow saturated."""
-    interposers: list[SaturatingInterposer] = []
+    interposers: list[Interposer] = []
     if profile.subnormals.mode == "flushed":
         interposers.append(_on_every_result(flush_subnormals_))
     if profile.overflow.mode == "saturate":
@@ -98,7 +101,7 @@ class Cast:
         return number.to(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------- products
+# ---- products
 
 
 def _product_kernels(products: Products, cast: Cast) -> dict[OpOverload, Kernel]:
@@ -208,7 +211,7 @@ def _refused(profile: Profile, func: OpOverload) -> Kernel:
     return refuse
 
 
-# ------------------------------------------------------------------------------------------------------ elementary functions
+# ---- elementary functions
 
 
 def _elementary_kernels(profile: Profile) -> dict[OpOverload, Kernel]:
@@ -263,7 +266,7 @@ def _exact_exp(x: torch.Tensor) -> torch.Tensor:
     return torch.exp(x)
 
 
-# ------------------------------------------------------------------------------------------------------- sums, casts, results
+# ---- sums, casts, results
 
 
 def _sum_kernels(reduce: Reduce, cast: Cast) -> dict[OpOverload, Kernel]:
@@ -309,7 +312,7 @@ def _cast_kernels(profile: Profile, cast: Cast) -> dict[OpOverload, Kernel]:
     return {aten._to_copy.default: to_copy, aten.copy_.default: copy_}
 
 
-def _on_every_result(change_: Callable[[torch.Tensor], torch.Tensor]) -> SaturatingInterposer:
+def _on_every_result(change_: Callable[[torch.Tensor], torch.Tensor]) -> Interposer:
     def interpose(func: OpOverload, kernel: Kernel) -> Kernel:
         if func in _MOVES or func.namespace != "aten" or func.is_view:
             return kernel

@@ -157,4 +157,4 @@ def _spread(x_BGSD: torch.Tensor, q_BHTD: torch.Tensor) -> torch.Tensor:
 
 def _gather(x_BHSD: torch.Tensor, heads: int) -> torch.Tensor:
     """Add up what `_spread` repeated."""
-    return x_BHSD if x_BHSD.shape[1] == heads else x_BHSD.unflatten(1, (heads, -1)).sum(dim=2)
+    return x_BHSD if x_BHSD.shape[1] == heads else torch.unflatten(x_BHSD, 1, (heads, -1)).sum(dim=2)

@@ -19,6 +19,8 @@ import torch
 from beringia import __version__
 from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory
 from beringia.chips.emulated import arithmetic, device
+from beringia.chips.emulated import faults as planted
+from beringia.chips.emulated.fault_script import read_script
 from beringia.chips.emulated.profile import Format, Profile, read_profile
 from beringia.errors import ChipUnavailable
 from beringia.records.identity import ChipIdentity
@@ -61,8 +63,8 @@ class EmulatedChip(Chip):
     ) -> None:
         """Register the device and give it this profile's arithmetic and these faults.
 
-        `faults`: a script's name, or the path of a TOML file. `index`: which of several such devices this process sees as
-        its only one; a script may strike one of them. Raises ChipUnavailable.
+        `faults`: a script's name, or the path of a TOML file. `index`: which of several such devices this process sees
+        as its only one; a script may strike one of them. Raises ChipUnavailable.
         """
         if fidelity not in _FIDELITIES:
             raise ChipUnavailable(
@@ -70,6 +72,7 @@ class EmulatedChip(Chip):
                 "leave it out."
             )
         profile = read_profile(profile_name)
+        script = read_script(faults or "none")
         opened = EmulatedChip._open
         if opened is not None and opened._profile.hash != profile.hash:
             raise ChipUnavailable(
@@ -77,11 +80,11 @@ class EmulatedChip(Chip):
                 "one vendor's chip; close it, or start another process."
             )
         self.name = f"emulated:{profile_name}"
-        self._profile = profile
+        self._profile: Profile = profile
         self._fidelity = fidelity
-        self._index = index
+        self._faults = planted.Device(script, vendor=profile.vendor, seed=seed, index=index, memory=memory)
         self._device = device.register(device_name)
-        device.install(arithmetic.kernels(profile), arithmetic.results_of(profile))
+        device.install(arithmetic.kernels(profile), [*arithmetic.results_of(profile), *self._faults.interposers()])
         self._identity = _identity(profile, fidelity)
         EmulatedChip._open = self
 
@@ -132,7 +135,8 @@ class EmulatedChip(Chip):
         device.device_generator().set_state(state)
 
     def classify(self, error: BaseException) -> ChipFault | None:
-        """By the tables of the vendor whose words the profile's faults use; torch's and gloo's own errors by the CPU's."""
+        """By the tables of the vendor whose words the profile's faults use; torch's and gloo's own errors by the
+        CPU's."""
         from beringia.chips.cpu import classify_cpu
 
         return _vendor_fault(self._profile.vendor, error) or classify_cpu(error)
@@ -142,6 +146,7 @@ class EmulatedChip(Chip):
 
     def begin_step(self, step: int) -> None:
         """The training step that begins: faults are scheduled by it."""
+        self._faults.begin_step(step)
 
     def close(self) -> None:
         """Give the device back; tensors on it stay readable, and another profile may be opened."""
@@ -162,7 +167,7 @@ def register_device(
 
 
 def _identity(profile: Profile, fidelity: str) -> ChipIdentity:
-    overall = profile.float32_products
+    overall, order = profile.float32_products, profile.reduction
     units = {
         f"unit.{name}": f"{unit.scheme}, {unit.result_bits} bits, {unit.final}" for name, unit in profile.units.items()
     }
@@ -182,7 +187,7 @@ def _identity(profile: Profile, fidelity: str) -> ChipIdentity:
             "casts": profile.casts.rounding,
             "overflow": profile.overflow.mode,
             "subnormals": profile.subnormals.mode,
-            "reduction": f"{profile.reduction.scheme}, {profile.reduction.lanes} lanes, {profile.reduction.serial} serial",
+            "reduction": f"{order.scheme}, {order.lanes} lanes, {order.serial} serial",
             # The CPU's own sums inside a chunk depend on how many threads share them.
             "threads": str(torch.get_num_threads()),
             **units,

@@ -1,8 +1,8 @@
 """A PyTorch device in pure Python: tensors that say `emu:0` and keep their numbers in a CPU tensor.
 
-`EmulatedTensor` is a wrapper subclass with `__torch_dispatch__`; operators that have no tensor argument (factories) come
-through a boxed PrivateUse1 fallback. Each operator gets one handler, planned from its schema when it is first met and
-kept in a dict, because the handler's own cost is paid a few thousand times in a training step.
+`EmulatedTensor` is a wrapper subclass with `__torch_dispatch__`; operators that have no tensor argument (factories)
+come through a boxed PrivateUse1 fallback. Each operator gets one handler, planned from its schema when it is first met
+and kept in a dict, because the handler's own cost is paid a few thousand times in a training step.
 
 What an operator computes is its *kernel*, a function of CPU tensors: ATen's own, or one given to `install` (an
 arithmetic's, see `arithmetic.py`). *Interposers* given to `install` may wrap any kernel (see `faults.py`).
@@ -40,7 +40,7 @@ class EmulatedTensor(torch.Tensor):
     _cpu: torch.Tensor
 
     # Operators are met in __torch_dispatch__ only; torch functions need no interception and would cost time.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own idiom
 
     @staticmethod
     def __new__(cls, plain: torch.Tensor) -> EmulatedTensor:
@@ -69,7 +69,7 @@ class EmulatedTensor(torch.Tensor):
         # torch reads the storage itself here, which a wrapper does not have.
         return self._cpu.tolist()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         ending = f", requires_grad={self.requires_grad})" if self.is_leaf and self.requires_grad else ")"
         return f"{repr(self._cpu)[:-1]}, device='{self.device}'{ending}"
 
@@ -131,7 +131,7 @@ def numbers(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._cpu if isinstance(tensor, EmulatedTensor) else tensor
 
 
-# ---------------------------------------------------------------------------------------------- wrapping and unwrapping
+# ---- wrapping and unwrapping
 
 
 def _plain(value: Any) -> Any:
@@ -164,7 +164,7 @@ def _same_device(func: OpOverload, args: tuple[Any, ...]) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------- one handler per operator
+# ---- one handler per operator
 
 
 def _plan(func: OpOverload) -> Handler:
@@ -265,7 +265,9 @@ def _changing_shape(func: OpOverload, kernel: Kernel) -> Handler:
 
     def handle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = kernel(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
-        return return_and_correct_aliasing(func, args, kwargs, _wrapped(result))
+        return return_and_correct_aliasing(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            func, args, kwargs, _wrapped(result)
+        )
 
     return handle
 
@@ -312,7 +314,7 @@ _FOREIGN_ALLOWED = frozenset(
 """Operators whose tensor arguments may lie on different devices."""
 
 
-# --------------------------------------------------------------------------------------------------------- registration
+# ---- registration
 
 
 def _register_once(name: str) -> None:
@@ -323,23 +325,24 @@ def _register_once(name: str) -> None:
     )
     _state.name = name
     _state.device = torch.device(name, 0)
-    fallback = torch.library.Library("_", "IMPL")  # noqa: TOR901  # lives as long as the process
-    fallback.fallback(_without_tensors, "PrivateUse1")
-    casts = torch.library.Library("_", "IMPL")  # noqa: TOR901
-    casts.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    kernels = torch.library.Library("aten", "IMPL")  # noqa: TOR901
+    library: Any = torch.library.Library  # untyped in torch
+    anything = library("_", "IMPL")
+    anything.fallback(_without_tensors, "PrivateUse1")
+    anything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    kernels = library("aten", "IMPL")
     kernels.impl("empty.memory_format", _empty, "PrivateUse1")
     kernels.impl("empty_strided", _empty_strided, "PrivateUse1")
     # `torch.tensor(..., device=...)` copies with Python dispatch off, where only this is looked up.
     kernels.impl("_copy_from", _copy_from, "PrivateUse1")
     # Torch asks a table in C++ which devices have fused attention, and this one cannot be in it.
     kernels.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
-    _state.libraries += [fallback, casts, kernels]
+    # A library's registrations end with it.
+    _state.libraries += [anything, kernels]
 
 
 class _Guard(torch._C._acc.DeviceGuard):
     def type_(self) -> Any:
-        return torch._C._autograd.DeviceType.PrivateUse1  # type: ignore[attr-defined]  # missing from torch's stubs
+        return torch._C._autograd.DeviceType.PrivateUse1
 
 
 def _without_tensors(func: OpOverload, *args: Any, **kwargs: Any) -> Any:
@@ -379,12 +382,11 @@ def _attention(
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
     if dropout_p > 0.0 or query.dim() != 4 or (is_causal and attn_mask is not None):
         single = _aten._scaled_dot_product_attention_math.default
-        out: torch.Tensor = single(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )[0]
-        return out
-    fused = _aten._scaled_dot_product_fused_attention_overrideable.default
-    out = fused(query, key, value, attn_mask, 0.0, is_causal, False, scale=scale)[0]
+        results = single(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    else:
+        fused = _aten._scaled_dot_product_fused_attention_overrideable.default
+        results = fused(query, key, value, attn_mask, 0.0, is_causal, False, scale=scale)
+    out: torch.Tensor = results[0]
     return out
 
 

@@ -1,8 +1,8 @@
 """Products of matrices as a chip's matrix unit makes them, in the `fast` fidelity.
 
-The sum over K is cut into chunks of 128 terms. A chunk's sum is computed in float32 by the CPU; the accumulator takes it
-and is rounded once, as the unit's `final` rounding and `result_bits` say. So a truncating unit's bias toward zero and its
-growth with K are there, smaller than on hardware, which truncates after each block of 4 to 32 terms.
+The sum over K is cut into chunks of 128 terms. A chunk's sum is computed in float32 by the CPU; the accumulator takes
+it and is rounded once, as the unit's `final` rounding and `result_bits` say. So a truncating unit's bias toward zero
+and its growth with K are there, smaller than on hardware, which truncates after each block of 4 to 32 terms.
 
 Works on CPU tensors. Letters of shapes: M and N rows and columns of the result, K the reduced dimension, E groups.
 """
@@ -10,7 +10,6 @@ Works on CPU tensors. Letters of shapes: M and N rows and columns of the result,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 

@@ -56,8 +56,8 @@ class Storage(Sourced):
 class MatrixUnit(Sourced):
     """How the matrix unit multiplies and adds operands of one format.
 
-    A *block* is what the hardware adds at once: `block` exact products and the accumulator. In the `block` scheme all are
-    aligned to the largest exponent, cut to `fraction_bits` below it, and added exactly.
+    A *block* is what the hardware adds at once: `block` exact products and the accumulator. In the `block` scheme all
+    are aligned to the largest exponent, cut to `fraction_bits` below it, and added exactly.
     """
 
     scheme: Literal["block", "halves", "pairwise", "sequential"]
@@ -128,8 +128,8 @@ class Reduction(Sourced):
     """The order in which `sum` and `mean` add."""
 
     scheme: Literal["native", "sequential", "tree", "lanes"]
-    """native: as torch does on this CPU; sequential: one term after another; tree: halves added pairwise; lanes: pieces of
-    `lanes` x `serial` terms, each lane adds its `serial` terms (stride `lanes`), then lanes and pieces as trees."""
+    """native: as torch does on this CPU; sequential: one term after another; tree: halves added pairwise; lanes: pieces
+    of `lanes` x `serial` terms, each lane adds its `serial` terms (stride `lanes`), then lanes and pieces as trees."""
     lanes: int = Field(default=1, ge=1)
     serial: int = Field(default=1, ge=1)
 

@@ -1,7 +1,7 @@
 """Sums in a declared order, on float32 CPU tensors.
 
-The terms are brought to one axis, the last where they lie there already, else the first, so that every step of the order
-is one addition of whole slices.
+The terms are brought to one axis, the last where they lie there already, else the first, so that every step of the
+order is one addition of whole slices.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rounding of float32 and float64 tensors to fewer fraction bits, and what else happens to a number's bits.
 
-Everything works on the bits (an integer view), so that the same numbers give the same bits everywhere. Infinities and NaN
-pass unchanged. Nothing here knows about chips.
+Everything works on the bits (an integer view), so that the same numbers give the same bits everywhere. Infinities and
+NaN pass unchanged. Nothing here knows about chips.
 """
 
 from __future__ import annotations
