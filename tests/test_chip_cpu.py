@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from beringia.chips.cpu import Cpu, compiler_missing, subnormals_kept, total_memory_bytes
-from beringia.errors import ChipUnavailable
 
 
 def test_the_identity_names_the_processor_and_what_torch_uses_of_it() -> None:
@@ -100,6 +99,5 @@ def test_capabilities_are_the_reference_chips() -> None:
     assert capabilities.exact_int64 and int(big[0]) == (5 * (2**62 + 3) + 2**63) % 2**64 - 2**63
 
 
-def test_only_index_zero_exists() -> None:
-    with pytest.raises(ChipUnavailable, match="use index 0"):
-        Cpu(1)
+def test_ranks_that_share_a_machine_have_the_same_identity() -> None:
+    assert Cpu(1).identity.hash == Cpu(0).identity.hash

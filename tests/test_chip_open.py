@@ -74,11 +74,6 @@ def test_a_missing_npu_says_what_was_found_and_what_to_do() -> None:
         open_chip("npu")
 
 
-def test_an_index_the_machine_does_not_have_is_refused() -> None:
-    with pytest.raises(ChipUnavailable, match="index 1"):
-        open_chip("cpu", index=1)
-
-
 def test_what_is_present_is_here_and_the_rest_says_why_not() -> None:
     names = {found.name for found in present()}
     assert "cpu" in names and all(found.here for found in present())

@@ -22,7 +22,6 @@ import torch
 
 from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Presence
 from beringia.chips.classification import Rule, device_text, gravest_match
-from beringia.errors import ChipUnavailable
 from beringia.records.identity import ChipIdentity
 
 CPU_RULES: tuple[Rule, ...] = (
@@ -56,11 +55,10 @@ class Cpu(Chip):
     name = "cpu"
 
     def __init__(self, index: int = 0) -> None:
-        """Set the switches and read who this is. Raises ChipUnavailable for any index but 0."""
-        if index != 0:
-            raise ChipUnavailable(
-                f"cpu was asked for with index {index}, but a machine is one cpu device: use index 0."
-            )
+        """Set the switches and read who this is.
+
+        `index` only counts the ranks that share the machine, which is one device however many there are.
+        """
         _make_repeatable()
         self._identity = _identity()
 
@@ -138,7 +136,7 @@ def find() -> list[Presence]:
 
 
 def open_device(index: int) -> Cpu:
-    """Open it. Raises ChipUnavailable for any index but 0."""
+    """Open it; every index is the same machine."""
     return Cpu(index)
 
 

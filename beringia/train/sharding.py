@@ -53,7 +53,10 @@ def shard(decoder: Decoder, chip: Chip, ranks: Ranks) -> tuple[nn.Module, Shardi
         return DistributedDataParallel(decoder, find_unused_parameters=True, broadcast_buffers=False), "ddp"
     mesh = init_device_mesh(chip.device.type, (ranks.count,))
     for layer in decoder.model.layers:
-        fully_shard(layer, mesh=mesh)
+        # The multi-token layer uses its norms before and after its own forward: it stays whole between the two.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=layer is not decoder.mtp)
+    if decoder.mtp is not None:
+        register_fsdp_forward_method(decoder.mtp, "predict")
     sharded = fully_shard(decoder, mesh=mesh)
     register_fsdp_forward_method(sharded, "logits")  # sampling calls it past forward
     return sharded, "fsdp2"
@@ -94,3 +97,8 @@ def copy_whole(source: torch.Tensor, live: torch.Tensor) -> None:
         live.to_local().copy_(part.to_local())
     else:
         live.copy_(source)
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -18,6 +18,7 @@ import platform  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import FrameType  # noqa: E402
 
@@ -64,7 +65,8 @@ def _work(order: Order, ranks: Ranks) -> int:
         ended = _train(order, ranks, channel)
     except BeringiaError as problem:
         ended = Ended(why="error", message=str(problem), error=type(problem).__name__)
-    except Exception as problem:  # the process boundary: say what happened, then let Python print the traceback
+    except Exception as problem:  # the process boundary: the traceback to the log first, the supervisor ends us then
+        traceback.print_exc()
         channel.send(Ended(why="error", message=str(problem), error=type(problem).__name__))
         raise
     if ranks.first or ended.why != "done":
