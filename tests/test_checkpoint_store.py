@@ -304,6 +304,18 @@ def test_any_flipped_bit_in_a_tensor_file_is_found(tmp_path: Path, where: float,
     store.close()
 
 
+def test_a_manifest_that_was_edited_is_damaged_though_it_can_be_read(store: CheckpointStore) -> None:
+    store.save(400, training_state(), PROGRESS).result()
+    path = store.directory.path(400) / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"cursor":12800', b'"cursor":12801'))
+    with pytest.raises(CheckpointDamaged, match=r"manifest\.json is damaged: its SHA-256"):
+        store.load(400, training_state())
+    path.with_name("manifest.json.sha256").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"manifest\.json\.sha256 is damaged: it is missing"):
+        store.manifest(400)
+    store.close()
+
+
 def test_a_manifest_changed_together_with_its_digest_still_cannot_move_tensors(store: CheckpointStore) -> None:
     from beringia.checkpoint.directory import digest_line
 

@@ -54,6 +54,24 @@ _SOURCE = """
 #include <stdint.h>
 #include <string.h>
 #define BLOCK %(block)d
+/* The copy is not read again soon: storing past the caches saves reading its old content (1.5 -> 1.2 x a plain copy). */
+#ifdef __SSE2__
+#include <emmintrin.h>
+static void copy_bytes(char *to, const char *from, int64_t count) {
+  int64_t done = -(uintptr_t)to & 15; /* up to the first address that such stores accept */
+  if (done > count) done = count;
+  memcpy(to, from, done);
+  for (; done + 64 <= count; done += 64)
+    for (int part = 0; part < 64; part += 16)
+      _mm_stream_si128((__m128i *)(to + done + part), _mm_loadu_si128((const __m128i *)(from + done + part)));
+  memcpy(to + done, from + done, count - done);
+}
+#define FINISH_COPIES _mm_sfence()
+#else
+#define copy_bytes memcpy
+#define FINISH_COPIES
+#endif
+
 typedef struct { uint64_t words, copy, key; int64_t first, count, width; uint64_t value; } job_t;
 
 static uint64_t multiplier(uint64_t key, uint64_t number) {
@@ -72,7 +90,8 @@ static uint64_t multiplier(uint64_t key, uint64_t number) {
       const WORD *words = (const WORD *)job->words + done;                        \\
       const uint64_t *factors = table + place;                                    \\
       uint64_t sum = 0;                                                           \\
-      if (job->copy) memcpy((WORD *)job->copy + done, words, length * sizeof(WORD)); \\
+      if (job->copy)                                                              \\
+        copy_bytes((char *)((WORD *)job->copy + done), (const char *)words, length * sizeof(WORD)); \\
       for (int64_t i = 0; i < length; i++) sum += (uint64_t)words[i] * factors[i]; \\
       value += sum * multiplier(job->key, (job->first + done) / BLOCK);           \\
       done += length;                                                             \\
@@ -91,6 +110,7 @@ void run(job_t *jobs, int64_t count, const uint64_t *table, int64_t *next) {
                  : job->width == 2 ? value_of_uint16(job, table)
                                    : value_of_uint8(job, table);
   }
+  FINISH_COPIES;
 }
 """
 
@@ -221,11 +241,15 @@ def _compile(compiler: str) -> ctypes.CDLL:
 
 def _agrees_with_numpy(kernel: KeyedSumKernel) -> bool:
     random = splitmix64(np.arange(3 * BLOCK_WORDS, dtype=np.uint64))
+    copies = np.zeros((3, random.nbytes + 16), np.uint8)
     jobs = np.zeros(3, JOB)
-    for job, width in zip(jobs, (1, 2, 4), strict=True):
+    for job, copy, width in zip(jobs, copies, (1, 2, 4), strict=True):
         job["words"], job["key"], job["first"] = random.ctypes.data, 2**63 + width, 77 * BLOCK_WORDS + 7
         job["count"], job["width"] = random.nbytes // width - 3, width
+        job["copy"] = copy.ctypes.data + width
     by_numpy = jobs.copy()
     kernel.run(jobs)
+    copied = copies.copy()
+    copies[:] = 0
     _run_in_numpy(by_numpy, itertools.count())
-    return bool(np.array_equal(jobs["value"], by_numpy["value"]))
+    return bool(np.array_equal(jobs["value"], by_numpy["value"]) and np.array_equal(copies, copied))
