@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import beringia, of_kind, small_recipe, write_recipe
+from small_runs import beringia, of_kind, small_recipe, write_recipe
 
 
 def refused(tmp_path: Path, document: dict[str, Any], *arguments: str) -> str:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import beringia, events, final_hash, of_kind, small_recipe, start, write_recipe
+from small_runs import beringia, events, final_hash, of_kind, small_recipe, start, write_recipe
 
 from beringia.records.run_directory import RunDirectory
 

@@ -49,8 +49,8 @@ def shard(decoder: Decoder, chip: Chip, ranks: Ranks) -> tuple[nn.Module, Shardi
     if ranks.count == 1:
         return decoder, "none"
     if chip.capabilities.sharding == "ddp":
-        # Which experts get tokens differs from step to step and rank to rank.
-        return DistributedDataParallel(decoder, find_unused_parameters=True, broadcast_buffers=False), "ddp"
+        # Experts are stacked in one tensor, so every parameter has a gradient in every step.
+        return DistributedDataParallel(decoder, broadcast_buffers=False), "ddp"
     mesh = init_device_mesh(chip.device.type, (ranks.count,))
     for layer in decoder.model.layers:
         # The multi-token layer uses its norms before and after its own forward: it stays whole between the two.

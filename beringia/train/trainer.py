@@ -22,10 +22,11 @@ from beringia.data import Batch, Stream
 from beringia.errors import RecipeError
 from beringia.model import IGNORED, Decoder, update_router_biases
 from beringia.records.recipe import Recipe
+from beringia.train.clipping import Clipping
 from beringia.train.guard import Guard
 from beringia.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from beringia.train.ranks import Ranks
-from beringia.train.sharding import Sharding, shard, sum_over_ranks, whole, without_gradient_sync
+from beringia.train.sharding import Sharding, shard, sum_over_ranks, without_gradient_sync
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,14 @@ class Trainer:
         self.stream = stream
         self.step = 0
         self.cursor = 0
+        if decoder.mtp is not None and recipe.train.mtp_weight == 0:
+            decoder.mtp.requires_grad_(False)
         self.module, self.sharding = self._spread()
         self._forward = self.module
         self.optimizer = make_optimizer(
             decoder.named_parameters(), recipe.train, fused=chip.capabilities.fused_optimizer
         )
+        self._clipping = Clipping(decoder, recipe.train.clip)
         self.guard: Guard | None = None
         self.while_computing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         """Entered around forward and backward of each step; the canary perturbs the weights in it."""
@@ -86,7 +90,7 @@ class Trainer:
             sums = self._accumulate_gradients()
         if self.guard is not None:
             self.guard.gradients_ready()
-        norm = self._clip()
+        norm, norms_G = self._clipping.clip()
         if self.guard is not None:
             self.guard.before_update()
         set_learning_rate(self.optimizer, rate)
@@ -97,7 +101,7 @@ class Trainer:
         self._balance_experts()
         self.step = number
         self.cursor += self.recipe.train.batch
-        return self._result(sums, norm, rate, started)
+        return self._result(sums, norm, norms_G, rate, started)
 
     def closing_checks(self) -> None:
         """Check every site with the weights as they are, in the pass of a step that is not taken."""
@@ -151,10 +155,6 @@ class Trainer:
         main, mtp = sum_over_ranks(torch.tensor(own, dtype=torch.int64, device=self.chip.device)).tolist()
         return main, mtp
 
-    def _clip(self) -> torch.Tensor:
-        norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), self.recipe.train.clip)
-        return whole(norm)
-
     def _balance_experts(self) -> None:
         counts = self.decoder.expert_counts()
         if counts:
@@ -162,13 +162,21 @@ class Trainer:
                 sum_over_ranks(count)
             update_router_biases(self.decoder, counts, self.recipe.train.router_bias_speed)
 
-    def _result(self, means: torch.Tensor, norm: torch.Tensor, rate: float, started: float) -> StepResult:
+    def _result(
+        self, means: torch.Tensor, norm: torch.Tensor, norms_G: torch.Tensor, rate: float, started: float
+    ) -> StepResult:
         # One transfer, one wait: the only point in a step where the host waits for the device.
-        loss, mtp_loss, gradient_norm = torch.cat((means, norm.detach().reshape(1).to(means.dtype))).tolist()
+        norms = torch.cat((norm.reshape(1), norms_G)).to(means.dtype)
+        loss, mtp_loss, gradient_norm, *group_norms = torch.cat((means, norms)).tolist()
         has_mtp = self.decoder.mtp is not None and self.recipe.train.mtp_weight > 0
         tokens = self.recipe.train.batch * self.recipe.data.sequence_length
         if self.guard is not None:
-            self.guard.end_step(loss, mtp_loss if has_mtp else None, gradient_norm)
+            self.guard.end_step(
+                loss,
+                mtp_loss if has_mtp else None,
+                gradient_norm,
+                dict(zip(self._clipping.names, group_norms, strict=True)),
+            )
         return StepResult(
             step=self.step,
             loss=loss,

@@ -1,0 +1,120 @@
+"""A run that crosses: from an emulated chip that fails it to the CPU, with state, data and evidence intact."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from small_runs import beringia, events, of_kind, small_recipe, write_recipe
+
+PERSISTENT = """
+summary = "attention's backward is wrong from step 45 on"
+[[faults]]
+kind = "wrong-backward"
+from_step = 45
+operator = "attention"
+length = 8
+strength = 0.8
+"""
+
+
+def crossing_recipe(tmp_path: Path, **fallback: object) -> Path:
+    script = tmp_path / "persistent.toml"
+    script.write_text(PERSISTENT)
+    chips = {
+        "preferred": {"use": "emulated:ascend-910b", "faults": str(script)},
+        "fallback": {"use": "cpu", **fallback},
+    }
+    return write_recipe(
+        tmp_path,
+        small_recipe(
+            chips=chips,
+            train={"prefer": ["preferred", "fallback"], "steps": 70, "checkpoint_every": 10, "keep": 2},
+            guard={"share": 0.5},
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that crossed from an emulated chip to the CPU."""
+    directory = tmp_path_factory.mktemp("crossed")
+    done = beringia("train", str(crossing_recipe(directory)), "--out", str(directory / "run"))
+    assert done.returncode == 0, done.stderr
+    return directory / "run"
+
+
+def test_a_persistently_wrong_chip_is_left_after_one_rollback(crossed: Path) -> None:
+    actions = [event.action for event in of_kind(crossed, "decision")]
+    assert actions == ["start", "rollback", "cross"]
+    assert of_kind(crossed, "finish")[-1].status == "done"
+
+
+def test_the_alarm_names_a_layer_and_lies_beyond_its_bound(crossed: Path) -> None:
+    for alarm in of_kind(crossed, "alarm"):
+        assert alarm.site.startswith("layers.") and alarm.value > alarm.bound
+
+
+def test_the_live_state_on_the_new_chip_hashes_to_what_it_was_on_the_old(crossed: Path) -> None:
+    (crossing,) = of_kind(crossed, "crossing")
+    assert crossing.state_hash_before == crossing.state_hash_after != ""
+    written = {event.step: event.state_hash for event in of_kind(crossed, "checkpoint") if event.chip == "preferred"}
+    assert crossing.state_hash_before == written[crossing.step]
+
+
+def test_the_next_batch_on_the_new_chip_is_the_one_that_was_due(crossed: Path) -> None:
+    (crossing,) = of_kind(crossed, "crossing")
+    first = next(event for event in of_kind(crossed, "step") if event.chip == "fallback")
+    assert (first.step, first.cursor) == (crossing.step + 1, (crossing.step + 1) * 4)
+
+
+def test_the_canary_lies_within_its_band_and_the_band_means_something(crossed: Path) -> None:
+    (canary,) = of_kind(crossed, "canary")
+    assert canary.passed and 0 < canary.difference <= canary.band < 0.5
+
+
+def test_what_was_lost_is_work_and_counted(crossed: Path) -> None:
+    lost = sum(event.lost_steps for event in of_kind(crossed, "decision"))
+    done = len(of_kind(crossed, "step"))
+    assert done == 70 + lost
+
+
+def test_every_step_comes_from_a_trusted_checkpoint_of_the_same_chip_or_a_crossing(crossed: Path) -> None:
+    trusted = {event.step for event in of_kind(crossed, "trusted")}
+    for decision in of_kind(crossed, "decision"):
+        if decision.action in ("rollback", "cross"):
+            assert decision.to_step is None or decision.to_step in trusted
+
+
+@pytest.mark.slow
+def test_the_second_chip_may_be_on_another_machine_with_its_own_files_and_environment(tmp_path: Path) -> None:
+    """The launcher gives the worker its own mount namespace, in which the supervisor's run directory is empty."""
+    machine = tmp_path / "machine"
+    environment = machine / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    site = next((environment / "lib").glob("python*")) / "site-packages"
+    (site / "ours.pth").write_text(f"{sysconfig.get_path('purelib')}\n{Path(__file__).parents[1]}\n")
+    run = tmp_path / "run"
+    launcher = tmp_path / "launcher"
+    hide = f'mount -t tmpfs tmpfs "{run}" && ' if os.geteuid() == 0 and shutil.which("unshare") else ""
+    launcher.write_text(
+        f"#!/bin/sh\necho 'Welcome to node7'\nexec unshare -m sh -c '{hide}cd / && exec \"$@\"' sh \"$@\"\n"
+    )
+    launcher.chmod(launcher.stat().st_mode | stat.S_IXUSR)
+    recipe = crossing_recipe(
+        tmp_path, launch=[str(launcher)], python=str(environment / "bin" / "python"), root=str(machine / "run")
+    )
+    done = beringia("train", str(recipe), "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    (crossing,) = of_kind(run, "crossing")
+    assert crossing.state_hash_before == crossing.state_hash_after
+    last = max((run / "checkpoints").glob("step-*"))
+    assert last.name == "step-000070" and (last / "manifest.json").exists(), "the last checkpoint came home"
+    assert (last / "trusted.json").exists()
+    assert events(run)[-1].kind == "finish"
