@@ -7,8 +7,7 @@ into one tensor an expert on disk.
 The choice of experts can be recorded and forced, because a replay in float64 must follow the chip's own choices: near a
 tie another choice is not an error of arithmetic.
 
-M rows (tokens), D hidden, E experts, K experts a token, A = M K assignments, C slots an expert, S = E C slots, F expert
-width.
+M rows (tokens), D hidden, E experts, K experts a token, A = M K assignments, F expert width.
 """
 
 from __future__ import annotations
@@ -62,65 +61,50 @@ class Router(nn.Module):
         return weights_MK * self.scaling
 
 
-def plan_slots(chosen_MK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay the assignments out expert by expert, C slots each, where C is the largest load: no token is dropped.
-
-    Returns the slot (expert times C plus rank) of each assignment, M K, and the row whose copy each of the S slots
-    holds, M for an empty one. So every product is one batched product over experts, and rows move either way by a
-    gather: no atomic additions, the same result on every run. Waits for the device once, for C.
-    """
-    expert_A = chosen_MK.flatten()
-    load_E = count(expert_A, num_experts)
-    capacity = int(load_E.max())
-    order_A = expert_A.argsort(stable=True)
-    first_E = load_E.cumsum(0) - load_E
-    # Slots in sorted order: the expert's first slot, plus how many of its assignments came before.
-    expert_sorted_A = expert_A[order_A]
-    place_A = torch.arange(len(order_A), device=order_A.device)
-    slot_sorted_A = expert_sorted_A * capacity + place_A - first_E[expert_sorted_A]
-    slot_A = torch.empty_like(order_A).scatter_(0, order_A, slot_sorted_A)
-    row_S = torch.full((num_experts * capacity,), len(chosen_MK), dtype=order_A.dtype, device=order_A.device)
-    row_S.scatter_(0, slot_sorted_A, order_A // chosen_MK.shape[1])
-    return slot_A.view_as(chosen_MK), row_S
+def sort_by_expert(chosen_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row of each assignment when assignments are sorted by expert (A), and where each one went (M K)."""
+    order_A = chosen_MK.flatten().argsort(stable=True)
+    place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+    return order_A // chosen_MK.shape[1], place_A.view_as(chosen_MK)
 
 
-def spread(x_MD: torch.Tensor, row_S: torch.Tensor) -> torch.Tensor:
-    """Copy rows to their slots; empty slots are zero."""
-    padded_D = torch.cat((x_MD, x_MD.new_zeros(1, x_MD.shape[1])))
-    return padded_D.index_select(0, row_S)
-
-
-def gather_sum(x_SD: torch.Tensor, slot_MK: torch.Tensor) -> torch.Tensor:
-    """For each row the sum over its K slots."""
-    return x_SD.index_select(0, slot_MK.flatten()).view(*slot_MK.shape, -1).sum(1)
+def gather_sum(x_AD: torch.Tensor, place_MK: torch.Tensor) -> torch.Tensor:
+    """For each row the sum over its K assignments."""
+    return x_AD.index_select(0, place_MK.flatten()).view(*place_MK.shape, -1).sum(1)
 
 
 class Dispatch(torch.autograd.Function):
-    """`spread`, whose adjoint is `gather_sum`."""
+    """Copies each row to its K places. Its adjoint is a gather too: no atomic additions, the same sum on every run."""
 
     @staticmethod
-    def forward(ctx: Any, x_MD: torch.Tensor, slot_MK: torch.Tensor, row_S: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(slot_MK)
-        return spread(x_MD, row_S)
+    def forward(ctx: Any, x_MD: torch.Tensor, row_A: torch.Tensor, place_MK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(place_MK)
+        return x_MD.index_select(0, row_A)
 
     @staticmethod
-    def backward(ctx: Any, grad_SD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (slot_MK,) = ctx.saved_tensors
-        return gather_sum(grad_SD, slot_MK), None, None
+    def backward(ctx: Any, grad_AD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (place_MK,) = ctx.saved_tensors
+        return gather_sum(grad_AD, place_MK), None, None
 
 
 class Combine(torch.autograd.Function):
-    """`gather_sum`, whose adjoint is `spread`."""
+    """Sums each row's K places: the adjoint of `Dispatch`, and the other way round."""
 
     @staticmethod
-    def forward(ctx: Any, x_SD: torch.Tensor, slot_MK: torch.Tensor, row_S: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(row_S)
-        return gather_sum(x_SD, slot_MK)
+    def forward(ctx: Any, x_AD: torch.Tensor, row_A: torch.Tensor, place_MK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(row_A)
+        return gather_sum(x_AD, place_MK)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (row_S,) = ctx.saved_tensors
-        return spread(grad_MD, row_S), None, None
+        (row_A,) = ctx.saved_tensors
+        return grad_MD.index_select(0, row_A), None, None
+
+
+def grouped_linear(x_AD: torch.Tensor, weight_EFD: torch.Tensor, loads: list[int]) -> torch.Tensor:
+    """Rows sorted by expert, each multiplied with its expert's matrix; `loads` says how many rows each expert has."""
+    weights = weight_EFD.to(x_AD.dtype).unbind(0)
+    return torch.cat([F.linear(x, weight) for x, weight in zip(torch.split(x_AD, loads), weights, strict=True)])
 
 
 class Experts(nn.Module):
@@ -134,18 +118,15 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
     def forward(self, x_MD: torch.Tensor, chosen_MK: torch.Tensor, weights_MK: torch.Tensor) -> torch.Tensor:
-        slot_MK, row_S = plan_slots(chosen_MK, self.num_experts)
-        x_ECD = Dispatch.apply(x_MD, slot_MK, row_S).view(self.num_experts, -1, x_MD.shape[1])
-        gate_ECF, up_ECF = self._product(x_ECD, self.gate_up_proj).chunk(2, dim=-1)
-        # The weight of an assignment commutes with the linear down projection, and F is smaller than D.
-        weight_S = torch.zeros_like(row_S, dtype=x_MD.dtype).scatter(
-            0, slot_MK.flatten(), weights_MK.flatten().to(x_MD.dtype)
-        )
-        h_ECF = F.silu(gate_ECF) * up_ECF * weight_S.view(self.num_experts, -1, 1)
-        return Combine.apply(self._product(h_ECF, self.down_proj).flatten(0, 1), slot_MK, row_S)
-
-    def _product(self, x_ECK: torch.Tensor, weight_ENK: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(x_ECK, weight_ENK.to(x_ECK.dtype).transpose(1, 2))
+        # The sizes of the products depend on the data: the host waits for the device here, once.
+        loads = count(chosen_MK.flatten(), self.num_experts).tolist()
+        row_A, place_MK = sort_by_expert(chosen_MK)
+        x_AD = Dispatch.apply(x_MD, row_A, place_MK)
+        gate_AF, up_AF = grouped_linear(x_AD, self.gate_up_proj, loads).chunk(2, dim=-1)
+        # An assignment's weight commutes with the linear down projection, and F is smaller than D.
+        weight_A = weights_MK.new_empty(len(row_A)).scatter(0, place_MK.flatten(), weights_MK.flatten())
+        h_AF = F.silu(gate_AF) * up_AF * weight_A.unsqueeze(-1).to(x_MD.dtype)
+        return Combine.apply(grouped_linear(h_AF, self.down_proj, loads), row_A, place_MK)
 
 
 def count(expert_A: torch.Tensor, num_experts: int) -> torch.Tensor:
