@@ -83,9 +83,9 @@ class Taps:
                 call.output_gradient = self._kept(gradient)
 
             if first.requires_grad:
-                first.register_hook(note_input)  # type: ignore[no-untyped-call]  # `inputs` is Any: an untyped torch call
+                first.register_hook(note_input)
             if output.requires_grad:
-                output.register_hook(note_output)
+                output.register_hook(note_output)  # type: ignore[no-untyped-call]  # untyped in torch
 
         return note
 

@@ -10,27 +10,38 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from beringia.chips.chip import Chip
 from beringia.model import Decoder
+from beringia.numerics.keyed_sum import open_kernel
 from beringia.records.events import Alarm, CheckDone
 from beringia.records.manifest import CleanCheck
+from beringia.train.guard import embedding
 from beringia.train.guard.capture import EMBEDDING, Capture, sites_of, weights_of
 from beringia.train.guard.finding import Finding
+from beringia.train.guard.memory import Piece, judge_replicas, judge_rest, pieces_of, words
+from beringia.train.guard.repeat import Repeat
 from beringia.train.guard.schedule import BLOCK_STEPS, Schedule
 from beringia.train.guard.shadow import Shadow
 from beringia.train.guard.spikes import Spikes
+from beringia.train.guard.update import Before, look
+from beringia.train.guard.update import judge as judge_update
+from beringia.train.optimizer import moments
 from beringia.train.ranks import Ranks
-from beringia.train.sharding import Sharding, sum_of_host_values
+from beringia.train.sharding import Sharding, sum_of_host_values, whole
+
+Item = TypeVar("Item")
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
 _REPORT_STEPS = 50
 """Checks that run in every step are reported once in so many steps, by the largest share of a bound that was used."""
-WEIGHTS = {"shadow": 1.0}
-"""How the share is divided among the kinds of checks."""
+SHADOW, REPEAT, UPDATE, MEMORY = "shadow", "repeat", "update", "memory"
+WEIGHTS = {SHADOW: 0.6, REPEAT: 0.2, UPDATE: 0.05, MEMORY: 0.15}
+"""How the share is divided among the kinds of checks. The shadow sees most, and must come by every site."""
 
 
 class Guard:
@@ -51,22 +62,31 @@ class Guard:
         self.sites = sites_of(decoder, mtp=mtp)
         self.seconds_in_step = 0.0
         self._decoder = decoder
+        self._optimizer = optimizer
         self._chip = chip
         self._ranks = ranks
         self._seed = seed
         self._schedule = Schedule(WEIGHTS, share)
         self._plan: list[int] = []
+        self._due: tuple[str, ...] = ()
         self._turns = dict.fromkeys(WEIGHTS, 0)
-        self._captures: list[Capture] = []
         self._all_demanded = False
         self._shadow = Shadow(decoder)
-        self._spikes = Spikes(("loss", "mtp loss", "gradient") if mtp else ("loss", "gradient"))
+        self._repeat = Repeat(decoder, sharded=sharding == "fsdp2", alone=ranks.count == 1)
+        self._captures: list[tuple[str, Capture]] = []
+        self._parameters = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
+        self._update: Before | None = None
+        self._pieces = pieces_of((*decoder.named_parameters(), *moments(decoder.named_parameters(), optimizer)))
+        self._replicated = sharding == "ddp"
+        self._resting: tuple[Piece, int] | None = None
+        self._spikes: Spikes | None = None
         self._most_used: dict[str, Finding] = {}
         self._events: list[CheckDone | Alarm] = []
         self._step = 0
         self._started = 0.0
         # Row of each rank: the last step at which each site was clean, 0 for never.
         self._clean_RS = torch.zeros(ranks.count, len(self.sites), dtype=torch.int64)
+        open_kernel()  # compiled here and not in some step
 
     # Called by the trainer, in this order
 
@@ -78,34 +98,56 @@ class Guard:
         with self._timed():
             if not self._plan:
                 self._plan = self._next_block()
-            due = self._schedule.due(self._plan.pop(0))
-            self._captures = [Capture(self._decoder, site) for site in self._sites_due("shadow" in due)]
+            self._due = self._schedule.due(self._plan.pop(0))
+            self._captures = [(kind, Capture(self._decoder, site)) for kind, site in self._sites_due()]
 
     def gradients_ready(self) -> None:
         """Gradients are complete, and not clipped yet."""
         if not self._captures:
             return
-        for capture in self._captures:
+        for _, capture in self._captures:
             capture.close()
         self._chip.synchronize()  # waiting for the backward pass is not the checks' time
         with self._timed():
-            for capture in self._captures:
-                self._check_site(capture)
+            for kind, capture in self._captures:
+                self._check_site(kind, capture)
+        self._captures = []
         if self._all_demanded:
             self._all_demanded = False
             self._exchange([])
-        self._captures = []
 
     def before_update(self) -> None:
         """Gradients are clipped."""
+        if self._resting is None and UPDATE not in self._due:
+            return
+        self._chip.synchronize()
+        with self._timed():
+            if self._resting is not None:
+                self._wake()
+            if UPDATE in self._due:
+                name, parameter = self._turn(UPDATE, self._parameters)
+                self._update = look(self._optimizer, name, parameter, self._draw("slice"))
 
     def after_update(self) -> None:
         """Weights and moments are those of this step."""
+        if self._update is None and MEMORY not in self._due:
+            return
+        self._chip.synchronize()
+        with self._timed():
+            if self._update is not None:
+                self._judge_update(self._update)
+            if MEMORY in self._due:
+                self._lay_to_rest()
 
-    def end_step(self, loss: float, mtp_loss: float | None, gradient_norm: float) -> None:
+    def end_step(
+        self, loss: float, mtp_loss: float | None, gradient_norm: float, group_norms: Mapping[str, float]
+    ) -> None:
         """The step's numbers are on the host."""
         with self._timed():
-            self._judge_numbers({"loss": loss, "mtp loss": mtp_loss, "gradient": gradient_norm})
+            numbers = {"loss": loss, "gradient": gradient_norm}
+            if mtp_loss is not None:
+                numbers["mtp loss"] = mtp_loss
+            self._judge_numbers(numbers | {f"gradient of {name}": norm for name, norm in group_norms.items()})
         self._schedule.step_took(time.perf_counter() - self._started - self.seconds_in_step)
 
     # Called by the session
@@ -134,40 +176,83 @@ class Guard:
 
     # Checks
 
-    def _check_site(self, capture: Capture) -> None:
+    def _check_site(self, kind: str, capture: Capture) -> None:
         if not capture.complete:
             return  # a part of the model that this step did not use
-        started = time.perf_counter()
-        weights = weights_of(self._decoder, capture.site)
-        if capture.site == EMBEDDING:
-            findings: list[Finding] = []
-        else:
-            findings = self._shadow.judge(capture, weights, self._draw("sample"))
-        seconds = time.perf_counter() - started
-        self._note_all(findings, seconds)
-        self._schedule.check_took("shadow", seconds)
-        if not any(finding.alarming for finding in findings):
+        with self._charged(kind) as findings:
+            weights = weights_of(self._decoder, capture.site)
+            if kind == REPEAT:
+                findings += self._repeat.judge(capture, weights, self._draw("products"))
+            elif capture.site == EMBEDDING:
+                findings += self._judge_embedding(capture, weights)
+            else:
+                findings += self._shadow.judge(capture, weights, self._draw("sample"))
+        if kind == SHADOW and not any(finding.alarming for finding in findings):
             self._clean_RS[self._ranks.rank, self.sites.index(capture.site)] = self._step
 
-    def _judge_numbers(self, values: dict[str, float | None]) -> None:
+    def _judge_embedding(self, capture: Capture, weights: Mapping[str, torch.Tensor]) -> list[Finding]:
+        calls = capture.calls[EMBEDDING]
+        table_VD = weights[f"{EMBEDDING}.weight"]
+        findings = [embedding.judge_rows(calls, table_VD, self._draw("sample"))]
+        gradient = self._decoder.model.embed_tokens.weight.grad
+        if gradient is not None and not self._decoder.config.tie_word_embeddings:
+            projection = embedding.Projection(calls, table_VD.shape, self._draw("signs"))
+            # Ranks average their gradients, so the sum of what they expect is shared out alike.
+            expected_V = sum_of_host_values(projection.expected_V, self._chip.device) / self._ranks.count
+            findings.append(projection.judge(whole(gradient), expected_V))
+        return findings
+
+    def _judge_update(self, before: Before) -> None:
+        with self._charged(UPDATE) as findings:
+            findings += judge_update(self._optimizer, before)
+        self._update = None
+
+    def _lay_to_rest(self) -> None:
+        started = time.perf_counter()
+        piece = self._turn(MEMORY, self._pieces)
+        value = piece.hash(on_device=self._chip.capabilities.exact_int64)
+        if self._replicated:
+            rows_R2 = torch.zeros(self._ranks.count, 2, dtype=torch.int64)
+            rows_R2[self._ranks.rank] = torch.tensor(words(value))
+            self._note_all([judge_replicas(piece, sum_of_host_values(rows_R2, self._chip.device))], 0.0)
+        self._resting = piece, value
+        self._schedule.check_took(MEMORY, 2 * (time.perf_counter() - started))  # and as much again on waking
+
+    def _wake(self) -> None:
+        assert self._resting is not None
+        started = time.perf_counter()
+        piece, before = self._resting
+        self._resting = None
+        found = judge_rest(piece, before, piece.hash(on_device=self._chip.capabilities.exact_int64))
+        self._note_all([found], 2 * (time.perf_counter() - started))
+
+    def _judge_numbers(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            if value is not None and not math.isfinite(value):
+            if not math.isfinite(value):
                 self._note_all([Finding("non-finite", "model", name, value, LARGEST_FLOAT32, "the value")], 0.0)
-        known = [value for name in self._spikes.names if (value := values[name]) is not None]
-        if len(known) == len(self._spikes.names) and all(map(math.isfinite, known)):
-            for finding in self._spikes.judge(known):
+        if self._spikes is None:
+            self._spikes = Spikes(tuple(values))
+        if all(map(math.isfinite, values.values())):
+            for finding in self._spikes.judge(tuple(values.values())):
                 self._note_frequent(finding)
 
     # Planning
 
-    def _sites_due(self, shadow: bool) -> Sequence[str]:
+    def _sites_due(self) -> list[tuple[str, str]]:
         if self._all_demanded:
-            return self.sites
-        if not shadow:
-            return ()
-        turn = self._turns["shadow"]
-        self._turns["shadow"] += 1
-        return (self.sites[turn % len(self.sites)],)
+            return [(SHADOW, site) for site in self.sites]
+        due = []
+        if SHADOW in self._due:
+            due.append((SHADOW, self._turn(SHADOW, self.sites)))
+        if REPEAT in self._due:
+            due.append((REPEAT, self._turn(REPEAT, self.sites[1:-1])))  # the two ends have nothing to repeat
+        return due
+
+    def _turn(self, kind: str, items: Sequence[Item]) -> Item:
+        """The item whose turn it is; all ranks count alike."""
+        number = self._turns[kind]
+        self._turns[kind] += 1
+        return items[number % len(items)]
 
     def _next_block(self) -> list[int]:
         plan = self._schedule.plan() if self._ranks.first else [0] * BLOCK_STEPS
@@ -192,6 +277,16 @@ class Guard:
         return int.from_bytes(digest[:6], "little")
 
     # Events
+
+    @contextlib.contextmanager
+    def _charged(self, kind: str) -> Iterator[list[Finding]]:
+        """Around one check: gives the list for its findings, then reports them and charges the kind's account."""
+        started = time.perf_counter()
+        findings: list[Finding] = []
+        yield findings
+        seconds = time.perf_counter() - started
+        self._note_all(findings, seconds)
+        self._schedule.check_took(kind, seconds)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:

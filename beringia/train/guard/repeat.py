@@ -1,0 +1,90 @@
+"""The same layer once more on the chip: with the step's own whole inputs, compared with the step bit for bit.
+
+Output, input gradient, and every parameter's gradient before clipping (where the step's gradient is of one pass on one
+rank, so that nothing else was added to it). A sound chip set to be deterministic gives the same bits; a difference is a
+fault that comes and goes, a race, or memory that changed since. A fault that repeats itself is invisible here, so a few
+of the products of the second run are held against their operands (`products.py`).
+
+M rows, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from beringia.model import Decoder, forcing_routes
+from beringia.numerics.replay import place, run
+from beringia.train.guard.capture import LAYER, Capture, root_of
+from beringia.train.guard.finding import Finding
+from beringia.train.guard.products import Product, ProductLog, judge_product
+from beringia.train.guard.shadow import empty_replica
+
+PRODUCTS_CHECKED = 8
+DETECTOR = "repeat"
+
+
+class Repeat:
+    """Runs layers of one decoder again on their own chip."""
+
+    def __init__(self, decoder: Decoder, *, sharded: bool, alone: bool) -> None:
+        self._decoder = decoder
+        self._sharded = sharded
+        self._alone = alone
+
+    def judge(self, capture: Capture, weights: Mapping[str, torch.Tensor], draw: int) -> list[Finding]:
+        """Findings about a captured layer; `draw` chooses the products that are checked."""
+        layer = self._layer(capture.site, weights)
+        call = capture.calls[LAYER][-1]
+        assert call.output_gradient is not None
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+        log = ProductLog()
+        with log, forcing_routes(layer, capture.routes_MK):
+            output, gradients = run(
+                lambda x: layer(x, call.inputs[1]), call.inputs[0], call.output_gradient, parameters
+            )
+        pairs = {"output": (call.output, output)}
+        if call.input_gradient is not None:
+            pairs["input.gradient"] = (call.input_gradient, gradients[0])
+        if self._alone and len(capture.calls[LAYER]) == 1:
+            pairs |= self._parameter_gradients(capture.site, dict(zip(names, gradients[1:], strict=True)))
+        findings = _compare(capture.site, pairs)
+        return findings + [judge_product(capture.site, product, draw) for product in _some(log.products, draw)]
+
+    def _layer(self, site: str, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The live layer; where its weights are sharded, another one that holds them whole, on the chip."""
+        if not self._sharded:
+            return root_of(self._decoder, site)[LAYER]
+        layer = empty_replica(self._decoder, site)
+        place(layer, weights, trainable=True)
+        return layer
+
+    def _parameter_gradients(
+        self, site: str, again: Mapping[str, torch.Tensor | None]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        layer = root_of(self._decoder, site)[LAYER]
+        return {
+            f"{name}.gradient": (parameter.grad, gradient)
+            for name, parameter in layer.named_parameters()
+            if parameter.grad is not None and (gradient := again[name]) is not None
+        }
+
+
+def _compare(site: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]) -> list[Finding]:
+    present = {name: (first, second) for name, (first, second) in pairs.items() if second is not None}
+    # Compared where they lie; one transfer of one number each.
+    counts = torch.stack([(first != second).sum() for first, second in present.values()]).tolist()
+    return [
+        Finding(DETECTOR, site, name, float(count), 0.0, "number of elements that another run gives other bits")
+        for name, count in zip(present, counts, strict=True)
+    ]
+
+
+def _some(items: list[Product], draw: int) -> list[Product]:
+    """`PRODUCTS_CHECKED` neighbours from a drawn place on, so that visits in turn come by all of them."""
+    if len(items) <= PRODUCTS_CHECKED:
+        return items
+    start = draw % len(items)
+    return (items + items)[start : start + PRODUCTS_CHECKED]
