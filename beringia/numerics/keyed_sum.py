@@ -54,7 +54,7 @@ _SOURCE = """
 #include <stdint.h>
 #include <string.h>
 #define BLOCK %(block)d
-/* The copy is not read again soon: storing past the caches saves reading its old content (1.5 -> 1.2 x a plain copy). */
+/* The copy is not read again soon: storing it past the caches saves reading what was there before. */
 #ifdef __SSE2__
 #include <emmintrin.h>
 static void copy_bytes(char *to, const char *from, int64_t count) {
