@@ -30,7 +30,11 @@ ELABORATE = """\
 {% endgeneration -%}
 {%- elif message['role'] == 'user' -%}
 <|im_start|>user
-{{ message['content'] }}{% if message.tag is defined %}{{ message.tag | tojson }}{% endif %}<|im_end|>
+{{ message['content'] }}
+    {% if message.tag is defined %}
+{{ message.tag | tojson }}
+    {% endif %}
+<|im_end|>
 {% else %}{{ raise_exception('no such role') }}
 {%- endif -%}
 {%- endfor -%}

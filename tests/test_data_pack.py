@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -193,18 +193,17 @@ def test_shards_end_with_documents_and_hold_the_same_tokens(tmp_path: Path) -> N
     assert all(shard.tokens[-1] == BYTES.end for shard in shards)
 
 
-def test_many_processes_pack_once(tmp_path: Path) -> None:
-    folder = write_texts(tmp_path / "texts")
-    program = (
-        "import sys; from pathlib import Path; from beringia.data import load_tokenizer; from beringia.data.pack import"
-        " pack; print(pack(Path(sys.argv[1]), load_tokenizer('bytes'), Path(sys.argv[2])).directory)"
-    )
-    command = [sys.executable, "-c", program, str(folder), str(tmp_path / "packed")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    directories = {process.communicate(timeout=120)[0] for process in processes}
-    assert all(process.returncode == 0 for process in processes)
-    assert len(directories) == 1
-    assert sorted(path.name[:5] for path in (tmp_path / "packed").iterdir()) == [".lock", "text-"]
+def test_who_finds_another_packing_waits_for_it(tmp_path: Path) -> None:
+    folder, directory = write_texts(tmp_path / "texts"), tmp_path / "packed"
+    directory.mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        with open(directory / ".lock", "w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            packing = [pool.submit(pack, folder, BYTES, directory) for _ in range(2)]
+            assert wait(packing, timeout=0.5).done == set()
+            assert [path.name for path in directory.iterdir()] == [".lock"]
+        assert len({future.result(timeout=60).directory for future in packing}) == 1
+    assert sorted(path.name[:5] for path in directory.iterdir()) == [".lock", "text-"]
 
 
 @pytest.mark.parametrize(
