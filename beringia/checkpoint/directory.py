@@ -92,7 +92,8 @@ class CheckpointDirectory:
         write_bytes(self.path(step) / TRUST, canonical_json(mark))
 
     def kept_steps(self, keep: int, newest: int | None = None) -> set[int]:
-        """What pruning keeps: the last `keep`, and the last two trusted (a crossing replays between those).
+        """What pruning keeps: the last `keep`, the last two trusted (a crossing replays between those), and the oldest
+        that may still become trusted: where trust takes longer than `keep` checkpoints, none would ever get it otherwise.
 
         `newest`: the step just saved. Later ones are then of a line that the run has left by rolling back: they do not
         count among the last `keep`, and of them only the last two trusted are kept.
@@ -100,7 +101,8 @@ class CheckpointDirectory:
         steps, trusted = self.steps(), self.trusted_steps()
         line = [step for step in steps if newest is None or step <= newest]
         trusted_line = [step for step in trusted if step in line]
-        return set(line[max(0, len(line) - keep) :]) | set(trusted_line[-2:]) | set(trusted[-2:])
+        pending = [step for step in line if step > max(trusted_line, default=-1)]
+        return set(line[max(0, len(line) - keep) :]) | set(trusted_line[-2:]) | set(trusted[-2:]) | set(pending[:1])
 
     def prune(self, keep: int, newest: int | None = None) -> list[int]:
         """Delete what need not be kept; returns the steps deleted. The caller makes sure that it may write here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Literal
 
 import torch
@@ -27,8 +26,6 @@ def choose_compute_dtype(asked: Literal["auto", "float32", "bfloat16"], chip: Ch
 
 def reason_not_to_compile(chip: Chip) -> str | None:
     """Why torch.compile cannot be used here, or None."""
-    if not chip.capabilities.compile:
-        return f"{chip.name} has no backend for it"
-    if shutil.which("g++") is None and shutil.which("clang++") is None and shutil.which("c++") is None:
-        return "there is no C++ compiler on this machine"
-    return None
+    if chip.capabilities.compile:
+        return None
+    return chip.compiler_missing() or f"{chip.name} has no backend for it"
