@@ -94,7 +94,7 @@ class CheckpointDirectory:
     def kept_steps(self, keep: int, newest: int | None = None) -> set[int]:
         """What pruning keeps: the last `keep`, the last two trusted, and the oldest that may still become trusted.
 
-        A crossing replays between the two; where trust takes longer than `keep` saves, none would ever get it otherwise.
+        A crossing replays between the two. Where trust takes longer than `keep` saves, none would get it otherwise.
         `newest`: the step just saved. Later ones are then of a line that the run has left by rolling back: they do not
         count among the last `keep`, and of them only the last two trusted are kept.
         """
