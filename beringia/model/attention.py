@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from beringia.model.cache import LayerCache
 from beringia.model.config import DecoderConfig
-from beringia.model.layers import Linear, RMSNorm, linear_jointly
+from beringia.model.layers import Affine, Linear, RMSNorm, linear_jointly
 from beringia.model.rope import Rope, rotate, softmax_scale
 
 # transformers and DeepSeek's own code norm the latents with this, whatever rms_norm_eps says.
@@ -43,6 +43,12 @@ def by_head(x_BTX: torch.Tensor, width: int) -> torch.Tensor:
     return x_BTX.view(batch, tokens, -1, width).transpose(1, 2)
 
 
+def halved(x: torch.Tensor, start: int, width: int) -> torch.Tensor:
+    """In every group of `width` rows, put rows `start`, `start + 2`, ... before rows `start + 1`, `start + 3`, ..."""
+    groups = x.unflatten(0, (-1, width))
+    return torch.cat((groups[:, :start], groups[:, start::2], groups[:, start + 1 :: 2]), dim=1).flatten(0, 1)
+
+
 class GroupedQueryAttention(nn.Module):
     """Heads share keys and values in groups (arXiv 2305.13245); `qwen3` norms queries and keys per head."""
 
@@ -62,11 +68,11 @@ class GroupedQueryAttention(nn.Module):
         self.norms_heads = config.family == "qwen3"
 
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
-        q, k, v = linear_jointly(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = linear_jointly(x_BTD, self.q_proj.affine, self.k_proj.affine, self.v_proj.affine)
         q_BNTH, k_BGSH, v_BGSH = (by_head(x, self.width) for x in (q, k, v))
         if self.norms_heads:
             q_BNTH, k_BGSH = self.q_norm(q_BNTH), self.k_norm(k_BGSH)
-        q_BNTH, k_BGSH = rotate(q_BNTH, rope, interleaved=False), rotate(k_BGSH, rope, interleaved=False)
+        q_BNTH, k_BGSH = rotate(q_BNTH, rope), rotate(k_BGSH, rope)
         if cache is not None:
             k_BGSH, v_BGSH = cache.extend(k_BGSH, v_BGSH)
         return self.o_proj(attend(q_BNTH, k_BGSH, v_BGSH, self.scale))
@@ -97,8 +103,8 @@ class LatentAttention(nn.Module):
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
         q_BNTH, latent_BSR, k_B1SP = self._down(x_BTD)
         q_nope, q_rope = q_BNTH.split((self.nope, self.rope), dim=-1)
-        q_BNTH = torch.cat((q_nope, rotate(q_rope, rope, interleaved=self.interleaved)), dim=-1)
-        k_B1SP = rotate(k_B1SP, rope, interleaved=self.interleaved)
+        q_BNTH = torch.cat((q_nope, rotate(q_rope, rope)), dim=-1)
+        k_B1SP = rotate(k_B1SP, rope)
         if cache is not None:
             latent_B1SR, k_B1SP = cache.extend(latent_BSR.unsqueeze(1), k_B1SP)
             latent_BSR = latent_B1SR.squeeze(1)
@@ -108,10 +114,22 @@ class LatentAttention(nn.Module):
 
     def _down(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries B N T H, normed latent B T R and shared rotary key B 1 T P, neither rotated."""
+        kv_down = self._by_halves(self.kv_a_proj_with_mqa.affine, self.rank)
         if self.compresses_queries:
-            q_low, kv_low = linear_jointly(x_BTD, self.q_a_proj, self.kv_a_proj_with_mqa)
-            q = self.q_b_proj(self.q_a_layernorm(q_low))
+            q_low, kv_low = linear_jointly(x_BTD, self.q_a_proj.affine, kv_down)
+            (q,) = linear_jointly(self.q_a_layernorm(q_low), self._by_halves(self.q_b_proj.affine, self.nope))
         else:
-            q, kv_low = self.q_proj(x_BTD), self.kv_a_proj_with_mqa(x_BTD)
+            q, kv_low = linear_jointly(x_BTD, self._by_halves(self.q_proj.affine, self.nope), kv_down)
         latent_BTR, k_BTP = kv_low.split((self.rank, self.rope), dim=-1)
         return by_head(q, self.nope + self.rope), self.kv_a_layernorm(latent_BTR), k_BTP.unsqueeze(1)
+
+    def _by_halves(self, affine: Affine, start: int) -> Affine:
+        """Reorder output rows `start` and on of every head, where rotary pairs are neighbours, half by half.
+
+        Moving rows of a weight is cheap; taking every second element of activations is not.
+        """
+        if not self.interleaved:
+            return affine
+        weight, bias = (None if part is None else halved(part, start, start + self.rope) for part in affine)
+        assert weight is not None
+        return weight, bias

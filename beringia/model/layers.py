@@ -17,6 +17,10 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+Affine = tuple[torch.Tensor, torch.Tensor | None]
+"""Weight (out, in) and bias (out) of an affine map."""
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that casts its weight to the activations' dtype, and leaves it to others to fill it."""
 
@@ -24,17 +28,20 @@ class Linear(nn.Linear):
         """Nothing: `initialise` or a checkpoint fills it, and the process-wide random state stays untouched."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear_jointly(x, self.affine)[0]
+
+    @property
+    def affine(self) -> Affine:
+        """Weight and bias."""
+        return self.weight, self.bias
 
 
-def linear_jointly(x: torch.Tensor, *parts: Linear) -> tuple[torch.Tensor, ...]:
-    """Several linear maps of the same input as one product: fewer, larger products, and one gradient of `x`."""
-    weight = torch.cat([part.weight.to(x.dtype) for part in parts])
-    biases = [part.bias.to(x.dtype) for part in parts if part.bias is not None]
-    assert len(biases) in (0, len(parts)), "either all parts have a bias or none"
-    joined = F.linear(x, weight, torch.cat(biases) if biases else None)
-    return torch.split(joined, [part.out_features for part in parts], dim=-1)
+def linear_jointly(x: torch.Tensor, *parts: Affine) -> tuple[torch.Tensor, ...]:
+    """Several affine maps of the same input as one product: fewer, larger products, and one gradient of `x`."""
+    weights, biases = zip(*parts, strict=True)
+    bias = None if biases[0] is None else torch.cat(biases).to(x.dtype)
+    joined = F.linear(x, torch.cat(weights).to(x.dtype), bias)
+    return torch.split(joined, [len(weight) for weight in weights], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -61,5 +68,5 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(width, hidden, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = linear_jointly(x, self.gate_proj, self.up_proj)
+        gate, up = linear_jointly(x, self.gate_proj.affine, self.up_proj.affine)
         return self.down_proj(F.silu(gate) * up)

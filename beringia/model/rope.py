@@ -89,16 +89,12 @@ def table(config: DecoderConfig, positions: torch.Tensor) -> Rope:
     return (angles.cos() * scale).to(positions.device), (angles.sin() * scale).to(positions.device)
 
 
-def rotate(x_BNTP: torch.Tensor, rope: Rope, *, interleaved: bool) -> torch.Tensor:
-    """Rotate every pair of `x` by its angle; the result lies half by half, and has the dtype of `x`.
+def rotate(x_BNTP: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Rotate every pair of `x`, whose halves hold the first and the second of each pair; the dtype stays that of `x`.
 
-    Computed in float32 (float64 for float64): bfloat16 times float32 is float32 by promotion. Queries and keys are both
-    laid out half by half afterwards, so their products do not notice.
+    Computed in float32 (float64 for float64): bfloat16 times float32 is float32 by promotion.
     """
     cos_TQ, sin_TQ = rope
-    if interleaved:
-        first, second = x_BNTP[..., 0::2], x_BNTP[..., 1::2]
-    else:
-        first, second = x_BNTP.chunk(2, dim=-1)
+    first, second = x_BNTP.chunk(2, dim=-1)
     turned = torch.cat((first * cos_TQ - second * sin_TQ, second * cos_TQ + first * sin_TQ), dim=-1)
     return turned.to(x_BNTP.dtype)
