@@ -33,8 +33,8 @@ COMPARED_SAMPLES = 4
 
 ERROR_SHARE = 5.0
 """How many of our own float32 errors (against our float64) the logits may differ from transformers'. Two sound float32
-evaluations of one formula differ by at most the sum of their errors; transformers orders its operations otherwise, so its
-error is allowed to be four times ours."""
+evaluations of one formula differ by at most the sum of their errors; transformers orders its operations otherwise, so
+its error is allowed to be four times ours."""
 
 
 @dataclass(frozen=True)

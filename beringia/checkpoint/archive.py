@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +29,7 @@ _FRAME = re.compile(rb"([A-Za-z0-9][A-Za-z0-9._-]{0,200}) (\d{1,18}) ([0-9a-f]{6
 _END = re.compile(rb"END (\d{1,9})\n")
 _PIECE_BYTES = 1 << 20
 _LONGEST_LINE = 300
+_LONGEST_GREETING_LINES = 100
 
 
 def write_archive(directory: Path, stream: BinaryIO) -> CheckpointManifest:
@@ -80,7 +82,7 @@ def _send(path: Path, expected: tuple[int, str] | None, stream: BinaryIO) -> Non
 
 
 def _receive_all(stream: BinaryIO, aside: Path) -> dict[str, FileEntry]:
-    if stream.read(len(_MAGIC)) != _MAGIC:
+    if not _find_beginning(stream):
         raise _cut(aside, "it does not begin as a checkpoint archive of version 1")
     received: dict[str, FileEntry] = {}
     while True:
@@ -95,6 +97,12 @@ def _receive_all(stream: BinaryIO, aside: Path) -> dict[str, FileEntry]:
         entry = FileEntry(name=frame[1].decode(), bytes=int(frame[2]), sha256=frame[3].decode())
         _receive(stream, aside / entry.name, entry)
         received[entry.name] = entry
+
+
+def _find_beginning(stream: BinaryIO) -> bool:
+    # A login shell behind a launch prefix may greet on standard output first.
+    lines = (stream.readline(_LONGEST_LINE) for _ in range(_LONGEST_GREETING_LINES))
+    return any(line == _MAGIC for line in takewhile(bool, lines))
 
 
 def _receive(stream: BinaryIO, path: Path, entry: FileEntry) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+from beringia.checkpoint.directory import CheckpointDirectory
 from beringia.errors import RunError
 from beringia.records.files import write_bytes, write_text
 from beringia.records.recipe import Recipe
@@ -31,11 +32,12 @@ def prepare_run(recipe: Recipe, recipe_text: str, run: RunDirectory) -> None:
     write_bytes(run.resolved_recipe, canonical_json({"hash": recipe.hash, "recipe": recipe.model_dump(mode="json")}))
 
 
-def discard_abandoned(run: RunDirectory, situation: Situation) -> None:
-    """Remove checkpoints after the step that the run goes on from: they belong to a future that was given up.
+def discard_abandoned(run: RunDirectory, situation: Situation, epoch: int) -> None:
+    """Remove what dead writers left, and checkpoints after the step that the run goes on from: their future was given up.
 
     One that could not be loaded is set aside instead, for whoever wants to know why.
     """
+    CheckpointDirectory(run.checkpoints).clean(epoch)
     kept = situation.resume_step or 0
     for directory in sorted(run.checkpoints.glob("step-*")):
         step = int(directory.name.removeprefix("step-"))

@@ -129,8 +129,8 @@ class Supervisor:
     def _work(self, decision: Decision) -> RunFinished | None:
         """One worker's life. Returns the end of the run, or None when there is something to decide."""
         situation = read_situation(self._log.history)
-        discard_abandoned(self._run, situation)
         epoch = self._lock.advance()
+        discard_abandoned(self._run, situation, epoch)
         return _WorkerWatch(self, situation, epoch, time.monotonic()).follow()
 
     def _finished_before(self) -> RunFinished | None:

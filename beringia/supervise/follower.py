@@ -1,0 +1,83 @@
+"""A rank beyond the first in an environment that torchrun or Slurm has set up: follows the first rank's supervisor.
+
+`torchrun --nproc-per-node=8 -m beringia train recipe.toml` starts the same command in every rank. The first is the
+run's supervisor, as ever, and its worker is rank 0. The others find its orders in the run directory, which all of
+them see, and start a worker of their own for each; when a new order appears, the worker of the old one is ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from beringia.records.files import write_bytes
+from beringia.records.messages import Go, Order
+from beringia.records.recipe import Recipe
+from beringia.records.record import canonical_json
+from beringia.records.run_directory import RunDirectory
+from beringia.supervise.worker_process import WorkerProcess
+
+_POLL_SECONDS = 0.1
+_END_SECONDS = 5.0
+_FOLLOWED = "followed.json"
+
+
+def rank_in(environment: Mapping[str, str] = os.environ) -> int:
+    """This process's number among those that torchrun or Slurm started; 0 alone."""
+    if "RANK" in environment:
+        return int(environment["RANK"])
+    if int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return int(environment.get("SLURM_PROCID", "0"))
+    return 0
+
+
+def lead(run: RunDirectory, order: Order | None) -> None:
+    """Tell the other ranks what to do; None is the end of the run."""
+    job = _job()
+    if job is not None:
+        write_bytes(
+            run.root / _FOLLOWED, canonical_json({"job": job, "order": order and order.model_dump(mode="json")})
+        )
+
+
+def follow(recipe: Recipe, run: RunDirectory) -> None:
+    """Carry out the first rank's orders until it says that the run is over."""
+    current: Order | None = None
+    worker: WorkerProcess | None = None
+    try:
+        while True:
+            told = _read(run.root / _FOLLOWED)
+            if told is not None and told["order"] is None:
+                return
+            if told is not None and (current is None or told["order"]["epoch"] != current.epoch):
+                if worker is not None:
+                    worker.end(0.0)
+                current = Order.model_validate_json(json.dumps(told["order"]))
+                worker = _start(recipe, run, current)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if worker is not None:
+            worker.end(_END_SECONDS)
+
+
+def _start(recipe: Recipe, run: RunDirectory, order: Order) -> WorkerProcess:
+    log = run.logs / f"{order.chip}-{order.epoch}-rank{rank_in()}.log"
+    worker = WorkerProcess(order.chip, recipe.chips[order.chip], order, log)
+    worker.send(Go())
+    return worker
+
+
+def _job() -> str | None:
+    """What tells this job's orders from those that an earlier one left; None outside of one."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or os.environ.get("MASTER_PORT")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    told: dict[str, Any] = json.loads(path.read_bytes())
+    return told if told["job"] == _job() else None
