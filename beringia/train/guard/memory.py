@@ -21,41 +21,66 @@ _WORD = 2**32
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of one tensor, flat, of the part that this rank holds."""
+class Stretch:
+    """Some elements of one tensor, of the part that this rank holds, counted as if it were flat."""
 
     name: str
     tensor: torch.Tensor
     start: int
 
-    def hash(self, *, on_device: bool) -> int:
-        """Of the bits it has now."""
+    def hash(self) -> int:
+        """Of the bits that they have now. On the host: one MiB crosses any bus faster than a device runs the hash's
+        many small operators."""
         part = own_part(self.tensor.detach()).reshape(-1)[self.start : self.start + PIECE_ELEMENTS]
-        return hash_tensor(part, self.name, on_device=on_device)
+        return hash_tensor(part, self.name)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one visit looks at: stretches of about `PIECE_ELEMENTS` elements together."""
+
+    stretches: tuple[Stretch, ...]
+
+    def hashes(self) -> list[int]:
+        """One for each stretch."""
+        return [stretch.hash() for stretch in self.stretches]
 
 
 def pieces_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[Piece, ...]:
-    """All tensors, cut into pieces."""
-    return tuple(
-        Piece(name, tensor, start)
-        for name, tensor in tensors
-        for start in range(0, max(1, own_part(tensor).numel()), PIECE_ELEMENTS)
-    )
+    """All tensors, in order: large ones cut up, small ones together."""
+    pieces: list[list[Stretch]] = []
+    room = 0
+    for name, tensor in tensors:
+        length = own_part(tensor).numel()
+        for start in range(0, length, PIECE_ELEMENTS):
+            taken = min(PIECE_ELEMENTS, length - start)
+            if taken > room:
+                pieces.append([])
+                room = PIECE_ELEMENTS
+            pieces[-1].append(Stretch(name, tensor, start))
+            room -= taken
+    return tuple(map(Piece, map(tuple, pieces)))
 
 
-def judge_rest(piece: Piece, before: int, after: int) -> Finding:
-    """Whether a piece is what it was."""
+def judge_rest(piece: Piece, before: list[int], after: list[int]) -> list[Finding]:
+    """Whether the stretches of a piece are what they were."""
     what = "hash changed while nothing wrote to it: 1"
-    return Finding("memory", piece.name, f"elements from {piece.start}", float(before != after), 0.0, what)
+    return [
+        Finding("memory", stretch.name, f"elements from {stretch.start}", float(first != second), 0.0, what)
+        for stretch, first, second in zip(piece.stretches, before, after, strict=True)
+    ]
 
 
-def judge_replicas(piece: Piece, words_R2: torch.Tensor) -> Finding:
-    """Whether all ranks have the same hash; each row is one rank's hash as `words` gives it."""
-    different = int((words_R2 != words_R2[0]).any(dim=1).sum())
+def judge_replicas(piece: Piece, words_RS2: torch.Tensor) -> list[Finding]:
+    """Whether all ranks have the same hashes; row r holds rank r's, as `words` gives them."""
+    different_S = (words_RS2 != words_RS2[0]).any(dim=2).sum(dim=0).tolist()
     what = "number of replicas whose bits are not the first one's"
-    return Finding("replicas", piece.name, f"elements from {piece.start}", float(different), 0.0, what)
+    return [
+        Finding("replicas", stretch.name, f"elements from {stretch.start}", float(different), 0.0, what)
+        for stretch, different in zip(piece.stretches, different_S, strict=True)
+    ]
 
 
-def words(value: int) -> tuple[int, int]:
-    """A 64-bit hash as two numbers that an int64 sum over ranks cannot overflow."""
-    return value // _WORD, value % _WORD
+def words(hashes: list[int]) -> torch.Tensor:
+    """64-bit hashes as pairs of numbers, S 2, that an int64 sum over ranks cannot overflow."""
+    return torch.tensor([(value // _WORD, value % _WORD) for value in hashes], dtype=torch.int64)

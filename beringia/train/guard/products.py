@@ -46,11 +46,11 @@ class Product:
     result: torch.Tensor
 
 
-class ProductLog(TorchDispatchMode):
+class ProductLog(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class hook is untyped
     """Inside, every matrix product is noted with its operands and result; nothing else changes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.products: list[Product] = []
 
     def __torch_dispatch__(
@@ -93,9 +93,9 @@ def random_signs(length: int, generator: torch.Generator) -> torch.Tensor:
 
 def _typical_size(left: torch.Tensor, right: torch.Tensor) -> float:
     """Frobenius norm that the product of matrices of these norms has where nothing cancels and nothing aligns."""
-    norms = torch.linalg.vector_norm(left).item() * torch.linalg.vector_norm(right).item()
-    batches = math.sqrt(left.shape[0]) if left.dim() == 3 else 1.0
-    return norms / math.sqrt(max(1, left.shape[-1])) / batches
+    norms = float(torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right))
+    batches = left.shape[0] if left.dim() == 3 else 1
+    return norms / math.sqrt(max(1, left.shape[-1] * batches))
 
 
 def _bound(product: Product, size: float, typical: float) -> float:

@@ -45,7 +45,7 @@ class Repeat:
             output, gradients = run(
                 lambda x: layer(x, call.inputs[1]), call.inputs[0], call.output_gradient, parameters
             )
-        pairs = {"output": (call.output, output)}
+        pairs: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {"output": (call.output, output)}
         if call.input_gradient is not None:
             pairs["input.gradient"] = (call.input_gradient, gradients[0])
         if self._alone and len(capture.calls[LAYER]) == 1:
@@ -63,12 +63,12 @@ class Repeat:
 
     def _parameter_gradients(
         self, site: str, again: Mapping[str, torch.Tensor | None]
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
         layer = root_of(self._decoder, site)[LAYER]
         return {
-            f"{name}.gradient": (parameter.grad, gradient)
+            f"{name}.gradient": (parameter.grad, again[name])
             for name, parameter in layer.named_parameters()
-            if parameter.grad is not None and (gradient := again[name]) is not None
+            if parameter.grad is not None
         }
 
 
