@@ -17,7 +17,7 @@ import shutil
 import sys
 from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from beringia.checkpoint.directory import MANIFEST, MANIFEST_DIGEST, TRUST, damaged, open_checked, read_manifest
 from beringia.errors import CheckpointDamaged, RunError
@@ -32,7 +32,7 @@ _LONGEST_LINE = 300
 _LONGEST_GREETING_LINES = 100
 
 
-def write_archive(directory: Path, stream: BinaryIO) -> CheckpointManifest:
+def write_archive(directory: Path, stream: IO[bytes]) -> CheckpointManifest:
     """Send the checkpoint in `directory`. A file that is not as the manifest says raises CheckpointDamaged midway."""
     manifest = read_manifest(directory)
     sizes = {entry.name: (entry.bytes, entry.sha256) for entry in manifest.files}
@@ -45,7 +45,7 @@ def write_archive(directory: Path, stream: BinaryIO) -> CheckpointManifest:
     return manifest
 
 
-def read_archive(stream: BinaryIO, destination: Path) -> CheckpointManifest:
+def read_archive(stream: IO[bytes], destination: Path) -> CheckpointManifest:
     """Receive a checkpoint into `destination`, a directory that must not exist yet; it appears complete or not at all.
 
     Raises CheckpointDamaged for a stream that is cut short or altered, RunError if `destination` exists, StorageFull.
@@ -67,7 +67,7 @@ def read_archive(stream: BinaryIO, destination: Path) -> CheckpointManifest:
     return manifest
 
 
-def _send(path: Path, expected: tuple[int, str] | None, stream: BinaryIO) -> None:
+def _send(path: Path, expected: tuple[int, str] | None, stream: IO[bytes]) -> None:
     with open_checked(path) as file:
         size, digest = expected or (os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
         file.seek(0)
@@ -81,7 +81,7 @@ def _send(path: Path, expected: tuple[int, str] | None, stream: BinaryIO) -> Non
         raise damaged(path, "its bytes are not those in the manifest")
 
 
-def _receive_all(stream: BinaryIO, aside: Path) -> dict[str, FileEntry]:
+def _receive_all(stream: IO[bytes], aside: Path) -> dict[str, FileEntry]:
     if not _find_beginning(stream):
         raise _cut(aside, "it does not begin as a checkpoint archive of version 1")
     received: dict[str, FileEntry] = {}
@@ -99,13 +99,13 @@ def _receive_all(stream: BinaryIO, aside: Path) -> dict[str, FileEntry]:
         received[entry.name] = entry
 
 
-def _find_beginning(stream: BinaryIO) -> bool:
+def _find_beginning(stream: IO[bytes]) -> bool:
     # A login shell behind a launch prefix may greet on standard output first.
     lines = (stream.readline(_LONGEST_LINE) for _ in range(_LONGEST_GREETING_LINES))
     return any(line == _MAGIC for line in takewhile(bool, lines))
 
 
-def _receive(stream: BinaryIO, path: Path, entry: FileEntry) -> None:
+def _receive(stream: IO[bytes], path: Path, entry: FileEntry) -> None:
     hashed, left = hashlib.sha256(), entry.bytes
     with open(path, "xb") as file:
         while left:

@@ -33,7 +33,8 @@ def prepare_run(recipe: Recipe, recipe_text: str, run: RunDirectory) -> None:
 
 
 def discard_abandoned(run: RunDirectory, situation: Situation, epoch: int) -> None:
-    """Remove what dead writers left, and checkpoints after the step that the run goes on from: their future was given up.
+    """Remove what dead writers left, and checkpoints after the step that the run goes on from: their future was given
+    up.
 
     One that could not be loaded is set aside instead, for whoever wants to know why.
     """

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from beringia.checkpoint.archive import read_archive, write_archive
 from beringia.errors import BeringiaError, CheckpointDamaged
@@ -21,7 +21,7 @@ from beringia.records.files import sha256_of_file, write_bytes
 _LONGEST_HEADER = 4096
 
 
-def write_files(root: Path, files: Iterable[Path], stream: BinaryIO) -> None:
+def write_files(root: Path, files: Iterable[Path], stream: IO[bytes]) -> None:
     """Send files below `root`, each as one header line (name, bytes, SHA-256) and its content, then an empty header."""
     for path in files:
         header = {"name": str(path.relative_to(root)), "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
@@ -32,7 +32,7 @@ def write_files(root: Path, files: Iterable[Path], stream: BinaryIO) -> None:
     stream.flush()
 
 
-def read_files(stream: BinaryIO, root: Path) -> None:
+def read_files(stream: IO[bytes], root: Path) -> None:
     """Receive what `write_files` sent. Raises CheckpointDamaged naming a file that did not arrive as it was sent."""
     while (line := stream.readline(_LONGEST_HEADER)).strip():
         header = json.loads(line)

@@ -10,6 +10,7 @@ hides them.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +94,7 @@ def _weights_at(session: Session, step: int | None) -> list[torch.Tensor]:
 
 
 def _weights(session: Session) -> list[torch.Tensor]:
-    return [_local(parameter).detach().clone() for parameter in session.trainer.decoder.parameters()]
+    return [sharding.local(parameter).detach().clone() for parameter in session.trainer.decoder.parameters()]
 
 
 def _roundoffs(session: Session) -> float:
@@ -110,7 +111,7 @@ def _undisturbed() -> Iterator[None]:
 @contextmanager
 def _perturbed(session: Session, roundoff: float, seed: int) -> Iterator[None]:
     """Move each weight by a random relative error up to `roundoff` for one forward and backward pass."""
-    parameters = [_local(parameter) for parameter in session.trainer.decoder.parameters()]
+    parameters = [sharding.local(parameter) for parameter in session.trainer.decoder.parameters()]
     saved = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(session.recipe.seed * 1_000_003 + session.trainer.step * 101 + seed)
     with torch.no_grad():
@@ -123,13 +124,9 @@ def _perturbed(session: Session, roundoff: float, seed: int) -> Iterator[None]:
             parameter.copy_(original)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, sharding.DTensor) else tensor
-
-
 def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     """L2 norm of the difference over all weights and ranks, added up in float64 on the host."""
     squares = [torch.linalg.vector_norm((a - b).cpu().double()) ** 2 for a, b in zip(left, right, strict=True)]
     total = torch.stack(squares).sum().reshape(1)
     device = left[0].device
-    return float(sharding.sum_of_host_values(total, device).item()) ** 0.5
+    return math.sqrt(float(sharding.sum_of_host_values(total, device).item()))

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # exported, but not declared so
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -29,10 +30,10 @@ def join(ranks: Ranks, chip: Chip, epoch: int) -> None:
     if ranks.count == 1:
         return
     hosts_store = ranks.first and not ranks.agent_hosts_store
-    store = dist.TCPStore(ranks.address, ranks.port, ranks.count, is_master=hosts_store)
+    store = TCPStore(ranks.address, ranks.port, ranks.count, is_master=hosts_store)
     dist.init_process_group(
         chip.collective_backend,
-        store=dist.PrefixStore(f"beringia-{epoch}", store),
+        store=PrefixStore(f"beringia-{epoch}", store),
         rank=ranks.rank,
         world_size=ranks.count,
     )
@@ -57,9 +58,9 @@ def shard(decoder: Decoder, chip: Chip, ranks: Ranks) -> tuple[nn.Module, Shardi
         fully_shard(layer, mesh=mesh, reshard_after_forward=layer is not decoder.mtp)
     if decoder.mtp is not None:
         register_fsdp_forward_method(decoder.mtp, "predict")
-    sharded = fully_shard(decoder, mesh=mesh)
-    register_fsdp_forward_method(sharded, "logits")  # sampling calls it past forward
-    return sharded, "fsdp2"
+    fully_shard(decoder, mesh=mesh)  # in place
+    register_fsdp_forward_method(decoder, "logits")  # sampling calls it past forward
+    return decoder, "fsdp2"
 
 
 def without_gradient_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
@@ -88,6 +89,11 @@ def sum_of_host_values(values: torch.Tensor, device: torch.device) -> torch.Tens
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor in one piece (a collective); any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_whole(source: torch.Tensor, live: torch.Tensor) -> None:
