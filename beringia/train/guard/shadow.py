@@ -166,7 +166,7 @@ class _Sample:
 
     def __init__(self, capture: Capture, sample: int) -> None:
         self.site = capture.site
-        self._calls = {name: calls[0] if name == "lm_head" else calls[-1] for name, calls in capture.calls.items()}
+        self._calls = _last_pass(capture.calls)
         self.dtype = next(reversed(self._calls.values())).output.dtype
         self._sample = sample
         self._routes = capture.routes_MK
@@ -234,6 +234,16 @@ class _Sample:
     def _gradient(self, call: Call) -> torch.Tensor:
         assert call.output_gradient is not None
         return self._cut(call.output_gradient)
+
+
+def _last_pass(calls: Mapping[str, list[Call]]) -> dict[str, Call]:
+    """The call of each part in the last accumulation step; of the head, which the multi-token layer uses too, the
+    first call in it, which is the model's own."""
+    last = {name: part[-1] for name, part in calls.items()}
+    if "lm_head" in calls:
+        passes = len(calls["norm"])
+        last["lm_head"] = calls["lm_head"][-(len(calls["lm_head"]) // passes)]
+    return last
 
 
 def _named(part: str, output: torch.Tensor, gradient: torch.Tensor | None) -> Tensors:
