@@ -102,7 +102,7 @@ def _ascend(code: str) -> str:
         return f"{code}.\n[ERROR] (PID:{process}, Device:0, RankID:0) ERR00100 PTA call acl api failed"
     if code in _HCCL:
         return (
-            "npuSynchronizeDevice: NPU function error: AclrtSynchronizeDeviceWithTimeout, error code is 507048\n"
+            "allreduce: HCCL function error: HcclAllReduce, error code is 9\n"
             f"[ERROR] (PID:{process}, Device:0, RankID:0) ERR02200 DIST call hccl api failed.\n"
             f"{code}: [PID: {process}] {_HCCL[code]}"
         )

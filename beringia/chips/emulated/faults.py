@@ -120,6 +120,7 @@ class History:
             return True
         key = str(position)
         if key in self._struck and not self._follows(position, fault, step):
+            self._going_on.pop(position, None)
             return False
         self._going_on[position] = step
         if key not in self._struck:
