@@ -45,7 +45,7 @@ def by_head(x_BTX: torch.Tensor, width: int) -> torch.Tensor:
 
 def halved(x: torch.Tensor, start: int, width: int) -> torch.Tensor:
     """In every group of `width` rows, put rows `start`, `start + 2`, ... before rows `start + 1`, `start + 3`, ..."""
-    groups = x.unflatten(0, (-1, width))
+    groups = x.view(-1, width, *x.shape[1:])
     return torch.cat((groups[:, :start], groups[:, start::2], groups[:, start + 1 :: 2]), dim=1).flatten(0, 1)
 
 
@@ -102,13 +102,14 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
         q_BNTH, latent_BSR, k_B1SP = self._down(x_BTD)
-        q_nope, q_rope = q_BNTH.split((self.nope, self.rope), dim=-1)
+        q_nope, q_rope = torch.split(q_BNTH, [self.nope, self.rope], dim=-1)
         q_BNTH = torch.cat((q_nope, rotate(q_rope, rope)), dim=-1)
         k_B1SP = rotate(k_B1SP, rope)
         if cache is not None:
             latent_B1SR, k_B1SP = cache.extend(latent_BSR.unsqueeze(1), k_B1SP)
             latent_BSR = latent_B1SR.squeeze(1)
-        k_nope, v_BNSH = by_head(self.kv_b_proj(latent_BSR), self.nope + self.value).split((self.nope, self.value), -1)
+        kv_BNSH = by_head(self.kv_b_proj(latent_BSR), self.nope + self.value)
+        k_nope, v_BNSH = torch.split(kv_BNSH, [self.nope, self.value], dim=-1)
         k_BNSH = torch.cat((k_nope, k_B1SP.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         return self.o_proj(attend(q_BNTH, k_BNSH, v_BNSH, self.scale))
 
@@ -120,7 +121,7 @@ class LatentAttention(nn.Module):
             (q,) = linear_jointly(self.q_a_layernorm(q_low), self._by_halves(self.q_b_proj.affine, self.nope))
         else:
             q, kv_low = linear_jointly(x_BTD, self._by_halves(self.q_proj.affine, self.nope), kv_down)
-        latent_BTR, k_BTP = kv_low.split((self.rank, self.rope), dim=-1)
+        latent_BTR, k_BTP = torch.split(kv_low, [self.rank, self.rope], dim=-1)
         return by_head(q, self.nope + self.rope), self.kv_a_layernorm(latent_BTR), k_BTP.unsqueeze(1)
 
     def _by_halves(self, affine: Affine, start: int) -> Affine:

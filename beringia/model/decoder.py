@@ -9,7 +9,7 @@ B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ class DecoderLayer(nn.Module):
     `layer(x_BTD, decoder.rope(positions))` works by itself, in the dtype of `x_BTD`: the guard replays layers this way.
     """
 
+    __call__: Callable[..., torch.Tensor]
+
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.self_attn: nn.Module = LatentAttention(config) if config.latent else GroupedQueryAttention(config)
@@ -55,8 +57,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, cache)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        attended_BTD: torch.Tensor = self.self_attn(self.input_layernorm(x_BTD), rope, cache)
+        x_BTD = x_BTD + attended_BTD
+        fed_BTD: torch.Tensor = self.mlp(self.post_attention_layernorm(x_BTD))
+        return x_BTD + fed_BTD
 
 
 class SharedHead(nn.Module):
@@ -91,8 +95,8 @@ class Trunk(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
         )
         layers: list[nn.Module] = [DecoderLayer(config, index) for index in range(config.num_hidden_layers)]
         layers += [MultiTokenLayer(config) for _ in range(config.num_nextn_predict_layers)]
@@ -127,6 +131,12 @@ class Decoder(nn.Module):
         """The multi-token prediction layer, if the model has one."""
         last = self.model.layers[-1]
         return last if isinstance(last, MultiTokenLayer) else None
+
+    def leave_experts_eager(self) -> None:
+        """To be called before compiling: the sizes of the experts' products depend on the data, and every new size
+        would be compiled anew."""
+        for _, mlp in _sparse_layers(self):
+            mlp.leave_experts_eager()
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """What activations and products are in from now on; weights stay as they are."""
@@ -179,7 +189,8 @@ class Decoder(nn.Module):
         return cos_TQ.to(device), sin_TQ.to(device)
 
     def _embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        return self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        embedded_BTD: torch.Tensor = self.model.embed_tokens(tokens_BT)
+        return embedded_BTD.to(self.compute_dtype)
 
     def _hidden(self, tokens_BT: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
         start = 0 if cache is None else cache.length

@@ -42,7 +42,8 @@ def sample(
     was_training = decoder.training
     decoder.eval()
     cache = KeyValueCache(decoder.config.num_hidden_layers)
-    tokens_BT, new = prompts_BT.to(_device(decoder)), []
+    tokens_BT = prompts_BT.to(_device(decoder))
+    new: list[torch.Tensor] = []
     done_B = torch.zeros(len(prompts_BT), dtype=torch.bool)
     while len(new) < max_new_tokens and not bool(done_B.all()):
         next_B = _pick(decoder.logits(tokens_BT, cache)[:, -1].cpu(), temperature, generator)

@@ -12,7 +12,7 @@ M rows (tokens), D hidden, E experts, K experts a token, A = M K assignments, F 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,7 @@ class Router(nn.Module):
         """Indices M K of the experts with the best biased scores, within the best groups."""
         biased_ME = scores_ME.detach() + self.e_score_correction_bias
         if self.num_groups_kept < self.num_groups:
-            biased_MGE = biased_ME.unflatten(-1, (self.num_groups, -1))
+            biased_MGE = biased_ME.view(len(biased_ME), self.num_groups, -1)
             group_MG = biased_MGE.topk(2, dim=-1).values.sum(-1)
             kept_MG = torch.zeros_like(group_MG, dtype=torch.bool)
             kept_MG.scatter_(1, group_MG.topk(self.num_groups_kept, dim=-1).indices, True)
@@ -110,6 +110,8 @@ def grouped_linear(x_AD: torch.Tensor, weight_EFD: torch.Tensor, loads: list[int
 class Experts(nn.Module):
     """All experts' weights, stacked: gate above up (E 2F D), and down (E D F)."""
 
+    __call__: Callable[..., torch.Tensor]
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         num, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
@@ -121,18 +123,25 @@ class Experts(nn.Module):
         # The sizes of the products depend on the data: the host waits for the device here, once.
         loads = count(chosen_MK.flatten(), self.num_experts).tolist()
         row_A, place_MK = sort_by_expert(chosen_MK)
-        x_AD = Dispatch.apply(x_MD, row_A, place_MK)
+        x_AD: torch.Tensor = Dispatch.apply(x_MD, row_A, place_MK)  # type: ignore[no-untyped-call]  # untyped in torch
         gate_AF, up_AF = grouped_linear(x_AD, self.gate_up_proj, loads).chunk(2, dim=-1)
         # An assignment's weight commutes with the linear down projection, and F is smaller than D.
         weight_A = weights_MK.new_empty(len(row_A)).scatter(0, place_MK.flatten(), weights_MK.flatten())
         h_AF = F.silu(gate_AF) * up_AF * weight_A.unsqueeze(-1).to(x_MD.dtype)
-        return Combine.apply(grouped_linear(h_AF, self.down_proj, loads), row_A, place_MK)
+        out_AD = grouped_linear(h_AF, self.down_proj, loads)
+        out_MD: torch.Tensor = Combine.apply(out_AD, row_A, place_MK)  # type: ignore[no-untyped-call]  # untyped in torch
+        return out_MD
 
 
 def count(expert_A: torch.Tensor, num_experts: int) -> torch.Tensor:
     """How often each expert occurs, int64, shape E."""
     zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_A.device)
     return zeros_E.scatter_add_(0, expert_A, torch.ones_like(expert_A))
+
+
+def run(experts: Experts, x_MD: torch.Tensor, chosen_MK: torch.Tensor, weights_MK: torch.Tensor) -> torch.Tensor:
+    """Call the experts."""
+    return experts(x_MD, chosen_MK, weights_MK)
 
 
 class MixtureOfExperts(nn.Module):
@@ -147,6 +156,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = FeedForward(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.register_buffer("expert_counts", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
+        self.run_experts = run
         self.records = False
         self.chosen: torch.Tensor | None = None
         self.forced: torch.Tensor | None = None
@@ -156,8 +166,13 @@ class MixtureOfExperts(nn.Module):
         scores_ME = self.gate.scores(x_MD)
         chosen_MK = self.gate.choose(scores_ME) if self.forced is None else self.forced
         self._note(chosen_MK)
-        routed_MD = self.experts(x_MD, chosen_MK, self.gate.weigh(scores_ME, chosen_MK))
+        routed_MD = self.run_experts(self.experts, x_MD, chosen_MK, self.gate.weigh(scores_ME, chosen_MK))
         return routed_MD.view_as(x_BTD) + self.shared_experts(x_BTD)
+
+    def leave_experts_eager(self) -> None:
+        """Keep `torch.compile` out of the routed experts."""
+        # Not at import: this loads the compiler, which takes a second.
+        self.run_experts = torch.compiler.disable(run)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _note(self, chosen_MK: torch.Tensor) -> None:
         if self.records:

@@ -214,7 +214,7 @@ def _write_shards(decoder: Decoder, directory: Path, dtype: torch.dtype, max_sha
     tensors |= {name: tensor for name, tensor in shared_copies(decoder).items() if name != "lm_head.weight"}
     sizes = {name: tensor.numel() * _stored(name, dtype).itemsize for name, tensor in tensors.items()}
     shards = _partition(sizes, max_shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file_name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = {name: _on_host(tensors[name], _stored(name, dtype)) for name in names}

@@ -66,7 +66,7 @@ DEEPSEEK = (
     "routed_scaling_factor",
 )
 # What transformers assumes where a file is silent and our default is another (published files are never silent).
-SILENT = {
+SILENT: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048},
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},

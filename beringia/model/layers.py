@@ -7,6 +7,8 @@ There is no autocast: what runs in which dtype can be read here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +25,8 @@ Affine = tuple[torch.Tensor, torch.Tensor | None]
 
 class Linear(nn.Linear):
     """`nn.Linear` that casts its weight to the activations' dtype, and leaves it to others to fill it."""
+
+    __call__: Callable[..., torch.Tensor]
 
     def reset_parameters(self) -> None:
         """Nothing: `initialise` or a checkpoint fills it, and the process-wide random state stays untouched."""
@@ -47,6 +51,8 @@ def linear_jointly(x: torch.Tensor, *parts: Affine) -> tuple[torch.Tensor, ...]:
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (arXiv 1910.07467)."""
 
+    __call__: Callable[..., torch.Tensor]
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -60,6 +66,8 @@ class RMSNorm(nn.Module):
 
 class FeedForward(nn.Module):
     """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202)."""
+
+    __call__: Callable[..., torch.Tensor]
 
     def __init__(self, hidden: int, width: int, *, bias: bool = False) -> None:
         super().__init__()

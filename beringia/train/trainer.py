@@ -76,6 +76,7 @@ class Trainer:
 
     def compile(self) -> None:
         """Compile the forward and backward pass; the first steps take as long as that does."""
+        self.decoder.leave_experts_eager()
         self._forward = torch.compile(self.module)  # type: ignore[assignment]  # a module in, a module out
 
     def train_step(self) -> StepResult:
