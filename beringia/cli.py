@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from beringia.records.recipe import Recipe
     from beringia.records.run_directory import RunDirectory
 
+_LOG_COLUMNS = 100
+
 app = typer.Typer(
     help="Carries a language model across the gap between accelerator vendors.",
     no_args_is_help=True,
@@ -180,7 +182,8 @@ def _exit_if_stopped(status: str, message: str) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(soft_wrap=False)
+    # Where nobody watches there is no width to ask for: the tables are made for this many columns.
+    return Console() if sys.stdout.isatty() else Console(width=_LOG_COLUMNS)
 
 
 def _progress(recipe: Recipe) -> Any:

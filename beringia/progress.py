@@ -63,14 +63,15 @@ def describe(event: AnyEvent) -> str | None:
     """One line for an event that a person should see, None for the others."""
     match event:
         case ChipOpened():
-            return f"{event.chip}: {event.used}, {event.identity.truth}, {event.compute_dtype} ({event.identity_hash[:12]})"
+            who = f"{event.used}, {event.identity.truth}, {event.compute_dtype} ({event.identity_hash[:12]})"
+            return f"{event.chip}: {who}"
         case Decision():
             where = "" if event.to_step is None else f" from step {event.to_step}"
-            return f"{event.action}{where}: {event.reason}"
+            return f"{event.action}{where}: {_first_line(event.reason)}"
         case Alarm():
             return f"alarm at step {event.step}: {event.message}"
         case Fault():
-            return f"fault ({event.category}): {event.code}: {event.message.splitlines()[0] if event.message else ''}"
+            return f"fault ({event.category}): {event.code}: {_first_line(event.message)}"
         case Canary():
             return f"canary over steps {event.from_step} to {event.to_step}: {event.message}"
         case Crossing():
@@ -90,3 +91,7 @@ def describe(event: AnyEvent) -> str | None:
             return f"{event.status} at step {event.step}: {event.message}"
         case _:
             return None
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""

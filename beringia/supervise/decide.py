@@ -129,7 +129,7 @@ def _after_alarm(situation: Situation, recipe: Recipe, alarm: Alarm) -> Decision
 
 
 def _after_fault(situation: Situation, recipe: Recipe, fault: Fault) -> Decision:
-    what = f"{fault.code}: {fault.message}"
+    what = f"{fault.code}: {fault.message.splitlines()[0] if fault.message else 'no message'}"
     if fault.category == "ours":
         return Decision(action="stop", reason=what, lost_steps=0)
     if fault.category == "device-lost":
