@@ -42,16 +42,19 @@ class Account:
         self._costs.append(seconds)
         self._idle_steps = 0
 
-    def affordable(self, income_seconds: float, step_seconds: float) -> int:
-        """How many checks the next block may have, given what its steps will pay in."""
+    def plan_block(self, income_seconds: float, step_seconds: float) -> tuple[int, float]:
+        """How many checks the next block may have, given what its steps will pay in, and the credit left over where
+        even one in every step does not use it up; the account gives that away."""
         cost = statistics.median(self._costs) if self._costs else _FIRST_COST * step_seconds
-        number = math.floor((self.credit_seconds + income_seconds) / cost) if cost > 0 else BLOCK_STEPS
+        affordable = math.floor((self.credit_seconds + income_seconds) / cost) if cost > 0 else 0
+        surplus = max(0.0, self.credit_seconds + income_seconds - (BLOCK_STEPS + 1) * cost) if self._costs else 0.0
+        self.credit_seconds -= surplus
         starving = self._idle_steps + BLOCK_STEPS > LONGEST_GAP_STEPS
-        return min(BLOCK_STEPS, max(number, 1 if starving else 0))
+        return min(BLOCK_STEPS, max(affordable, 1 if starving else 0)), surplus
 
 
 class Schedule:
-    """Accounts of all kinds, and the plan of the block under way: for each step a bit mask of kinds.
+    """Accounts of all kinds, from which it plans blocks of steps: for each step a bit mask of kinds.
 
     >>> schedule = Schedule({"shadow": 0.7, "memory": 0.3}, share=0.01)
     >>> masks = schedule.plan()            # on rank 0, at the start of a block
@@ -77,10 +80,14 @@ class Schedule:
         """Bit masks of the kinds due in each of the next `BLOCK_STEPS` steps, evenly spread."""
         step_seconds = statistics.median(self._step_seconds) if self._step_seconds else 0.0
         masks = [0] * BLOCK_STEPS
-        for bit, kind in enumerate(self.kinds):
+        surplus = 0.0
+        # The first kind comes last: it gets what the others cannot use.
+        for bit, kind in reversed(list(enumerate(self.kinds))):
             account = self._accounts[kind]
-            income = self._share * account.weight * step_seconds * BLOCK_STEPS
-            number = account.affordable(income, step_seconds)
+            if bit == 0:
+                account.credit_seconds += surplus
+            number, left = account.plan_block(self._share * account.weight * step_seconds * BLOCK_STEPS, step_seconds)
+            surplus += left
             for turn in range(number):
                 # Kinds begin at different steps of the block, so that few steps carry several.
                 place = (turn * BLOCK_STEPS // number + bit * 3 + 1) % BLOCK_STEPS

@@ -1,0 +1,182 @@
+"""The layer shadow is silent on sound arithmetic and sees what is wrong, where it is wrong.
+
+Faults are planted by hooks inside the model, which the guard cannot know of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from guarded import alarms_of_a_full_check, changed_output, changing_gradient, trainer
+
+from beringia.records.events import CheckDone
+from beringia.train.trainer import Trainer
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def trained(request: pytest.FixtureRequest) -> Trainer:
+    made = trainer(dtype=request.param)
+    for _ in range(8):
+        made.train_step()
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sound_arithmetic_stays_below_half_of_every_bound(dtype: torch.dtype) -> None:
+    made = trainer(dtype=dtype)
+    assert made.guard is not None
+    for _ in range(3):
+        assert alarms_of_a_full_check(made) == []
+        made.train_step()
+    made.closing_checks()
+    checks = [event for event in made.guard.take_events() if isinstance(event, CheckDone)]
+    shadows = [event for event in checks if event.detector == "layer-shadow"]
+    assert len(shadows) >= len(made.guard.sites)
+    assert all(event.value is not None and event.value <= 0.5 * event.bound for event in shadows)
+    assert any(event.value is not None and event.value > 0.01 * event.bound for event in shadows)
+
+
+def test_a_first_layer_whose_gradients_are_half_wrong_is_seen_under_a_normal_loss(trained: Trainer) -> None:
+    """Ascend/pytorch issue 107: forward sound, gradients of the first layer 50 % off."""
+    noise = torch.Generator().manual_seed(1)
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        error = torch.randn(gradient.shape, generator=noise).to(gradient.dtype)
+        return gradient + 0.5 * gradient.norm() / error.norm() * error
+
+    change = changing_gradient(spoil)
+    with changed_output(trained.decoder.layers[0].self_attn, change):
+        alarms = alarms_of_a_full_check(trained)
+    assert [alarm.site for alarm in alarms] == ["layers.0"]
+    assert alarms[0].tensor == "self_attn.input.gradient"
+    assert alarms[0].value is not None and alarms[0].value > 5 * alarms[0].bound
+
+
+def ignore_the_mask(length: int) -> Any:
+    """`attend` that lets queries past `length` see everything."""
+    from torch.nn import functional as F
+
+    real = F.scaled_dot_product_attention
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        options.pop("is_causal")
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        mask[length:] = True
+        return real(q, k, v, **options | {"attn_mask": mask})
+
+    return attend
+
+
+def test_a_mask_ignored_past_a_length_is_seen_in_attention(
+    trained: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trained.guard is not None
+    layer = trained.decoder.layers[1]
+    real = torch.nn.functional.scaled_dot_product_attention
+    wrong = ignore_the_mask(length=16)
+    # Wrong on the chip only: the replay's attention is another module, whose calls stay as they are.
+    layer.self_attn.register_forward_pre_hook(
+        lambda *_: monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)
+    )
+    layer.self_attn.register_forward_hook(
+        lambda *_: monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", real)
+    )
+    alarms = alarms_of_a_full_check(trained)
+    layer.self_attn._forward_pre_hooks.clear()
+    layer.self_attn._forward_hooks.clear()
+    assert [alarm.site for alarm in alarms] == ["layers.1"]
+    assert alarms[0].tensor == "self_attn.output"
+
+
+def test_a_backward_wrong_past_a_length_is_seen(trained: Trainer) -> None:
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        wrong = gradient.clone()
+        wrong[:, 16:] -= 0.8 * gradient[:, 15:-1]
+        return wrong
+
+    with changed_output(trained.decoder.layers[2].mlp, changing_gradient(spoil)):
+        alarms = alarms_of_a_full_check(trained)
+    assert [(alarm.site, alarm.tensor) for alarm in alarms] == [("layers.2", "mlp.input.gradient")]
+
+
+def test_a_factor_within_the_noise_of_single_elements_is_seen_by_its_sign() -> None:
+    """2 % too large throughout: in bfloat16 no element's error is remarkable, their common sign is."""
+    made = trainer(dtype=torch.bfloat16)
+    with changed_output(made.decoder.layers[1].self_attn, lambda output: output * 1.02):
+        alarms = alarms_of_a_full_check(made)
+    assert [alarm.site for alarm in alarms] == ["layers.1"]
+    assert "signed error" in alarms[0].message
+
+
+def test_saturation_is_seen(trained: Trainer) -> None:
+    def saturate(output: torch.Tensor) -> torch.Tensor:
+        limit = 0.5 * output.detach().abs().max().item()
+        return output.clamp(-limit, limit)
+
+    with changed_output(trained.decoder.layers[0].mlp, saturate):
+        alarms = alarms_of_a_full_check(trained)
+    assert [(alarm.site, alarm.tensor) for alarm in alarms] == [("layers.0", "mlp.output")]
+
+
+def test_one_wrong_element_in_a_layer_is_seen_by_the_largest_error(trained: Trainer) -> None:
+    def strike(output: torch.Tensor) -> torch.Tensor:
+        struck = output.clone()
+        struck[:, 7, 3] += 3 * output.detach().square().mean().sqrt()
+        return struck
+
+    with changed_output(trained.decoder.layers[1].mlp, strike):
+        alarms = alarms_of_a_full_check(trained)
+    assert [(alarm.site, alarm.tensor) for alarm in alarms] == [("layers.1", "mlp.output")]
+
+
+@pytest.mark.parametrize(
+    ("part", "site", "tensor"),
+    [
+        ("norm", "head", "norm.output"),
+        ("lm_head", "head", "lm_head.output"),
+        ("layers.3.enorm", "layers.3", "enorm.output"),
+        ("layers.3.shared_head.norm", "layers.3", "shared_head.norm.output"),
+        ("embed_tokens", "embed_tokens", "output"),
+    ],
+)
+def test_parts_beside_the_layers_have_their_shadow_too(trained: Trainer, part: str, site: str, tensor: str) -> None:
+    module = trained.decoder.lm_head if part == "lm_head" else trained.decoder.model.get_submodule(part)
+
+    def turn(output: torch.Tensor) -> torch.Tensor:
+        return output.roll(1, -1) if output.requires_grad else output
+
+    with changed_output(module, turn):
+        alarms = alarms_of_a_full_check(trained)
+    assert (site, tensor) in [(alarm.site, alarm.tensor) for alarm in alarms]
+
+
+def test_a_loss_that_sends_back_a_wrong_gradient_is_seen(trained: Trainer) -> None:
+    with changed_output(trained.decoder.lm_head, changing_gradient(lambda gradient: gradient * 1.2)):
+        alarms = alarms_of_a_full_check(trained)
+    assert ("head", "lm_head.input.gradient") in [(alarm.site, alarm.tensor) for alarm in alarms] or (
+        "head",
+        "logits.gradient",
+    ) in [(alarm.site, alarm.tensor) for alarm in alarms]
+
+
+def test_an_embedding_gradient_that_loses_positions_is_seen(trained: Trainer) -> None:
+    embedding = trained.decoder.model.embed_tokens
+    handle = embedding.weight.register_hook(lambda gradient: gradient * (torch.arange(len(gradient)) > 5).unsqueeze(1))
+    alarms = alarms_of_a_full_check(trained)
+    handle.remove()
+    assert [(alarm.site, alarm.tensor) for alarm in alarms] == [("embed_tokens", "weight.gradient")]
+
+
+def test_a_product_on_the_chip_in_fewer_bits_than_asked_for_is_seen() -> None:
+    """float32 asked for, operands cut to ten bits of fraction as TF32 and HF32 have: a silent fallback."""
+    made = trainer(dtype=torch.float32)
+
+    def cut(output: torch.Tensor) -> torch.Tensor:
+        return (output.view(torch.int32) & -8192).view(torch.float32) + 0 * output
+
+    with changed_output(made.decoder.layers[1].self_attn, cut):
+        assert [alarm.site for alarm in alarms_of_a_full_check(made)] == ["layers.1"]

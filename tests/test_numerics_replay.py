@@ -1,0 +1,65 @@
+"""Taps see what autograd computes and change nothing; a replay leaves no trace."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from beringia.numerics.replay import Taps, place, run
+
+
+class Twice(nn.Module):
+    """One input for two readers, so that its whole gradient is the sum of two shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x).tanh() + self.second(x)
+
+
+def module() -> Twice:
+    torch.manual_seed(0)
+    return Twice().double()
+
+
+def test_taps_see_each_readers_share_of_a_gradient() -> None:
+    layer = module()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    with Taps({"": layer, "first": layer.first, "second": layer.second}, lambda tensor: tensor) as taps:
+        output = layer(x)
+        output.backward(torch.ones_like(output))
+    shares = [taps.calls[name][0].input_gradient for name in ("first", "second")]
+    assert torch.equal(taps.calls["second"][0].output_gradient, torch.ones_like(output))
+    assert torch.allclose(shares[1], torch.ones(3, 6, dtype=torch.float64) @ layer.second.weight)
+    assert torch.allclose(shares[0] + shares[1], x.grad)
+    assert torch.equal(taps.calls[""][0].input_gradient, x.grad)
+
+
+def test_taps_change_no_bit_and_leave_no_hook() -> None:
+    plain, watched = module(), module()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = run(plain, x, torch.ones_like(x), plain.parameters())
+    with Taps({"": watched, "first": watched.first}, lambda tensor: tensor):
+        found = run(watched, x, torch.ones_like(x), watched.parameters())
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(one, other) for one, other in zip(found[1], expected[1], strict=True))
+    assert not watched._forward_hooks and not watched.first._forward_pre_hooks
+
+
+def test_a_replay_changes_no_gradient_of_the_module() -> None:
+    layer = module()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    run(layer, x, torch.ones_like(x), layer.parameters())
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_a_module_without_weights_computes_with_those_it_is_given() -> None:
+    source = module()
+    with torch.device("meta"):
+        empty = Twice()
+    place(empty, dict(source.named_parameters()))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert torch.equal(empty(x), source(x))
+    assert empty.first.weight.data_ptr() == source.first.weight.data_ptr()
