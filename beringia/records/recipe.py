@@ -68,7 +68,7 @@ class DataSection(Record):
     long_fraction: float = Field(default=0.2, ge=0, le=1)
     """Share of samples that spell out the chain of thought."""
     held_out_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of a folder's documents kept for evaluation."""
+    """Share of documents, chats or a task's questions that training never sees."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
