@@ -24,6 +24,7 @@ import torch
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.chips.emulated import EmulatedChip
+from beringia.memory import keep_freed_memory
 from beringia.model import Decoder, initialise, preset
 from beringia.records.recipe import TrainSection
 from beringia.train.optimizer import make_optimizer
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--profiles", nargs="+", default=["exact", "h800", "ascend-910b", "mi300x"])
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as training's worker does
     results = {profile: measure(profile, arguments.steps) for profile in arguments.profiles}
     within = all(result["ratio"] <= BOUND for result in results.values())  # type: ignore[operator]
     facts = {"model": "r2-micro", "batch": BATCH, "tokens": TOKENS, "threads": torch.get_num_threads(), "bound": BOUND}

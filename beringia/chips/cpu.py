@@ -59,7 +59,7 @@ class Cpu(Chip):
 
         `index` only counts the ranks that share the machine, which is one device however many there are.
         """
-        _make_repeatable()
+        make_repeatable()
         self._identity = _identity()
 
     @property
@@ -105,11 +105,7 @@ class Cpu(Chip):
 
     def memory(self) -> Memory:
         """Of the machine (or its control group), and what this process holds of it."""
-        resident_pages = int(Path("/proc/self/statm").read_text().split()[1]) if _has_proc() else 0
-        # getrusage counts kibibytes on Linux.
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        used_bytes = resident_pages * resource.getpagesize()
-        return Memory(total_memory_bytes(), used_bytes, max(used_bytes, peak_bytes))
+        return host_memory()
 
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""
@@ -170,6 +166,15 @@ def model_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def host_memory() -> Memory:
+    """Memory of the machine (or its control group), and what this process holds of it."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1]) if _has_proc() else 0
+    # getrusage counts kibibytes on Linux.
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used_bytes = resident_pages * resource.getpagesize()
+    return Memory(total_memory_bytes(), used_bytes, max(used_bytes, peak_bytes))
+
+
 def total_memory_bytes() -> int:
     """Memory of the machine, or of the control group when that allows less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -188,7 +193,8 @@ def _has_proc() -> bool:
     return Path("/proc/self").exists()
 
 
-def _make_repeatable() -> None:
+def make_repeatable() -> None:
+    """Make torch's CPU kernels give the same bits every time, for the whole process."""
     # index_put with accumulation adds in the order in which threads arrive unless deterministic algorithms are on.
     torch.use_deterministic_algorithms(True)
     # Filling every new tensor changes no number of a correct program and costs a pass over memory.

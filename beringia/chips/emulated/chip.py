@@ -18,6 +18,7 @@ import torch
 
 from beringia import __version__
 from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory
+from beringia.chips.cpu import classify_cpu, host_memory, make_repeatable
 from beringia.chips.emulated import arithmetic, device
 from beringia.chips.emulated import faults as planted
 from beringia.chips.emulated.fault_script import read_script
@@ -82,6 +83,7 @@ class EmulatedChip(Chip):
         self.name = f"emulated:{profile_name}"
         self._profile: Profile = profile
         self._fidelity = fidelity
+        make_repeatable()
         self._faults = planted.Device(script, vendor=profile.vendor, seed=seed, index=index, memory=memory)
         self._device = device.register(device_name)
         device.install(arithmetic.kernels(profile), [*arithmetic.results_of(profile), *self._faults.interposers()])
@@ -120,9 +122,7 @@ class EmulatedChip(Chip):
 
     def memory(self) -> Memory:
         """Total as the part has it; used and peak are what this process holds of the host's memory."""
-        from beringia.chips.cpu import Cpu
-
-        host = Cpu.memory(self)  # type: ignore[arg-type]
+        host = host_memory()
         return Memory(self._profile.memory.gibibytes * _GIBIBYTE, host.used_bytes, host.peak_bytes)
 
     def synchronize(self) -> None:
@@ -137,8 +137,6 @@ class EmulatedChip(Chip):
     def classify(self, error: BaseException) -> ChipFault | None:
         """By the tables of the vendor whose words the profile's faults use; torch's and gloo's own errors by the
         CPU's."""
-        from beringia.chips.cpu import classify_cpu
-
         return _vendor_fault(self._profile.vendor, error) or classify_cpu(error)
 
     def stream(self) -> AbstractContextManager[Any]:
