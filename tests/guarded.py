@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from beringia.chips.emulated.device import register
 from beringia.chips.open import open_chip
 from beringia.data import choose_tokenizer, open_stream
 from beringia.model import load_model
@@ -18,6 +19,9 @@ from beringia.records.recipe import Recipe, parse_recipe
 from beringia.train.guard import Guard
 from beringia.train.ranks import Ranks
 from beringia.train.trainer import Trainer
+
+# torch's autograd makes its queues at the first backward pass of a process and learns of no device later.
+register()
 
 
 def recipe(chip: str = "cpu", *, preset: str = "r2-nano", seed: int = 3, **train: Any) -> Recipe:

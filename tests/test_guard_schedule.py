@@ -28,7 +28,7 @@ def simulate(share: float, costs: dict[str, float], steps: int) -> tuple[float, 
 def test_checks_take_the_stated_share_of_the_steps_and_no_more(share: float) -> None:
     found, ran = simulate(share, {"shadow": 0.02, "memory": 0.0003}, 4000)
     assert 0.9 * share < found <= 1.02 * share
-    assert len(ran["memory"]) > 5 * len(ran["shadow"])
+    assert len(ran["memory"]) > 1.5 * len(ran["shadow"])
 
 
 def test_a_check_that_costs_more_than_its_share_still_runs_at_the_least_rate() -> None:

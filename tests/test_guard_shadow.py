@@ -71,9 +71,7 @@ def ignore_the_mask(length: int) -> Any:
     return attend
 
 
-def test_a_mask_ignored_past_a_length_is_seen_in_attention(
-    trained: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mask_ignored_past_a_length_is_seen_in_attention(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trained.guard is not None
     layer = trained.decoder.layers[1]
     real = torch.nn.functional.scaled_dot_product_attention

@@ -107,9 +107,23 @@ class Shadow:
         noise = self._noise[seen.site]
         length = longest_product(self._decoder)
         return [
-            judge_tensor(seen.site, name, seen.tensors[name], tensor, noise[name], seen.dtype, length)
-            for name, tensor in reference.items()
+            judge_tensor(seen.site, name, seen.tensors[name], reference[name], noise[name], seen.dtype, length)
+            for name in _in_order(reference)
         ]
+
+
+_FORWARD = ("enorm", "hnorm", "eh_proj", "self_attn", "mlp", LAYER, "shared_head.norm", "norm", "lm_head")
+_BACKWARD = ("logits", "lm_head", "norm", "shared_head.norm", "mlp", "self_attn", LAYER, "eh_proj", "hnorm", "enorm")
+_ORDER = [
+    *(f"{part}.output" for part in _FORWARD),
+    "logits.gradient",
+    *(f"{part}.input.gradient" for part in _BACKWARD),
+]
+
+
+def _in_order(tensors: Tensors) -> list[str]:
+    """Names in the order in which a step computes them: forward through the parts, backward through the gradients."""
+    return [name for place in _ORDER if (name := place.removeprefix(".")) in tensors]
 
 
 def judge_tensor(
