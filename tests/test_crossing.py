@@ -93,6 +93,29 @@ def test_every_step_comes_from_a_trusted_checkpoint_of_the_same_chip_or_a_crossi
 
 
 @pytest.mark.slow
+def test_a_new_chip_that_computes_wrongly_is_refused_by_the_canary_and_the_next_one_takes_over(tmp_path: Path) -> None:
+    lost, wrong = tmp_path / "lost.toml", tmp_path / "wrong.toml"
+    lost.write_text(
+        'summary = "lost at step 45"\n[[faults]]\nkind = "exception"\nat_step = 45\ncode = "HBM MULTI BIT ECC ERROR"\n'
+    )
+    wrong.write_text(PERSISTENT.replace("from_step = 45", "from_step = 1"))
+    chips = {
+        "first": {"use": "emulated:ascend-910b", "faults": str(lost)},
+        "second": {"use": "emulated:h800", "faults": str(wrong)},
+        "third": {"use": "cpu"},
+    }
+    train = {"prefer": ["first", "second", "third"], "steps": 50, "checkpoint_every": 10}
+    recipe = write_recipe(tmp_path, small_recipe(chips=chips, train=train, guard={"share": 0.5}))
+    done = beringia("train", str(recipe), "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert [event.action for event in of_kind(tmp_path / "run", "decision")] == ["start", "cross", "cross"]
+    refused, passed = of_kind(tmp_path / "run", "canary")
+    assert (refused.chip, refused.passed, passed.chip, passed.passed) == ("second", False, "third", True)
+    assert refused.difference > refused.band
+    assert not [event for event in of_kind(tmp_path / "run", "step") if event.chip == "second"]
+
+
+@pytest.mark.slow
 def test_the_second_chip_may_be_on_another_machine_with_its_own_files_and_environment(tmp_path: Path) -> None:
     """The launcher gives the worker its own mount namespace, in which the supervisor's run directory is empty."""
     machine = tmp_path / "machine"

@@ -148,7 +148,31 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "not a run directory" in refused.stderr
 
 
-def test_a_hang_leaves_the_stacks_of_every_rank_and_is_retried(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_hang_on_the_device_leaves_the_stacks_of_every_rank_and_is_retried(tmp_path: Path) -> None:
+    script = tmp_path / "hang.toml"
+    script.write_text('summary = "hangs once"\n[[faults]]\nkind = "hang"\nat_step = 5\nonce = true\n')
+    document = small_recipe(
+        chips={"first": {"use": "emulated:exact", "ranks": 2, "faults": str(script)}},
+        train={"steps": 8, "compute": "float32"},
+        supervise={"hang_seconds": 20.0},
+    )
+    done = beringia("train", str(write_recipe(tmp_path, document)), "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert [event.code for event in of_kind(tmp_path / "run", "fault")] == ["hang"]
+    stacks = {path.name: path.read_text() for path in RunDirectory(tmp_path / "run").logs.glob("stacks-*")}
+    assert len(stacks) == 2 and all("train_step" in text for text in stacks.values()), stacks.keys()
+
+
+def test_without_a_compiler_the_run_is_eager_and_an_event_says_so(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, small_recipe(train={"steps": 2, "compile": True}))
+    done = beringia("train", str(recipe), "--out", str(tmp_path / "run"), CXX="/no/such/compiler")
+    assert done.returncode == 0, done.stderr
+    (fallback,) = (event for event in of_kind(tmp_path / "run", "fallback") if event.what == "torch.compile")
+    assert fallback.used == "eager" and "/no/such/compiler" in fallback.reason
+
+
+def test_a_frozen_worker_is_noticed_and_the_run_goes_on(tmp_path: Path) -> None:
     document = small_recipe(supervise={"hang_seconds": 4.0, "start_seconds": 60.0})
     recipe, run = write_recipe(tmp_path, document), tmp_path / "run"
     with start("train", str(recipe), "--out", str(run)) as supervisor:
@@ -158,6 +182,4 @@ def test_a_hang_leaves_the_stacks_of_every_rank_and_is_retried(tmp_path: Path) -
         os.kill(worker, signal.SIGSTOP)  # frozen: not even its watchdog runs, the supervisor must notice
         supervisor.communicate()
     assert supervisor.returncode == 0
-    faults = of_kind(run, "fault")
-    assert [fault.code for fault in faults] == ["hang"]
-    assert RunDirectory(run).logs.is_dir()
+    assert [fault.code for fault in of_kind(run, "fault")] == ["hang"]
