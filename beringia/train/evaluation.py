@@ -7,8 +7,10 @@ one.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +18,15 @@ from torch import nn
 from beringia.chips.chip import Chip
 from beringia.data import Stream, Task
 from beringia.model import Decoder, sample
+from beringia.records.events import Evaluated
+from beringia.records.recipe import TrainSection
 
 _Z_95 = 1.959964
 _BATCH = 64
+
+
+_MARK_TOKENS = 8
+"""Room for the marks around an answer, beyond the tokens of the longest question and chain of thought."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,49 @@ class Accuracy:
     high: float
     samples: int
     chance: float
+
+
+def evaluate(
+    module: nn.Module,
+    decoder: Decoder,
+    held_out: Stream,
+    train: TrainSection,
+    chip: Chip,
+    *,
+    step: int,
+    seed: int,
+    end_token: int,
+    beat: Callable[[], None],
+) -> Evaluated:
+    """Everything an evaluation measures, as the event that reports it. `module`: what ranks call for losses."""
+    started = time.perf_counter()
+    loss = held_out_loss(module, held_out, train.evaluation_sequences, chip, beat)
+    measured: dict[str, Any] = {}
+    if held_out.task is not None and train.accuracy_samples > 0:
+        room = held_out.task.text_tokens(long=True) + _MARK_TOKENS
+        accuracy = sampled_accuracy(
+            decoder,
+            held_out.task,
+            train.accuracy_samples,
+            seed=seed + step,
+            end_token=end_token,
+            max_new_tokens=room,
+            chip=chip,
+        )
+        measured = {
+            "accuracy": accuracy.value,
+            "accuracy_low": accuracy.low,
+            "accuracy_high": accuracy.high,
+            "samples": accuracy.samples,
+            "chance": accuracy.chance,
+        }
+    return Evaluated(
+        step=step,
+        loss=loss if math.isfinite(loss) else None,
+        sequences=train.evaluation_sequences,
+        seconds=time.perf_counter() - started,
+        **measured,
+    )
 
 
 @torch.no_grad()

@@ -14,30 +14,29 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from beringia.checkpoint.store import CheckpointStore, PendingSave
+from beringia.checkpoint.store import CheckpointStore
 from beringia.chips.chip import Chip
 from beringia.data import Stream, Tokenizer, check_vocabulary, choose_tokenizer, open_stream
 from beringia.errors import CheckpointDamaged, RunError
 from beringia.model import load_model
 from beringia.records.events import (
     Alarm,
-    CheckpointTrusted,
-    CheckpointWritten,
     ChipOpened,
-    Evaluated,
     Fallback,
     Resumed,
     StepDone,
 )
-from beringia.records.manifest import CheckpointManifest, TrustMark
+from beringia.records.manifest import CheckpointManifest
 from beringia.records.messages import Order
 from beringia.records.run_directory import RunDirectory
-from beringia.train import evaluation, sharding
+from beringia.train import sharding
 from beringia.train.canary import run_canary
 from beringia.train.channel import Channel
 from beringia.train.compute import choose_compute_dtype, reason_not_to_compile
+from beringia.train.evaluation import evaluate
 from beringia.train.guard import Guard
 from beringia.train.ranks import Ranks
+from beringia.train.saving import Saving
 from beringia.train.state import adopt_progress, check_progress, live_tensors, progress_of
 from beringia.train.trainer import Trainer, finite
 
@@ -47,8 +46,6 @@ _CLOSING_STEPS = 50
 """More than the guard needs to visit every site when all are demanded; a bound, so that the end always comes."""
 
 _POLL_SECONDS = 0.02
-_ANSWER_TOKENS = 8
-"""Room for the marks around an answer, beyond the tokens of the longest chain of thought."""
 
 
 class UnusableCheckpoint(Exception):
@@ -76,9 +73,6 @@ class Session:
         self.run = RunDirectory(Path(order.root))
         self.compute_dtype = choose_compute_dtype(self.recipe.train.compute, chip)
         self._trainer: Trainer | None = None
-        self._saving: PendingSave | None = None
-        self._saving_step = 0
-        self._pending: dict[int, str] = {}
 
     @property
     def step(self) -> int | None:
@@ -96,6 +90,7 @@ class Session:
         self.tokenizer = tokenizer
         self._trainer = self._make_trainer(tokenizer)
         self.store = self._open_store()
+        self.saving = Saving(self.store, self.run, self.ranks, self.channel, self._agree)
         if self.order.canary_from is not None:
             self._replay_canary()
         self.resume(self.order.resume_step)
@@ -300,13 +295,13 @@ class Session:
         while trainer.step < self.recipe.train.steps:
             if self._agree(self.channel.stop_requested.is_set()):
                 self._save()
-                self._finish_save()
+                self.saving.finish()
                 return "stopped"
             self._report(trainer)
             if self._alarmed():
                 return "alarm"
-            self._trust()
-            self._collect_save()
+            self.saving.trust(trainer.guard)
+            self.saving.collect()
             self._on_schedule()
         return self._close_run()
 
@@ -347,90 +342,37 @@ class Session:
 
         The steps taken for that change the live state, which nobody reads again.
         """
-        self._finish_save()
+        self.saving.finish()
         trainer, last = self.trainer, self.trainer.step
         if trainer.guard is None:
             return "done"
         trainer.guard.demand_all()
-        while last in self._pending and trainer.step < last + _CLOSING_STEPS:
+        while last in self.saving.pending and trainer.step < last + _CLOSING_STEPS:
             trainer.train_step()
             self.channel.beat()
             if self._alarmed():
                 return "alarm"
-            self._trust()
+            self.saving.trust(trainer.guard)
         return "done"
 
     def _save(self) -> None:
-        self._finish_save()
-        self._saving_step = self.trainer.step
-        self._saving = self.store.save(self.trainer.step, self.tensors(), self._progress())
-
-    def _collect_save(self) -> None:
-        if self._saving is not None and self._agree_done(self._saving):
-            self._finish_save()
-
-    def _agree_done(self, saving: PendingSave) -> bool:
-        return saving.done() if self.ranks.count == 1 else not self._agree(not saving.done())
-
-    def _finish_save(self) -> None:
-        saving, self._saving = self._saving, None
-        if saving is None:
-            return
-        manifest = saving.result()
-        self._pending[self._saving_step] = manifest.state_hash
-        if self.ranks.first:
-            self.channel.event(
-                CheckpointWritten(
-                    step=self._saving_step,
-                    directory=str(self.store.directory.path(self._saving_step).relative_to(self.run.root)),
-                    bytes=sum(entry.bytes for entry in manifest.files),
-                    state_hash=manifest.state_hash,
-                    pause_seconds=saving.pause_seconds,
-                    write_seconds=saving.write_seconds,
-                )
-            )
-
-    def _trust(self) -> None:
-        guard = self.trainer.guard
-        if guard is None:
-            return
-        for step in sorted(self._pending):
-            checks = guard.clean_since(step)
-            if checks is None:
-                return
-            state_hash = self._pending.pop(step)
-            if self.ranks.first and step in self.store.steps():
-                self.store.mark_trusted(step, TrustMark(step=step, state_hash=state_hash, checks=checks))
-                self.channel.event(CheckpointTrusted(step=step, state_hash=state_hash, checks=checks))
+        self.saving.save(self.trainer.step, self.tensors(), self._progress())
 
     def _evaluate(self) -> None:
-        trainer, train = self.trainer, self.recipe.train
-        started = time.perf_counter()
-        count = train.evaluation_sequences
-        loss = evaluation.held_out_loss(trainer.module, self.held_out, count, self.chip, self.channel.beat)
-        event = Evaluated(step=trainer.step, loss=finite(loss), sequences=count, seconds=0.0)
-        task = self.held_out.task
-        if task is not None and train.accuracy_samples > 0:
-            accuracy = evaluation.sampled_accuracy(
-                trainer.decoder,
-                task,
-                train.accuracy_samples,
-                seed=self.recipe.seed + trainer.step,
-                end_token=self.tokenizer.end,
-                max_new_tokens=task.text_tokens(long=True) + _ANSWER_TOKENS,
-                chip=self.chip,
-            )
-            event = event.model_copy(
-                update={
-                    "accuracy": accuracy.value,
-                    "accuracy_low": accuracy.low,
-                    "accuracy_high": accuracy.high,
-                    "samples": accuracy.samples,
-                    "chance": accuracy.chance,
-                }
-            )
+        trainer = self.trainer
+        event = evaluate(
+            trainer.module,
+            trainer.decoder,
+            self.held_out,
+            self.recipe.train,
+            self.chip,
+            step=trainer.step,
+            seed=self.recipe.seed,
+            end_token=self.tokenizer.end,
+            beat=self.channel.beat,
+        )
         if self.ranks.first:
-            self.channel.event(event.model_copy(update={"seconds": time.perf_counter() - started}))
+            self.channel.event(event)
 
     def _fall_back(self, what: str, asked: str, used: str, reason: str) -> None:
         self.channel.event(Fallback(what=what, asked=asked, used=used, reason=reason))
