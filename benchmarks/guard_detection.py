@@ -38,8 +38,8 @@ WARM_STEPS = 40
 LATEST_ONSET = 40
 WITHIN = {0.01: 200, 0.03: 100, 0.1: 50}
 REQUIRED = 0.9
-PRODUCTS = 190
-"""Matrix products in a step of r2-nano, forward and backward, about; sites beyond the last strike nothing."""
+FORWARD_PRODUCTS = 78
+"""Matrix products in a forward pass of r2-nano; the backward pass has twice as many, half of them input gradients."""
 
 Gradients = dict[str, torch.Tensor]
 
@@ -54,17 +54,18 @@ def draw_fault(seed: int) -> tuple[str, dict[str, Any]]:
     strength = 10 ** draw.uniform(-1.0, 0.0)
     flips = {"flips": draw.choice([1, 4, 16, 64]), "bits": [20, 30], "width": draw.choice([1, 2])}
     tile = {"row": draw.randrange(16), "column": draw.randrange(4), "value": draw.choice([0.0, 1.0, -8.0])}
-    product = {"sites": [draw.randrange(PRODUCTS)]}
+    forward, either = ({"sites": [draw.randrange(number)]} for number in (FORWARD_PRODUCTS, 3 * FORWARD_PRODUCTS))
+    backward = {"sites": [draw.randrange(2 * FORWARD_PRODUCTS)]}
     tensor = {"sites": sorted(draw.sample(range(48), 4))}
     layer = {"sites": [draw.randrange(4)], "length": draw.randrange(0, 48)}
     fields: dict[str, dict[str, Any]] = {
         "wrong-backward": {"kind": "wrong-backward", "strength": strength} | layer,
-        "wrong-linear": {"kind": "wrong-backward", "operator": "linear", "strength": strength} | product,
+        "wrong-linear": {"kind": "wrong-backward", "operator": "linear", "strength": strength} | forward,
         "mask-ignored": {"kind": "mask-ignored"} | layer,
-        "stuck-tile": {"kind": "stuck-tile"} | tile | product,
+        "stuck-tile": {"kind": "stuck-tile"} | tile | either,
         "stuck-tile-everywhere": {"kind": "stuck-tile"} | tile,
-        "flip-activations": {"kind": "bit-flip", "target": "activations"} | flips | product,
-        "flip-gradients": {"kind": "bit-flip", "target": "gradients"} | flips | product,
+        "flip-activations": {"kind": "bit-flip", "target": "activations"} | flips | forward,
+        "flip-gradients": {"kind": "bit-flip", "target": "gradients"} | flips | backward,
         "flip-weights": {"kind": "bit-flip", "target": "weights"} | flips | tensor,
         "flip-optimizer-state": {"kind": "bit-flip", "target": "optimizer-state"} | flips | tensor,
     }
