@@ -139,3 +139,15 @@ def test_a_planted_fault_is_found_by_a_detector_that_can_see_it(
         step, alarms = steps_until_alarm(made, 60)
     assert step is not None and step >= 5
     assert {alarm.detector for alarm in alarms} & detectors
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's compiler's
+def test_a_compiled_run_is_checked_and_does_not_alarm() -> None:
+    made = trainer(share=0.3)
+    if made.chip.compiler_missing():
+        pytest.skip("no compiler here")
+    assert made.guard is not None
+    made.compile()
+    step, alarms = steps_until_alarm(made, 30)
+    assert not alarms and made.guard.clean_since(0) is not None

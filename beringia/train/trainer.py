@@ -21,6 +21,8 @@ from beringia.chips.chip import Chip
 from beringia.data import Batch, Stream
 from beringia.errors import RecipeError
 from beringia.model import IGNORED, Decoder, update_router_biases
+from beringia.model.attention import GroupedQueryAttention, LatentAttention
+from beringia.model.layers import FeedForward
 from beringia.records.recipe import Recipe
 from beringia.train.clipping import Clipping
 from beringia.train.guard import Guard
@@ -75,9 +77,18 @@ class Trainer:
         return shard(self.decoder, self.chip, self.ranks)
 
     def compile(self) -> None:
-        """Compile the forward and backward pass; the first steps take as long as that does."""
+        """Compile the forward and backward pass; the first steps take as long as that does.
+
+        Under a guard, part by part: hooks inside compiled code are either not seen or compile it anew.
+        """
         self.decoder.leave_experts_eager()
-        self._forward = torch.compile(self.module)  # type: ignore[assignment]  # a module in, a module out
+        if self.guard is None:
+            self._forward = torch.compile(self.module)  # type: ignore[assignment]  # a module in, a module out
+            return
+        self.guard.expect_compiled()
+        for part in self.decoder.model.layers.modules():
+            if isinstance(part, LatentAttention | GroupedQueryAttention | FeedForward):
+                part.forward = torch.compile(part.forward)  # type: ignore[method-assign]
 
     def train_step(self) -> StepResult:
         """One optimizer step."""

@@ -171,6 +171,10 @@ class Guard:
             for site, clean in zip(self.sites, row, strict=True)
         )
 
+    def expect_compiled(self) -> None:
+        """Parts of the layers are compiled from now on; their hooks stay outside the compiled code."""
+        self._repeat.compiled = True
+
     def demand_all(self) -> None:
         """Check every site in the next step, whatever it costs."""
         self._all_demanded = True

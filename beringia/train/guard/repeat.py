@@ -11,6 +11,7 @@ M rows, K experts a token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ class Repeat:
     """Runs layers of one decoder again on their own chip."""
 
     def __init__(self, decoder: Decoder, *, sharded: bool, alone: bool) -> None:
+        self.compiled = False
+        """Whether parts of the layers are compiled: then products are inside kernels, where no log can see them."""
         self._decoder = decoder
         self._sharded = sharded
         self._alone = alone
@@ -41,7 +44,7 @@ class Repeat:
         assert call.output_gradient is not None
         names, parameters = zip(*layer.named_parameters(), strict=True)
         log = ProductLog()
-        with log, forcing_routes(layer, capture.routes_MK):
+        with nullcontext() if self.compiled else log, forcing_routes(layer, capture.routes_MK):
             output, gradients = run(
                 lambda x: layer(x, call.inputs[1]), call.inputs[0], call.output_gradient, parameters
             )
