@@ -121,7 +121,7 @@ def our_step(directory: Path, *, compiled: bool, dtype: torch.dtype = torch.floa
     if compiled:
         decoder.leave_experts_eager()
         decoder.compile()
-    forward = DistributedDataParallel(decoder, broadcast_buffers=False) if ranks > 1 else decoder
+    forward = DistributedDataParallel(decoder, forward_sync_buffers=False) if ranks > 1 else decoder
 
     def step(tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> float:
         losses = forward(tokens_BT, labels_BT, mtp=False)
