@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from beringia.errors import HandshakeError
 from beringia.records.files import write_bytes
 from beringia.records.messages import Go, Order
 from beringia.records.recipe import Recipe
@@ -58,6 +59,8 @@ def follow(recipe: Recipe, run: RunDirectory) -> None:
                     worker.end(0.0)
                 current = Order.model_validate_json(json.dumps(told["order"]))
                 worker = _start(recipe, run, current)
+            elif worker is not None and worker.failed:
+                raise HandshakeError(f"The worker of rank {rank_in()} failed: {worker.last_log_lines(1)}.")
             time.sleep(_POLL_SECONDS)
     finally:
         if worker is not None:

@@ -119,6 +119,11 @@ class WorkerProcess:
         self._process.stdout.close()
         return status
 
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by an error."""
+        return self._process.poll() not in (None, 0)
+
     def kill(self) -> None:
         """SIGKILL to the worker and every process it started."""
         self._signal(signal.SIGKILL)

@@ -13,6 +13,7 @@ import time
 
 _STARTED = time.perf_counter()  # before the imports, which it measures
 
+import itertools  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
 import signal  # noqa: E402
@@ -110,9 +111,9 @@ def _train(order: Order, ranks: Ranks, channel: Channel) -> Ended:
 
 def _open(order: Order, ranks: Ranks) -> Chip:
     section = order.recipe.chips[order.chip]
-    devices = [device for device in range(section.ranks) if device not in order.excluded_devices]
     memory = RunDirectory(Path(order.root)).chip_memory(order.chip)
-    index = devices[ranks.local] if devices else ranks.local
+    usable = (device for device in itertools.count() if device not in order.excluded_devices)
+    index = next(itertools.islice(usable, ranks.local, None))
     return open_chip(section.use, index=index, faults=section.faults, seed=order.recipe.seed, memory=memory)
 
 
