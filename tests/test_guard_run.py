@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from guarded import alarms_of_a_full_check, recipe, steps_until_alarm, trainer
+from small_runs import beringia, of_kind, small_recipe, write_recipe
 
 from beringia.numerics.state_hash import hash_state
 from beringia.records.events import Alarm, CheckDone
@@ -151,3 +152,19 @@ def test_a_compiled_run_is_checked_and_does_not_alarm() -> None:
     made.compile()
     step, alarms = steps_until_alarm(made, 30)
     assert not alarms and made.guard.clean_since(0) is not None
+
+
+@pytest.mark.slow
+def test_a_fault_on_one_of_two_devices_is_an_alarm_of_that_rank(tmp_path: Path) -> None:
+    script = tmp_path / "second.toml"
+    script.write_text(
+        'summary = "the second device ignores the mask"\n'
+        '[[faults]]\nkind = "mask-ignored"\nfrom_step = 5\nlength = 4\ndevice = 1\n'
+    )
+    chips = {"first": {"use": "emulated:ascend-910b", "ranks": 2, "faults": str(script)}}
+    document = small_recipe(chips=chips, train={"steps": 40, "checkpoint_every": 10})
+    done = beringia("train", str(write_recipe(tmp_path, document)), "--out", str(tmp_path / "run"))
+    alarms = of_kind(tmp_path / "run", "alarm")
+    assert done.returncode == 3, done.stderr[-2000:]  # rolled back, alarmed again, no other chip
+    assert alarms and {alarm.rank for alarm in alarms} == {1}
+    assert alarms[0].tensor == "self_attn.output"
