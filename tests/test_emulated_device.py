@@ -175,9 +175,7 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
 @pytest.mark.parametrize("profile", ["exact", "h800"])
-def test_attention_and_its_gradients_equal_float64_within_roundoff(
-    profile: str, mask: str, dtype: torch.dtype
-) -> None:
+def test_attention_and_its_gradients_equal_float64_within_roundoff(profile: str, mask: str, dtype: torch.dtype) -> None:
     chip = EmulatedChip(profile)
     hidden = torch.rand(9, 11, generator=torch.Generator().manual_seed(1)) > 0.3
     results = []
