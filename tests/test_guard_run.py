@@ -14,6 +14,7 @@ from small_runs import beringia, of_kind, small_recipe, write_recipe
 from beringia.numerics.state_hash import hash_state
 from beringia.records.events import Alarm, CheckDone
 from beringia.train.guard.finding import Finding
+from beringia.train.guard.spikes import FIRST_STEPS
 from beringia.train.state import live_tensors
 from beringia.train.trainer import Trainer
 
@@ -33,7 +34,7 @@ def test_every_kind_of_check_runs_and_reports_what_it_used_of_its_bound() -> Non
     made = trainer(share=0.5)
     assert made.guard is not None
     checks: list[CheckDone | Alarm] = []
-    for _ in range(60):
+    for _ in range(100):  # the spike test is told every 50 steps, once FIRST_STEPS are seen
         made.train_step()
         checks += made.guard.take_events()
     assert not [event for event in checks if isinstance(event, Alarm)]

@@ -82,7 +82,7 @@ class Spikes:
         squares_N = np.square(np.maximum(rises_WN - quantile_N, 0.0)).sum(axis=0) / number
         # The mean square of an exponential variable is twice the square of its mean; the mean of so many is uncertain
         # by one part in the root of their number, and two of these are allowed for.
-        excess_N = np.maximum(np.sqrt(squares_N / 2.0), self._least_excess_N) * (1.0 + 2.0 / math.sqrt(number))
+        excess_N = np.maximum(np.sqrt(squares_N / 2.0) * (1.0 + 2.0 / math.sqrt(number)), self._least_excess_N)
         tail = math.log((1.0 - TAIL_QUANTILE) / FALSE_ALARMS_PER_VALUE)
         self._bound_N = np.maximum(quantile_N, 0.0) + tail * excess_N
 
