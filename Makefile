@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: campaign test test-slow check bench docs size peers clean
+.PHONY: campaign test test-slow check bench docs size clean
 
 campaign: $(VENV)/installed            ## the story, end to end: runs/r2-nano/report.html
 	$(BIN)/beringia campaign recipes/r2-nano.toml

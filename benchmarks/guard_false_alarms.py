@@ -32,6 +32,7 @@ def make_trainer(
 
     from beringia.chips.open import open_chip
     from beringia.data import choose_tokenizer, open_stream
+    from beringia.memory import keep_freed_memory
     from beringia.model import load_model
     from beringia.records.recipe import parse_recipe
     from beringia.train.compute import choose_compute_dtype
@@ -39,6 +40,7 @@ def make_trainer(
     from beringia.train.ranks import Ranks
     from beringia.train.trainer import Trainer
 
+    keep_freed_memory()  # as training's worker does
     name, _, last = chip.rpartition(":")
     chip, compute = (name, last) if last in ("bfloat16", "float32") else (chip, "auto")
     document = {

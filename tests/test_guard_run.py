@@ -14,7 +14,6 @@ from small_runs import beringia, of_kind, small_recipe, write_recipe
 from beringia.numerics.state_hash import hash_state
 from beringia.records.events import Alarm, CheckDone
 from beringia.train.guard.finding import Finding
-from beringia.train.guard.spikes import FIRST_STEPS
 from beringia.train.state import live_tensors
 from beringia.train.trainer import Trainer
 

@@ -61,7 +61,7 @@ class Guard:
         mtp: bool,
     ) -> None:
         self.sites = sites_of(decoder, mtp=mtp)
-        self.seconds_in_step = 0.0
+        self.seconds_in_step = self._charged_seconds = 0.0
         self._decoder = decoder
         self._optimizer = optimizer
         self._chip = chip
@@ -95,7 +95,7 @@ class Guard:
         """Before the forward pass of step `step`: decide what is checked in it."""
         self._step = step
         self._started = time.perf_counter()
-        self.seconds_in_step = 0.0
+        self.seconds_in_step = self._charged_seconds = 0.0
         with self._timed():
             if not self._plan:
                 self._plan = self._next_block()
@@ -149,7 +149,8 @@ class Guard:
             if mtp_loss is not None:
                 numbers["mtp loss"] = mtp_loss
             self._judge_numbers(numbers | {f"gradient of {name}": norm for name, norm in group_norms.items()})
-        self._schedule.step_took(time.perf_counter() - self._started - self.seconds_in_step)
+        step_seconds = time.perf_counter() - self._started - self.seconds_in_step
+        self._schedule.step_took(step_seconds, self.seconds_in_step - self._charged_seconds)
 
     # Called by the session
 
@@ -230,7 +231,7 @@ class Guard:
         findings = judge_rest(piece, before, piece.hashes())
         seconds += time.perf_counter() - started
         self._note_all(findings, seconds)
-        self._schedule.check_took(MEMORY, seconds)
+        self._charge(MEMORY, seconds)
 
     def _judge_numbers(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -292,6 +293,10 @@ class Guard:
         yield findings
         seconds = time.perf_counter() - started
         self._note_all(findings, seconds)
+        self._charge(kind, seconds)
+
+    def _charge(self, kind: str, seconds: float) -> None:
+        self._charged_seconds += seconds
         self._schedule.check_took(kind, seconds)
 
     @contextlib.contextmanager

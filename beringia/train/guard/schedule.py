@@ -18,6 +18,9 @@ BLOCK_STEPS = 16
 LONGEST_GAP_STEPS = 96
 """A kind runs at least this often whatever it costs, so that a slow host weakens a guard but never blinds it."""
 _COSTS_REMEMBERED = 9
+AIMED = 0.8
+"""Part of the share that is planned with. The rest is for what cannot be told from the step itself: hooks that keep a
+layer's tensors, and caches that a check leaves cold."""
 _FIRST_COST = 0.1
 """Cost assumed of a kind that has not run yet, in steps."""
 
@@ -62,15 +65,19 @@ class Schedule:
 
     def __init__(self, weights: Mapping[str, float], share: float) -> None:
         self.kinds = tuple(weights)
-        self._share = share
+        self._share = AIMED * share
         self._accounts = {kind: Account(weight / sum(weights.values())) for kind, weight in weights.items()}
+        self._incomes: deque[float] = deque(maxlen=_COSTS_REMEMBERED)
         self._step_seconds: deque[float] = deque(maxlen=_COSTS_REMEMBERED)
 
-    def step_took(self, seconds: float) -> None:
-        """A step, without its checks."""
+    def step_took(self, seconds: float, frequent_seconds: float) -> None:
+        """A step without its checks, and those that belong to no account because they are in every step: they are paid
+        first."""
+        income = self._share * seconds - frequent_seconds
+        self._incomes.append(income)
         self._step_seconds.append(seconds)
         for account in self._accounts.values():
-            account.pay_in(self._share * account.weight * seconds)
+            account.pay_in(account.weight * income)
 
     def check_took(self, kind: str, seconds: float) -> None:
         """One check."""
@@ -79,6 +86,7 @@ class Schedule:
     def plan(self) -> list[int]:
         """Bit masks of the kinds due in each of the next `BLOCK_STEPS` steps, evenly spread."""
         step_seconds = statistics.median(self._step_seconds) if self._step_seconds else 0.0
+        income = max(0.0, statistics.median(self._incomes)) if self._incomes else 0.0
         masks = [0] * BLOCK_STEPS
         surplus = 0.0
         # The first kind comes last: it gets what the others cannot use.
@@ -86,7 +94,7 @@ class Schedule:
             account = self._accounts[kind]
             if bit == 0:
                 account.credit_seconds += surplus
-            number, left = account.plan_block(self._share * account.weight * step_seconds * BLOCK_STEPS, step_seconds)
+            number, left = account.plan_block(account.weight * income * BLOCK_STEPS, step_seconds)
             surplus += left
             for turn in range(number):
                 # Kinds begin at different steps of the block, so that few steps carry several.
