@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from beringia.errors import ModelError
-from beringia.model import Decoder, DecoderConfig, checkpoint_tensors, initialise, load_model, preset, save_model
+from beringia.model import Decoder, checkpoint_tensors, initialise, load_model, preset, save_model
+from beringia.model.hugging_face_config import config_from_document, document_of
 
 TINY = replace(preset("r2-nano"), hidden_size=16, intermediate_size=24, moe_intermediate_size=8, vocab_size=20)
 
@@ -73,7 +74,7 @@ def test_names_on_disk_are_those_of_deepseek(tmp_path: Path) -> None:
 
 
 def test_config_carries_what_vllm_needs() -> None:
-    document = preset("r2-micro").to_hugging_face()
+    document = document_of(preset("r2-micro"))
     assert document["topk_method"] == "noaux_tc"
     assert document["scoring_func"] == "sigmoid"
     assert document["architectures"] == ["DeepseekV3ForCausalLM"]
@@ -86,7 +87,7 @@ def test_saving_over_something_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DecoderConfig, "to_hugging_face", lambda *_: {"not JSON": object()})
+    monkeypatch.setattr("beringia.model.hugging_face.document_of", lambda *_: {"not JSON": object()})
     with pytest.raises(TypeError):
         save_model(tiny(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -174,13 +175,13 @@ def test_a_vocabulary_other_than_the_tokenizers_is_refused(tmp_path: Path) -> No
 )
 def test_a_setting_that_is_not_computed_here_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError, match=named):
-        DecoderConfig.from_hugging_face(TINY.to_hugging_face() | settings)
+        config_from_document(document_of(TINY) | settings)
 
 
 def test_sliding_window_is_refused() -> None:
     document = {"model_type": "qwen2", "use_sliding_window": True, "vocab_size": 8, "hidden_size": 8}
     with pytest.raises(ModelError, match="use_sliding_window"):
-        DecoderConfig.from_hugging_face(document)
+        config_from_document(document)
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_a_checkpoint_without_the_multi_token_layer_loads_without_it(tmp_path: P
 
 
 def test_published_and_new_spelling_of_rotary_settings_are_the_same() -> None:
-    published = preset("deepseek-v3").to_hugging_face()
+    published = document_of(preset("deepseek-v3"))
     scaling = published.pop("rope_scaling")
     new = published | {"rope_parameters": {**scaling, "rope_theta": published.pop("rope_theta")}}
-    assert DecoderConfig.from_hugging_face(new) == preset("deepseek-v3")
+    assert config_from_document(new) == preset("deepseek-v3")

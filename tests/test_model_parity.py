@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from beringia.model import Decoder, DecoderConfig, load_model, save_model
+from beringia.model import Decoder, load_model, save_model
+from beringia.model.hugging_face_config import config_from_document, document_of
 
 # Relative error of a float64 run: unit roundoff 2^-53 times 10^4, which stands for some 100 dependent operations, each
 # a sum of about 100 terms, all rounding the same way.
@@ -172,4 +173,4 @@ def test_transformers_reads_what_we_save(name: str, tmp_path: Any) -> None:
         assert torch.equal(value, wanted[tensor]), tensor
     tokens, _ = batch()
     assert torch.equal(again(tokens, use_cache=False).logits, theirs(tokens, use_cache=False).logits)
-    assert DecoderConfig.from_hugging_face(ours.config.to_hugging_face()) == ours.config
+    assert config_from_document(document_of(ours.config)) == ours.config

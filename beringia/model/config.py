@@ -7,7 +7,7 @@ does not compute, is in `hugging_face_config.py`. Reads and writes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal
 
 Family = Literal["deepseek_v3", "llama", "qwen2", "qwen3"]
 
@@ -85,16 +85,3 @@ class DecoderConfig:
     def is_sparse(self, index: int) -> bool:
         """Whether layer `index` routes its tokens to experts."""
         return self.latent and index >= self.first_k_dense_replace
-
-    @classmethod
-    def from_hugging_face(cls, document: dict[str, Any]) -> Self:
-        """Read a parsed `config.json`. Raises ModelError for a family or a setting that is not computed here."""
-        from beringia.model.hugging_face_config import read_document
-
-        return cls(**read_document(document))
-
-    def to_hugging_face(self, dtype: str = "float32") -> dict[str, Any]:
-        """The `config.json` that transformers and vLLM read; `dtype` is the one the weights are stored in."""
-        from beringia.model.hugging_face_config import write_document
-
-        return write_document(self, dtype)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from beringia.errors import ModelError
 from beringia.model.config import DecoderConfig
 from beringia.model.decoder import Decoder
+from beringia.model.hugging_face_config import config_from_document, document_of
 from beringia.model.presets import PRESETS, preset
 from beringia.records.files import publish_directory, reporting_full_disk, write_text
 
@@ -115,7 +116,7 @@ def read_config(directory: Path) -> DecoderConfig:
         document = json.loads(path.read_text())
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}.") from None
-    return DecoderConfig.from_hugging_face(document)
+    return config_from_document(document)
 
 
 def _load_preset(name: str, seed: int, vocabulary_size: int | None) -> Decoder:
@@ -202,7 +203,7 @@ def save_model(
     aside.mkdir()
     try:
         _write_shards(decoder, aside, dtype, max_shard_bytes)
-        document = decoder.config.to_hugging_face(str(dtype).removeprefix("torch."))
+        document = document_of(decoder.config, str(dtype).removeprefix("torch."))
         write_text(aside / "config.json", json.dumps(document, indent=2) + "\n")
         publish_directory(aside, final)
     finally:

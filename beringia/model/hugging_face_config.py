@@ -9,12 +9,10 @@ first, which every reader knows.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from beringia.errors import ModelError
-
-if TYPE_CHECKING:
-    from beringia.model.config import DecoderConfig, RopeConfig
+from beringia.model.config import DecoderConfig, RopeConfig
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -75,8 +73,8 @@ SILENT: dict[str, dict[str, Any]] = {
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
-def read_document(document: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `DecoderConfig` from a parsed `config.json`. Raises ModelError naming what cannot be used."""
+def config_from_document(document: dict[str, Any]) -> DecoderConfig:
+    """The config that a parsed `config.json` states. Raises ModelError naming what is not computed here."""
     family = _family(document)
     _refuse_unsupported(document)
     document = {**SILENT[family], **{key: value for key, value in document.items() if value is not None}}
@@ -92,11 +90,11 @@ def read_document(document: dict[str, Any]) -> dict[str, Any]:
     if family == "deepseek_v3":
         values["num_nextn_predict_layers"] = _mtp_layers(document)
     _check_shapes(values)
-    return values
+    return DecoderConfig(**values)
 
 
-def write_document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """`config.json` for a decoder whose weights are stored as `dtype`."""
+def document_of(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The `config.json` that transformers and vLLM read; `dtype` is the one the weights are stored in."""
     names = COMMON + TOKENS + ("num_key_value_heads",) + (DEEPSEEK if config.latent else ("head_dim",))
     document: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.family]],
@@ -142,8 +140,6 @@ def _refuse_unsupported(document: dict[str, Any]) -> None:
 
 
 def _require(values: dict[str, Any], document: dict[str, Any], family: str) -> None:
-    from beringia.model.config import DecoderConfig
-
     sizes = [
         f.name for f in fields(DecoderConfig) if f.name in COMMON and f.name.endswith(("_size", "layers", "heads"))
     ]
@@ -193,8 +189,6 @@ def _check_routing(values: dict[str, Any]) -> None:
 
 
 def _read_rope(document: dict[str, Any]) -> RopeConfig:
-    from beringia.model.config import RopeConfig
-
     settings = dict(document.get("rope_parameters") or document.get("rope_scaling") or {})
     kind = settings.pop("rope_type", settings.pop("type", "default"))
     settings.pop("type", None)

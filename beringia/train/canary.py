@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from beringia.records.events import Canary
 from beringia.train import sharding
-from beringia.train.compute import UNIT_ROUNDOFF
-
-if TYPE_CHECKING:
-    from beringia.train.session import Session
+from beringia.train.trainer import Trainer
 
 PERTURBED_REPLAYS = 2
 
@@ -37,25 +34,39 @@ FLOOR = 1e-6
 hundred unit roundoffs of float32, the accumulated rounding of the weights' own float32 update over a replay."""
 
 
-def run_canary(session: Session, from_step: int | None, to_step: int) -> Canary:
-    """Replay on the session's chip and judge. Leaves the live state anywhere: load a checkpoint afterwards."""
+@dataclass(frozen=True)
+class Replay:
+    """The recorded steps, and how to take them again."""
+
+    trainer: Trainer
+    place: Callable[[int | None], object]
+    """Puts a checkpoint (None: the initial state) into the trainer's live tensors."""
+    beat: Callable[[], None]
+    """Called after every step: a replay is no hang."""
+    from_step: int | None
+    to_step: int
+    roundoff: float
+    """Unit roundoffs of both chips' products together."""
+
+
+def run_canary(replay: Replay) -> Canary:
+    """Replay on the trainer's chip and judge. Leaves the live state anywhere: load a checkpoint afterwards."""
     started = time.perf_counter()
-    before = _weights_at(session, from_step)
-    recorded = _weights_at(session, to_step)
-    replayed = _replay(session, from_step, to_step, None)
-    roundoff = _roundoffs(session)
-    perturbed = [_replay(session, from_step, to_step, (roundoff, seed)) for seed in range(PERTURBED_REPLAYS)]
+    before = _weights_at(replay, replay.from_step)
+    recorded = _weights_at(replay, replay.to_step)
+    replayed = _weights_after(replay, None)
+    perturbed = [_weights_after(replay, seed) for seed in range(PERTURBED_REPLAYS)]
     update = _distance(recorded, before)
     difference = _distance(replayed, recorded) / update
     noise = [_distance(one, replayed) / update for one in perturbed]
     band = max(BAND_FACTOR * max(noise), FLOOR)
     passed = difference <= band  # NaN is not
     return Canary(
-        from_step=from_step or 0,
-        to_step=to_step,
+        from_step=replay.from_step or 0,
+        to_step=replay.to_step,
         difference=difference if difference == difference else None,
         band=band,
-        parts={"roundoff": roundoff, **{f"perturbed_replay_{n}": value for n, value in enumerate(noise)}},
+        parts={"roundoff": replay.roundoff, **{f"perturbed_replay_{n}": value for n, value in enumerate(noise)}},
         passed=passed,
         seconds=time.perf_counter() - started,
         message=_judgement(passed, difference, band),
@@ -71,49 +82,36 @@ def _judgement(passed: bool, difference: float, band: float) -> str:
     )
 
 
-def _replay(
-    session: Session, from_step: int | None, to_step: int, noise: tuple[float, int] | None
-) -> list[torch.Tensor]:
+def _weights_after(replay: Replay, perturbation_seed: int | None) -> list[torch.Tensor]:
     """Weights after the replayed steps, float32 copies on the device (local shards)."""
-    session.place(from_step)
-    trainer = session.trainer
-    if noise is not None:
-        trainer.while_computing = lambda: _perturbed(session, *noise)
+    replay.place(replay.from_step)
+    trainer = replay.trainer
+    if perturbation_seed is not None:
+        trainer.while_computing = lambda: _perturbed(trainer, replay.roundoff, perturbation_seed)
     try:
-        while trainer.step < to_step:
+        while trainer.step < replay.to_step:
             trainer.train_step()
-            session.channel.beat()
+            replay.beat()
     finally:
-        trainer.while_computing = _undisturbed
-    return _weights(session)
+        trainer.while_computing = nullcontext
+    return _weights(trainer)
 
 
-def _weights_at(session: Session, step: int | None) -> list[torch.Tensor]:
-    session.place(step)
-    return _weights(session)
+def _weights_at(replay: Replay, step: int | None) -> list[torch.Tensor]:
+    replay.place(step)
+    return _weights(replay.trainer)
 
 
-def _weights(session: Session) -> list[torch.Tensor]:
-    return [sharding.local(parameter).detach().clone() for parameter in session.trainer.decoder.parameters()]
-
-
-def _roundoffs(session: Session) -> float:
-    old = session.order.canary_compute_dtype or "float32"
-    new = str(session.compute_dtype).removeprefix("torch.")
-    return UNIT_ROUNDOFF[old] + UNIT_ROUNDOFF[new]
+def _weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [sharding.local(parameter).detach().clone() for parameter in trainer.decoder.parameters()]
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _perturbed(session: Session, roundoff: float, seed: int) -> Iterator[None]:
+def _perturbed(trainer: Trainer, roundoff: float, seed: int) -> Iterator[None]:
     """Move each weight by a random relative error up to `roundoff` for one forward and backward pass."""
-    parameters = [sharding.local(parameter) for parameter in session.trainer.decoder.parameters()]
+    parameters = [sharding.local(parameter) for parameter in trainer.decoder.parameters()]
     saved = [parameter.detach().clone() for parameter in parameters]
-    generator = torch.Generator().manual_seed(session.recipe.seed * 1_000_003 + session.trainer.step * 101 + seed)
+    generator = torch.Generator().manual_seed(trainer.recipe.seed * 1_000_003 + trainer.step * 101 + seed)
     with torch.no_grad():
         for parameter in parameters:
             relative = torch.empty(parameter.shape).uniform_(-roundoff, roundoff, generator=generator)

@@ -30,9 +30,9 @@ from beringia.records.manifest import CheckpointManifest
 from beringia.records.messages import Order
 from beringia.records.run_directory import RunDirectory
 from beringia.train import sharding
-from beringia.train.canary import run_canary
+from beringia.train.canary import Replay, run_canary
 from beringia.train.channel import Channel
-from beringia.train.compute import choose_compute_dtype, reason_not_to_compile
+from beringia.train.compute import UNIT_ROUNDOFF, choose_compute_dtype, reason_not_to_compile
 from beringia.train.evaluation import evaluate
 from beringia.train.guard import Guard
 from beringia.train.ranks import Ranks
@@ -281,7 +281,17 @@ class Session:
 
     def _replay_canary(self) -> None:
         assert self.order.resume_step is not None and self.order.canary_from is not None
-        canary = run_canary(self, self.order.canary_from or None, self.order.resume_step)
+        dtypes = self.order.canary_compute_dtype or "float32", str(self.compute_dtype).removeprefix("torch.")
+        canary = run_canary(
+            Replay(
+                trainer=self.trainer,
+                place=self.place,
+                beat=self.channel.beat,
+                from_step=self.order.canary_from or None,
+                to_step=self.order.resume_step,
+                roundoff=sum(UNIT_ROUNDOFF[dtype] for dtype in dtypes),
+            )
+        )
         if self.ranks.first:
             self.channel.event(canary)
         if not canary.passed:
