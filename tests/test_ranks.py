@@ -24,6 +24,18 @@ def losses(run: Path) -> list[float]:
     return [event.loss for event in of_kind(run, "step")]
 
 
+def inside_torchrun(recipe: Path, run: Path) -> subprocess.CompletedProcess[str]:
+    """The same command in two ranks that torchrun starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "beringia"]
+    return subprocess.run(
+        [*command, "train", str(recipe), "--out", str(run)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("one")
@@ -71,18 +83,26 @@ def test_a_lost_device_of_two_is_left_out_and_the_state_goes_to_the_remaining_on
 
 @pytest.mark.slow
 def test_the_same_command_runs_inside_an_environment_that_torchrun_has_set_up(one_rank: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, small_recipe(train=STEPS))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "beringia"]
-    done = subprocess.run(
-        [*command, "train", str(recipe), "--out", str(tmp_path / "run")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = inside_torchrun(write_recipe(tmp_path, small_recipe(train=STEPS)), tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]
     assert of_kind(tmp_path / "run", "chip")[0].ranks == 2
     assert losses(tmp_path / "run") == pytest.approx(losses(one_rank), abs=SAME_LOSS)
+
+
+@pytest.mark.slow
+def test_a_fault_of_another_rank_inside_torchrun_is_recorded_by_its_own_code(one_rank: Path, tmp_path: Path) -> None:
+    script = tmp_path / "once.toml"
+    script.write_text(
+        'summary = "the second device fails once, at step 6"\n'
+        '[[faults]]\nkind = "exception"\nat_step = 6\nonce = true\ncode = "507014"\ndevice = 1\n'
+    )
+    chips = {"first": {"use": "emulated:ascend-910b", "faults": str(script)}}
+    recipe = write_recipe(tmp_path, small_recipe(chips=chips, train=STEPS | {"compute": "float32"}))
+    done = inside_torchrun(recipe, tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "507014" in [event.code for event in of_kind(tmp_path / "run", "fault")]
+    assert of_kind(tmp_path / "run", "step")[-1].step == 12
+    assert {event.action for event in of_kind(tmp_path / "run", "decision")} == {"start", "retry"}
 
 
 def test_a_slurm_environment_says_which_rank_this_is() -> None:

@@ -59,6 +59,10 @@ class RunDirectory:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    def rank_report(self, epoch: int, rank: int) -> Path:
+        """Events of another rank's worker, on their way to the supervisor."""
+        return self.root / "ranks" / f"{epoch}-{rank}.jsonl"
+
     def chip_memory(self, label: str) -> Path:
         """What an emulated chip remembers across processes (which one-time faults have struck)."""
         return self.root / "chips" / f"{label}.json"

@@ -2,7 +2,8 @@
 
 `torchrun --nproc-per-node=8 -m beringia train recipe.toml` starts the same command in every rank. The first is the
 run's supervisor, as ever, and its worker is rank 0. The others find its orders in the run directory, which all of
-them see, and start a worker of their own for each; when a new order appears, the worker of the old one is ended.
+them see, and start a worker of their own for each; when a new order appears, the worker of the old one is ended. What
+their workers report lies in a file a rank, which the first rank's supervisor reads.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from beringia.errors import HandshakeError
 from beringia.records.files import write_bytes
-from beringia.records.messages import Go, Order
+from beringia.records.jsonl import JsonLinesWriter, read_lines
+from beringia.records.messages import EventLine, FromWorker, Go, Order
 from beringia.records.recipe import Recipe
 from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory
@@ -49,6 +51,7 @@ def follow(recipe: Recipe, run: RunDirectory) -> None:
     """Carry out the first rank's orders until it says that the run is over."""
     current: Order | None = None
     worker: WorkerProcess | None = None
+    messages: Iterator[FromWorker | None] = iter(())
     try:
         while True:
             told = _read(run.root / _FOLLOWED)
@@ -59,12 +62,44 @@ def follow(recipe: Recipe, run: RunDirectory) -> None:
                     worker.end(0.0)
                 current = Order.model_validate_json(json.dumps(told["order"]))
                 worker = _start(recipe, run, current)
+                messages = _passing_on(worker, run.rank_report(current.epoch, rank_in()))
             elif worker is not None and worker.failed:
                 raise HandshakeError(f"The worker of rank {rank_in()} failed: {worker.last_log_lines(1)}.")
-            time.sleep(_POLL_SECONDS)
+            if next(messages, None) is None:
+                time.sleep(_POLL_SECONDS)
     finally:
         if worker is not None:
             worker.end(_END_SECONDS)
+
+
+class RankReports:
+    """What the workers of the other ranks report under one epoch, for the first rank's supervisor."""
+
+    def __init__(self, run: RunDirectory, epoch: int) -> None:
+        self._directory = run.rank_report(epoch, 0).parent
+        self._pattern = f"{epoch}-*.jsonl" if _job() is not None else None
+        self._read_to: dict[Path, int] = {}
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """Events that were not told before; none outside of torchrun's and Slurm's environments."""
+        if self._pattern is None:
+            return
+        for path in sorted(self._directory.glob(self._pattern)):
+            for offset, event in read_lines(path, self._read_to.get(path, 0)):
+                self._read_to[path] = offset
+                yield event
+
+
+def _passing_on(worker: WorkerProcess, report: Path) -> Iterator[FromWorker | None]:
+    """The worker's messages; its events are written to the report on the way."""
+    writer = JsonLinesWriter(report)
+    try:
+        for message in worker.messages(_POLL_SECONDS):
+            if isinstance(message, EventLine):
+                writer.append(message.event, durable=True)
+            yield message
+    finally:
+        writer.close()
 
 
 def _start(recipe: Recipe, run: RunDirectory, order: Order) -> WorkerProcess:

@@ -34,7 +34,7 @@ from beringia.records.run_directory import RunDirectory
 from beringia.supervise.crossing import CrossingInProgress
 from beringia.supervise.decide import Situation, decide, read_situation
 from beringia.supervise.event_log import EventLog
-from beringia.supervise.follower import follow, lead, rank_in
+from beringia.supervise.follower import RankReports, follow, lead, rank_in
 from beringia.supervise.lock import RunLock
 from beringia.supervise.remote_root import open_root
 from beringia.supervise.run_files import discard_abandoned, prepare_run
@@ -165,6 +165,7 @@ class _WorkerWatch:
         self._root = open_root(self._label, self._chip, self._run)
         self._order = _order(self._recipe, situation, self._log.history, self._root.root, epoch)
         self._crossing = CrossingInProgress.of(self._log.history, situation, decided_at)
+        self._other_ranks = RankReports(self._run, epoch)
         self._progress_at = time.monotonic()
         self._stepping = False
         self._told_to_stop: float | None = None
@@ -182,6 +183,7 @@ class _WorkerWatch:
                 if message is not None:
                     self._progress_at = time.monotonic()
                     self._receive(message, worker)
+                self._hear_other_ranks(worker)
                 if self._check_patience(worker) or self._ended is not None:
                     break
         except BaseException:
@@ -189,7 +191,12 @@ class _WorkerWatch:
             raise
         finally:
             status = worker.end(_END_SECONDS if self._ended is not None else 0.0)
+        self._hear_other_ranks(worker)  # this rank may only have felt what another one knows the cause of
         return self._outcome(worker, status)
+
+    def _hear_other_ranks(self, worker: WorkerProcess) -> None:
+        for event in self._other_ranks.new():
+            self._record(parse_event(event), worker)
 
     def _receive(self, message: FromWorker, worker: WorkerProcess) -> None:
         match message:

@@ -51,7 +51,7 @@ def check_launcher(label: str, chip: ChipSection) -> None:
 
 
 class WorkerProcess:
-    """One running worker. Reads are by `messages()`, which yields None when a second passed in silence."""
+    """One running worker. Reads are by `messages()`, which yields None when a while passed in silence."""
 
     def __init__(self, label: str, chip: ChipSection, order: Order, log: Path) -> None:
         self.label = label
@@ -85,12 +85,12 @@ class WorkerProcess:
             self._process.stdin.write(message.model_dump_json().encode() + b"\n")
             self._process.stdin.flush()
 
-    def messages(self) -> Iterator[FromWorker | None]:
-        """Messages until the worker closes its output; None after each second of silence."""
+    def messages(self, silence_seconds: float = 1.0) -> Iterator[FromWorker | None]:
+        """Messages until the worker closes its output; None after each `silence_seconds` without one."""
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         while True:
-            if not self._selector.select(timeout=1.0):
+            if not self._selector.select(timeout=silence_seconds):
                 yield None
                 continue
             block = os.read(descriptor, _READ_BYTES)
