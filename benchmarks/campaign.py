@@ -5,7 +5,7 @@
 Must hold: at most 8 minutes, exit status 0, a transient retry, a rollback, the crossing with equal state hashes,
 held-out loss within the band of the uninterrupted run, sampled accuracy above chance by its 95 % interval.
 
-The band: the held-out losses of uninterrupted runs with other seeds (three by default) scatter with a standard
+The band: the held-out losses of uninterrupted runs with other seeds (five by default) scatter with a standard
 deviation s; the campaign's loss may differ from their mean by Student's t at 99 % times s sqrt(1 + 1/n), a prediction
 interval.
 """
@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line")
     parser.add_argument("--recipe", default=str(Path(__file__).parents[1] / "recipes" / "r2-nano.toml"))
-    parser.add_argument("--seeds", type=int, default=3, help="uninterrupted runs")
+    parser.add_argument("--seeds", type=int, default=5, help="uninterrupted runs")
     options = parser.parse_args()
     result = {
         "benchmark": "campaign",

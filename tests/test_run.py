@@ -107,6 +107,18 @@ def test_sigterm_ends_in_a_checkpoint_and_the_same_command_goes_on(uninterrupted
     assert of_kind(run, "checkpoint")[-1].step == of_kind(run, "step")[-1].step
     assert beringia("train", recipe, "--out", str(run)).returncode == 0
     assert final_hash(run) == final_hash(uninterrupted)
+    assert not of_kind(run, "fallback")
+
+
+def test_a_chip_that_comes_back_with_other_settings_is_told(uninterrupted: Path, tmp_path: Path) -> None:
+    recipe, run = str(uninterrupted / "recipe.toml"), tmp_path / "run"
+    with start("train", recipe, "--out", str(run)) as supervisor:
+        _wait_for_step(run, 2)
+        supervisor.send_signal(signal.SIGTERM)
+        supervisor.communicate()
+    assert beringia("train", recipe, "--out", str(run), OMP_NUM_THREADS="2").returncode == 0
+    told = [event for event in of_kind(run, "fallback") if event.what == "chip identity"]
+    assert len(told) == 1 and told[0].asked != told[0].used and "threads" in told[0].asked
 
 
 def test_a_second_supervisor_is_refused_and_the_first_is_not_disturbed(uninterrupted: Path, tmp_path: Path) -> None:

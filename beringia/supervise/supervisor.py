@@ -22,12 +22,14 @@ from beringia.records.events import (
     ChipOpened,
     Decision,
     Event,
+    Fallback,
     Fault,
     RunFinished,
     RunStarted,
     StepDone,
     parse_event,
 )
+from beringia.records.identity import ChipIdentity
 from beringia.records.messages import Ended, EventLine, FromWorker, Go, Heartbeat, Hello, Order, Stop
 from beringia.records.recipe import ChipSection, Recipe
 from beringia.records.run_directory import RunDirectory
@@ -213,8 +215,11 @@ class _WorkerWatch:
                 pass
 
     def _record(self, event: AnyEvent, worker: WorkerProcess) -> None:
+        earlier = _last_opened(self._log.history, self._label)
         stamped = self._log.append(event, epoch=self._epoch, chip=self._label)
         match stamped:
+            case ChipOpened() if earlier is not None and earlier.identity_hash != stamped.identity_hash:
+                self._append(_another_chip(earlier.identity, stamped.identity))
             case CheckpointWritten() | CheckpointTrusted():
                 self._root.fetch_checkpoint(stamped.step)
             case StepDone():
@@ -307,6 +312,19 @@ def _order(recipe: Recipe, situation: Situation, history: Sequence[AnyEvent], ro
 
 
 def _compute_dtype(history: Sequence[AnyEvent], label: str | None) -> str | None:
-    opened = (event for event in reversed(history) if isinstance(event, ChipOpened) and event.chip == label)
-    last = next(opened, None)
+    last = _last_opened(history, label)
     return last.compute_dtype if last is not None else None
+
+
+def _last_opened(history: Sequence[AnyEvent], label: str | None) -> ChipOpened | None:
+    opened = (event for event in reversed(history) if isinstance(event, ChipOpened) and event.chip == label)
+    return next(opened, None)
+
+
+def _another_chip(before: ChipIdentity, now: ChipIdentity) -> Fallback:
+    """What differs in the identity of a chip that goes by the same label."""
+    fields = [{**identity.model_dump(exclude={"switches"}), **identity.switches} for identity in (before, now)]
+    names = sorted(name for name in fields[0].keys() | fields[1].keys() if fields[0].get(name) != fields[1].get(name))
+    asked, used = (", ".join(f"{name} {field.get(name, 'absent')}" for name in names) for field in fields)
+    reason = "the chip under this label is not as it was; the run goes on, but not bitwise as it would have"
+    return Fallback(what="chip identity", asked=asked, used=used, reason=reason)
