@@ -114,6 +114,16 @@ def test_a_product_of_operands_that_cancel_is_not_held_to_what_no_sum_can_keep()
     assert not judge_product("here", Product("product", left, right, None, left @ right), 0).alarming
 
 
+def test_products_of_a_single_term_are_sound_whatever_the_signs() -> None:
+    """An expert that one token reaches has such gradients; what the projection itself rounds, all rows share there."""
+    generator = torch.Generator().manual_seed(0)
+    used = []
+    for seed in range(500):
+        left, right = torch.randn(32, 1, generator=generator), torch.randn(1, 32, generator=generator)
+        used.append(judge_product("here", Product("product", left, right, None, left @ right), seed).used)
+    assert max(used) < 0.5
+
+
 def test_the_log_notes_products_of_both_passes_and_batches() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     weight = torch.randn(8, 6, requires_grad=True)

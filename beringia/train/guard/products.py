@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beringia.model.layers import precise
 from beringia.numerics.metrics import accumulation_floor, rounding_floor
+from beringia.numerics.replay import REFERENCE_DTYPE
 from beringia.train.guard.finding import Finding
 
 PROJECTION_ALLOWED = 2.0
@@ -68,7 +69,8 @@ class ProductLog(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
 def judge_product(site: str, product: Product, seed: int) -> Finding:
     """Project one product with random signs drawn from `seed`."""
-    wide = precise(product.result.dtype)
+    # Wider than the products: the projection of a product of one term has errors that all rows share.
+    wide = REFERENCE_DTYPE[product.result.dtype]
     left, right, result = (tensor.detach().cpu().to(wide) for tensor in (product.left, product.right, product.result))
     signs = random_signs(right.shape[-1], torch.Generator().manual_seed(seed)).to(wide).unsqueeze(-1)
     expected = left @ (right @ signs)

@@ -8,7 +8,10 @@ experts; of the norms and products beside it; at the head also the gradient that
 replay in the chip's storage dtype, one rounding at every operation, has the error `noise`. The bound is
 `NOISE_ALLOWED` times that, and never below what storing the result and adding up the longest product may cost
 (`numerics.metrics`). The noise is remembered for a site and measured again every `NOISE_VISITS` visits, and whenever
-a tensor exceeds the remembered bound: only a tensor that also exceeds the bound of this very sample alarms.
+a tensor exceeds the remembered bound. One replay is one draw of the roundings, and where a sample's gradients nearly
+cancel, draws differ by more than any factor allows for: a tensor that exceeds the bound of this very sample, too, is
+held against the largest of `CONFIRMING_REPLAYS` further draws, whose inputs are moved by up to a rounding. Only what
+exceeds that alarms.
 
 T tokens, D hidden, V vocabulary, K experts a token.
 """
@@ -45,10 +48,13 @@ LARGEST_ALLOWED = 2.0 * NOISE_ALLOWED
 """The largest of some thousand errors is itself uncertain by a factor of two from one draw of the roundings to
 another."""
 NOISE_VISITS = 8
+CONFIRMING_REPLAYS = 8
+"""Further draws before an alarm. A ninth draw of one distribution is the largest of nine in one case of nine, and then
+the factors above still stand between it and the bound."""
 DETECTOR = "layer-shadow"
 
 Tensors = dict[str, torch.Tensor]
-Cut = Callable[[torch.Tensor], torch.Tensor]
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,10 @@ class Noise:
 
     relative: float
     largest: float
+
+    def or_larger(self, other: Noise) -> Noise:
+        """The larger of both, each by itself."""
+        return Noise(max(self.relative, other.relative), max(self.largest, other.largest))
 
 
 class Shadow:
@@ -77,11 +87,14 @@ class Shadow:
         visits = self._visits[seen.site] = self._visits.get(seen.site, -1) + 1
         fresh = visits % NOISE_VISITS == 0
         if fresh:
-            self._measure_noise(seen, replica, reference)
-        findings = self._compare(seen, reference)
-        if not fresh and any(finding.alarming for finding in findings):
-            self._measure_noise(seen, replica, reference)
-            findings = self._compare(seen, reference)
+            self._noise[seen.site] = _noise(seen, replica, reference)
+        findings = self._compare(seen, reference, self._noise[seen.site])
+        if not fresh and _alarming(findings):
+            self._noise[seen.site] = _noise(seen, replica, reference)
+            findings = self._compare(seen, reference, self._noise[seen.site])
+        if _alarming(findings):
+            largest = _largest_noise(seen, replica, reference, self._noise[seen.site], sample)
+            findings = self._compare(seen, reference, largest)
         return findings
 
     def _replica(
@@ -93,23 +106,45 @@ class Shadow:
         place(replica, _as_used(replica, weights, rounded, dtype))
         return replica
 
-    def _measure_noise(self, seen: _Sample, replica: nn.Module, reference: Tensors) -> None:
-        # float64 has nothing wider to be compared with: float32's error, scaled by the ratio of their unit roundoffs.
-        dtype = torch.float32 if seen.dtype == torch.float64 else seen.dtype
-        scale = UNIT_ROUNDOFF[seen.dtype] / UNIT_ROUNDOFF[dtype]
-        rounded = seen.replay(replica, dtype)
-        errors = {name: difference(rounded[name], reference[name]) for name in reference}
-        self._noise[seen.site] = {
-            name: Noise(scale * error.relative, scale * error.largest) for name, error in errors.items()
-        }
-
-    def _compare(self, seen: _Sample, reference: Tensors) -> list[Finding]:
-        noise = self._noise[seen.site]
+    def _compare(self, seen: _Sample, reference: Tensors, noise: Mapping[str, Noise]) -> list[Finding]:
         length = longest_product(self._decoder)
         return [
             judge_tensor(seen.site, name, seen.tensors[name], reference[name], noise[name], seen.dtype, length)
             for name in _in_order(reference)
         ]
+
+
+def _alarming(findings: list[Finding]) -> bool:
+    return any(finding.alarming for finding in findings)
+
+
+def _noise(
+    seen: _Sample, replica: nn.Module, reference: Tensors, change: Change = lambda tensor: tensor
+) -> dict[str, Noise]:
+    """Errors of one replay in the chip's storage dtype, its inputs changed first."""
+    # float64 has nothing wider to be compared with: float32's error, scaled by the ratio of their unit roundoffs.
+    dtype = torch.float32 if seen.dtype == torch.float64 else seen.dtype
+    scale = UNIT_ROUNDOFF[seen.dtype] / UNIT_ROUNDOFF[dtype]
+    rounded = seen.replay(replica, dtype, change)
+    errors = {name: difference(rounded[name], reference[name]) for name in reference}
+    return {name: Noise(scale * error.relative, scale * error.largest) for name, error in errors.items()}
+
+
+def _largest_noise(
+    seen: _Sample, replica: nn.Module, reference: Tensors, noise: dict[str, Noise], seed: int
+) -> dict[str, Noise]:
+    """The largest errors of several draws: replays whose inputs and output gradients are moved by up to a rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    roundoff = UNIT_ROUNDOFF[torch.float32 if seen.dtype == torch.float64 else seen.dtype]
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        wide = tensor.to(REFERENCE_DTYPE[tensor.dtype])
+        return wide * (1.0 + torch.empty_like(wide).uniform_(-roundoff, roundoff, generator=generator))
+
+    for _ in range(CONFIRMING_REPLAYS):
+        drawn = _noise(seen, replica, reference, move)
+        noise = {name: one.or_larger(drawn[name]) for name, one in noise.items()}
+    return noise
 
 
 _FORWARD = ("enorm", "hnorm", "eh_proj", "self_attn", "mlp", LAYER, "shared_head.norm", "norm", "lm_head")
@@ -187,18 +222,22 @@ class _Sample:
         self._labels, self._scale = capture.labels_BT, capture.loss_scale
         self.tensors = self._seen()
 
-    def replay(self, replica: nn.Module, dtype: torch.dtype) -> Tensors:
-        """The judged tensors, from the replica computing in `dtype`."""
+    def replay(self, replica: nn.Module, dtype: torch.dtype, change: Change = lambda tensor: tensor) -> Tensors:
+        """The judged tensors, from the replica computing in `dtype`; inputs and output gradients are changed first."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return change(self._cut(tensor)).to(dtype)
+
         found: Tensors = {}
         if LAYER in self._calls:
-            found |= self._replay_layer(replica, dtype)
+            found |= self._replay_layer(replica, own)
         for name in self._single_parts():
             call = self._calls[name]
             part = replica.get_submodule(name)
-            output, gradients = run(part, self._cut(call.inputs[0]).to(dtype), self._gradient(call).to(dtype))
+            output, gradients = run(part, own(call.inputs[0]), own(_output_gradient(call)))
             found |= _named(name, output, gradients[0])
         if self.site == HEAD:
-            found["logits.gradient"] = self._loss_gradient(self._cut(self._calls["lm_head"].output).to(dtype))
+            found["logits.gradient"] = self._loss_gradient(own(self._calls["lm_head"].output))
         return found
 
     def _seen(self) -> Tensors:
@@ -207,10 +246,10 @@ class _Sample:
             gradient = call.input_gradient
             found |= _named(name, self._cut(call.output), None if gradient is None else self._cut(gradient))
         if self.site == HEAD:
-            found["logits.gradient"] = self._gradient(self._calls["lm_head"])
+            found["logits.gradient"] = self._cut(_output_gradient(self._calls["lm_head"]))
         return found
 
-    def _replay_layer(self, replica: nn.Module, dtype: torch.dtype) -> Tensors:
+    def _replay_layer(self, replica: nn.Module, own: Change) -> Tensors:
         call = self._calls[LAYER]
         rope = tuple(table.cpu() for table in call.inputs[1])
         routes = self._routes
@@ -219,7 +258,7 @@ class _Sample:
             start = self._sample % call.output.shape[0] * tokens
             routes = routes[start : start + tokens].cpu()
         with Taps(inner_parts(replica), lambda tensor: tensor) as taps, forcing_routes(replica, routes):
-            run(lambda x: replica(x, rope), self._cut(call.inputs[0]).to(dtype), self._gradient(call).to(dtype))
+            run(lambda x: replica(x, rope), own(call.inputs[0]), own(_output_gradient(call)))
         calls = {name: taps.calls[name][0] for name in ("self_attn", "mlp", LAYER)}
         found: Tensors = {}
         for name, inner in calls.items():
@@ -245,9 +284,10 @@ class _Sample:
         start = self._sample % tensor.shape[0]
         return tensor[start : start + 1].cpu()
 
-    def _gradient(self, call: Call) -> torch.Tensor:
-        assert call.output_gradient is not None
-        return self._cut(call.output_gradient)
+
+def _output_gradient(call: Call) -> torch.Tensor:
+    assert call.output_gradient is not None
+    return call.output_gradient
 
 
 def _last_pass(calls: Mapping[str, list[Call]]) -> dict[str, Call]:
