@@ -48,9 +48,9 @@ LARGEST_ALLOWED = 2.0 * NOISE_ALLOWED
 """The largest of some thousand errors is itself uncertain by a factor of two from one draw of the roundings to
 another."""
 NOISE_VISITS = 8
-CONFIRMING_REPLAYS = 8
-"""Further draws before an alarm. A ninth draw of one distribution is the largest of nine in one case of nine, and then
-the factors above still stand between it and the bound."""
+CONFIRMING_REPLAYS = 16
+"""Further draws before an alarm. Another draw from the same distribution exceeds the largest of these in one case of
+seventeen, and then the factors above still stand between it and the bound."""
 DETECTOR = "layer-shadow"
 
 Tensors = dict[str, torch.Tensor]
