@@ -103,8 +103,3 @@ def copy_whole(source: torch.Tensor, live: torch.Tensor) -> None:
         live.to_local().copy_(part.to_local())
     else:
         live.copy_(source)
-
-
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

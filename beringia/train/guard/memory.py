@@ -13,7 +13,7 @@ import torch
 
 from beringia.numerics.state_hash import hash_tensor
 from beringia.train.guard.finding import Finding
-from beringia.train.sharding import own_part
+from beringia.train.sharding import local
 
 PIECE_ELEMENTS = 1 << 18
 """One MiB of float32: a visit costs two readings of it."""
@@ -31,7 +31,7 @@ class Stretch:
     def hash(self) -> int:
         """Of the bits that they have now. On the host: one MiB crosses any bus faster than a device runs the hash's
         many small operators."""
-        part = own_part(self.tensor.detach()).reshape(-1)[self.start : self.start + PIECE_ELEMENTS]
+        part = local(self.tensor.detach()).reshape(-1)[self.start : self.start + PIECE_ELEMENTS]
         return hash_tensor(part, self.name)
 
 
@@ -51,7 +51,7 @@ def pieces_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[Piece, ...]:
     pieces: list[list[Stretch]] = []
     room = 0
     for name, tensor in tensors:
-        length = own_part(tensor).numel()
+        length = local(tensor).numel()
         for start in range(0, length, PIECE_ELEMENTS):
             taken = min(PIECE_ELEMENTS, length - start)
             if taken > room:

@@ -18,7 +18,7 @@ from torch import nn
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.train.guard.finding import Finding
-from beringia.train.sharding import own_part
+from beringia.train.sharding import local
 
 SLICE_ELEMENTS = 16384
 ELEMENTARY_ULPS = 4
@@ -47,7 +47,7 @@ def look(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter, d
     """Remember a drawn slice before the update; None for a tensor that has no gradient in this step."""
     if parameter.grad is None:
         return None
-    length = own_part(parameter).numel()
+    length = local(parameter).numel()
     start = draw % max(1, length - SLICE_ELEMENTS + 1) if length else 0
     state = optimizer.state[parameter]
     tensors = {"w": parameter, "g": parameter.grad, "m": state["exp_avg"], "v": state["exp_avg_sq"]}
@@ -75,7 +75,7 @@ def judge(optimizer: torch.optim.Optimizer, before: Before) -> list[Finding]:
 
 def _slices(tensors: Mapping[str, torch.Tensor], start: int) -> Numbers:
     return {
-        key: own_part(tensor.detach()).reshape(-1)[start : start + SLICE_ELEMENTS].cpu().to(torch.float64)
+        key: local(tensor.detach()).reshape(-1)[start : start + SLICE_ELEMENTS].cpu().to(torch.float64)
         for key, tensor in tensors.items()
     }
 
