@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beringia.records.events import (
@@ -309,6 +309,7 @@ def test_trouble_without_progress_always_ends(kinds: list[str]) -> None:
     assert last_decision(_play_any(acts, recipe())).action == "stop"
 
 
+@example([written(1), trusted(1), fault("device-lost")])
 @given(st.lists(_EVENTS, max_size=40))
 def test_lost_steps_are_never_negative(acts: list[Any]) -> None:
     for event in _play_any([*acts, "decide"], recipe()):

@@ -89,6 +89,11 @@ class Situation:
         """The trusted checkpoint before the newest trusted one; 0, the initial state, where there is none."""
         return max((step for step in self.trusted & self.complete.keys() if step != self.newest_trusted), default=0)
 
+    def steps_after(self, checkpoint: int | None) -> int:
+        """Steps done since `checkpoint`; None is the initial state. A worker may die before it told of a step whose
+        checkpoint is complete: none is lost then."""
+        return max(0, self.step - (checkpoint or 0))
+
 
 def read_situation(history: Sequence[AnyEvent]) -> Situation:
     """Fold the events into a situation."""
@@ -168,7 +173,7 @@ def _cross(situation: Situation, recipe: Recipe, reason: str) -> Decision:
         reason=reason,
         to_chip=left[0],
         to_step=target,
-        lost_steps=situation.step - (target or 0),
+        lost_steps=situation.steps_after(target),
     )
 
 
@@ -179,7 +184,7 @@ def _go_back(situation: Situation, action: str, reason: str, step: int | None) -
             "reason": reason,
             "to_chip": situation.chip,
             "to_step": step,
-            "lost_steps": max(0, situation.step - (step or 0)),
+            "lost_steps": situation.steps_after(step),
         }
     )
 
