@@ -80,9 +80,11 @@ try:
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).double().sum().item()
         for name, tensor in state.items()
     }
-    store.close()
 except BeringiaError as error:
     result["error"] = [type(error).__name__, str(error)]
+finally:
+    # An open store keeps its gloo group alive into the end of the interpreter, where torch may abort the process.
+    store.close()
 print(json.dumps(result), flush=True)
 if ranks > 1:
     dist.destroy_process_group()

@@ -35,7 +35,7 @@ def test_checks_take_what_is_aimed_at_and_no_more(share: float) -> None:
 
 
 def test_what_every_step_does_is_paid_out_of_the_same_share() -> None:
-    found, ran = simulate(0.01, {"shadow": 0.004}, 4000, frequent=0.0004)
+    found, ran = simulate(0.01, {"shadow": 0.004}, 4000, frequent=AIMED * 0.01 * STEP / 2)
     _, more = simulate(0.01, {"shadow": 0.004}, 4000)
     assert 0.9 * AIMED * 0.01 < found <= 1.02 * AIMED * 0.01
     assert len(ran["shadow"]) == pytest.approx(len(more["shadow"]) / 2, rel=0.1)

@@ -22,6 +22,7 @@ import sys  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import FrameType  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -56,7 +57,7 @@ def _start_ranks(order: Order) -> int:
     return subprocess.run([*command, "-m", "beringia.train.worker"], env=environment, check=False).returncode
 
 
-def _work(order: Order, ranks: Ranks) -> int:
+def _work(order: Order, ranks: Ranks) -> NoReturn:
     channel = Channel(rank=ranks.rank)
     channel.listen()
     _note_signals(channel)
@@ -72,12 +73,11 @@ def _work(order: Order, ranks: Ranks) -> int:
         raise
     if ranks.first or ended.why != "done":
         channel.send(ended)
-    if ranks.count == 1:
-        # All is written and said; taking the interpreter down would only keep the supervisor waiting (1.5 s).
-        sys.stderr.flush()
-        os._exit(0)
     sharding.leave()
-    return 0
+    # All is written and said. Taking the interpreter down would only keep the supervisor waiting (1.5 s), and torch may
+    # abort there over a gloo group that something still holds.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _train(order: Order, ranks: Ranks, channel: Channel) -> Ended:
