@@ -38,14 +38,20 @@ def one_by_one(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, weights:
     return torch.stack(rows)
 
 
-@given(num_rows=st.integers(1, 12), num_chosen=st.integers(1, 4), seed=st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
-def test_no_token_is_dropped_however_uneven_the_loads(num_rows: int, num_chosen: int, seed: int) -> None:
+@given(
+    num_rows=st.integers(1, 12),
+    num_chosen=st.integers(1, 4),
+    unit=st.sampled_from([1, 4, 32]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_token_is_dropped_however_uneven_the_loads(num_rows: int, num_chosen: int, unit: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     experts = Experts(replace(preset("r2-nano"), hidden_size=6, moe_intermediate_size=4)).double()
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(generator=generator)
+    experts.unit = lambda *_: unit  # type: ignore[method-assign]
     x = torch.randn(num_rows, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     # Squared uniform numbers lean to the first experts; some get nothing, one may get everything.
     preference = torch.rand(num_rows, 8, generator=generator) ** 2 - torch.arange(8) * 0.1
@@ -62,14 +68,26 @@ def test_no_token_is_dropped_however_uneven_the_loads(num_rows: int, num_chosen:
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
-@given(seed=st.integers(0, 10**6), num_rows=st.integers(1, 40))
+@given(seed=st.integers(0, 10**6), num_rows=st.integers(1, 40), unit=st.sampled_from([1, 3, 32]))
 @settings(max_examples=30, deadline=None)
-def test_sorting_by_expert_keeps_every_assignment(seed: int, num_rows: int) -> None:
+def test_sorting_by_expert_keeps_every_assignment(seed: int, num_rows: int, unit: int) -> None:
     chosen = torch.rand(num_rows, 5, generator=torch.Generator().manual_seed(seed)).topk(2).indices
-    row, place = sort_by_expert(chosen)
+    row, place, places = sort_by_expert(chosen, 5, unit)
     assert torch.equal(row[place], torch.arange(num_rows).unsqueeze(1).expand(-1, 2))
-    expert_in_order = torch.empty(2 * num_rows, dtype=torch.int64).scatter(0, place.flatten(), chosen.flatten())
-    assert torch.equal(expert_in_order, chosen.flatten().sort().values)
+    expert_of_place = torch.arange(5).repeat_interleave(torch.tensor(places))
+    assert torch.equal(expert_of_place[place], chosen)
+    assert len(place.unique()) == 2 * num_rows
+    assert all(
+        number % unit == 0 and number - load in range(unit)
+        for number, load in zip(places, chosen.flatten().bincount(minlength=5).tolist(), strict=True)
+    )
+
+
+def test_rows_are_filled_up_in_short_formats_and_only_where_they_are_many() -> None:
+    experts = Experts(preset("r2-nano"))  # 8 experts
+    many, few = torch.zeros(256, 2, dtype=torch.int64), torch.zeros(255, 2, dtype=torch.int64)
+    assert experts.unit(many, torch.bfloat16) == 64
+    assert experts.unit(few, torch.bfloat16) == experts.unit(many, torch.float32) == 1
 
 
 def test_the_correction_bias_moves_the_choice_but_not_the_weights() -> None:

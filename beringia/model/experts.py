@@ -7,7 +7,7 @@ into one tensor an expert on disk.
 The choice of experts can be recorded and forced, because a replay in float64 must follow the chip's own choices: near a
 tie another choice is not an error of arithmetic.
 
-M rows (tokens), D hidden, E experts, K experts a token, A = M K assignments, F expert width.
+M rows (tokens), D hidden, E experts, K experts a token, A = M K assignments, P places for them, F expert width.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ from torch.nn import functional as F
 
 from beringia.model.config import DecoderConfig
 from beringia.model.layers import FeedForward, precise
+
+UNIT = 64
+"""Rows: an expert's are filled up to a multiple of it in `UNIT_FORMATS`, whose products are compiled anew for every
+shape (oneDNN on CPUs) or want aligned sizes (matrix units); how many rows an expert has changes with every step."""
+UNIT_FORMATS = (torch.bfloat16, torch.float16)
 
 
 class Router(nn.Module):
@@ -61,50 +66,63 @@ class Router(nn.Module):
         return weights_MK * self.scaling
 
 
-def sort_by_expert(chosen_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The row of each assignment when assignments are sorted by expert (A), and where each one went (M K)."""
-    order_A = chosen_MK.flatten().argsort(stable=True)
-    place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
-    return order_A // chosen_MK.shape[1], place_A.view_as(chosen_MK)
+def sort_by_expert(
+    chosen_MK: torch.Tensor, num_experts: int, unit: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Places for all assignments, sorted by expert: the row of each place (P), the place of each assignment (M K), and
+    how many places each expert has, a multiple of `unit`. A place that is left over holds row 0."""
+    expert_A = chosen_MK.flatten()
+    arange_A = torch.arange(len(expert_A), device=expert_A.device)
+    rank_A = torch.empty_like(expert_A).scatter_(0, expert_A.argsort(stable=True), arange_A)
+    load_E = count(expert_A, num_experts)
+    left_over_E = -load_E % unit
+    place_A = rank_A + (left_over_E.cumsum(0) - left_over_E)[expert_A]
+    # The sizes of the products depend on the data: the host waits for the device here, once.
+    places = (load_E + left_over_E).tolist()
+    row_P = expert_A.new_zeros(sum(places)).scatter_(0, place_A, arange_A // chosen_MK.shape[1])
+    return row_P, place_A.view_as(chosen_MK), places
 
 
-def gather_sum(x_AD: torch.Tensor, place_MK: torch.Tensor) -> torch.Tensor:
+def gather_sum(x_PD: torch.Tensor, place_MK: torch.Tensor) -> torch.Tensor:
     """For each row the sum over its K assignments."""
-    return x_AD.index_select(0, place_MK.flatten()).view(*place_MK.shape, -1).sum(1)
+    return x_PD.index_select(0, place_MK.flatten()).view(*place_MK.shape, -1).sum(1)
 
 
 class Dispatch(torch.autograd.Function):
     """Copies each row to its K places. Its adjoint is a gather too: no atomic additions, the same sum on every run."""
 
     @staticmethod
-    def forward(ctx: Any, x_MD: torch.Tensor, row_A: torch.Tensor, place_MK: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x_MD: torch.Tensor, row_P: torch.Tensor, place_MK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(place_MK)
-        return x_MD.index_select(0, row_A)
+        return x_MD.index_select(0, row_P)
 
     @staticmethod
-    def backward(ctx: Any, grad_AD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_PD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (place_MK,) = ctx.saved_tensors
-        return gather_sum(grad_AD, place_MK), None, None
+        return gather_sum(grad_PD, place_MK), None, None
 
 
 class Combine(torch.autograd.Function):
-    """Sums each row's K places: the adjoint of `Dispatch`, and the other way round."""
+    """Sums each row's K places: the adjoint of `Dispatch`, and the other way round.
+
+    A place that is left over gets the gradient of row 0, which is multiplied with its weight of 0.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_AD: torch.Tensor, row_A: torch.Tensor, place_MK: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(row_A)
-        return gather_sum(x_AD, place_MK)
+    def forward(ctx: Any, x_PD: torch.Tensor, row_P: torch.Tensor, place_MK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(row_P)
+        return gather_sum(x_PD, place_MK)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (row_A,) = ctx.saved_tensors
-        return grad_MD.index_select(0, row_A), None, None
+        (row_P,) = ctx.saved_tensors
+        return grad_MD.index_select(0, row_P), None, None
 
 
-def grouped_linear(x_AD: torch.Tensor, weight_EFD: torch.Tensor, loads: list[int]) -> torch.Tensor:
-    """Rows sorted by expert, each multiplied with its expert's matrix; `loads` says how many rows each expert has."""
-    weights = weight_EFD.to(x_AD.dtype).unbind(0)
-    return torch.cat([F.linear(x, weight) for x, weight in zip(torch.split(x_AD, loads), weights, strict=True)])
+def grouped_linear(x_PD: torch.Tensor, weight_EFD: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """Rows sorted by expert, each multiplied with its expert's matrix; `places` says how many rows each expert has."""
+    weights = weight_EFD.to(x_PD.dtype).unbind(0)
+    return torch.cat([F.linear(x, weight) for x, weight in zip(torch.split(x_PD, places), weights, strict=True)])
 
 
 class Experts(nn.Module):
@@ -120,17 +138,19 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
     def forward(self, x_MD: torch.Tensor, chosen_MK: torch.Tensor, weights_MK: torch.Tensor) -> torch.Tensor:
-        # The sizes of the products depend on the data: the host waits for the device here, once.
-        loads = count(chosen_MK.flatten(), self.num_experts).tolist()
-        row_A, place_MK = sort_by_expert(chosen_MK)
-        x_AD: torch.Tensor = Dispatch.apply(x_MD, row_A, place_MK)  # type: ignore[no-untyped-call]  # untyped in torch
-        gate_AF, up_AF = grouped_linear(x_AD, self.gate_up_proj, loads).chunk(2, dim=-1)
+        row_P, place_MK, places = sort_by_expert(chosen_MK, self.num_experts, self.unit(chosen_MK, x_MD.dtype))
+        x_PD: torch.Tensor = Dispatch.apply(x_MD, row_P, place_MK)  # type: ignore[no-untyped-call]  # untyped in torch
+        gate_PF, up_PF = grouped_linear(x_PD, self.gate_up_proj, places).chunk(2, dim=-1)
         # An assignment's weight commutes with the linear down projection, and F is smaller than D.
-        weight_A = weights_MK.new_empty(len(row_A)).scatter(0, place_MK.flatten(), weights_MK.flatten())
-        h_AF = F.silu(gate_AF) * up_AF * weight_A.unsqueeze(-1).to(x_MD.dtype)
-        out_AD = grouped_linear(h_AF, self.down_proj, loads)
-        out_MD: torch.Tensor = Combine.apply(out_AD, row_A, place_MK)  # type: ignore[no-untyped-call]  # untyped in torch
+        weight_P = weights_MK.new_zeros(len(row_P)).scatter(0, place_MK.flatten(), weights_MK.flatten())
+        h_PF = F.silu(gate_PF) * up_PF * weight_P.unsqueeze(-1).to(x_MD.dtype)
+        out_PD = grouped_linear(h_PF, self.down_proj, places)
+        out_MD: torch.Tensor = Combine.apply(out_PD, row_P, place_MK)  # type: ignore[no-untyped-call]  # untyped in torch
         return out_MD
+
+    def unit(self, chosen_MK: torch.Tensor, dtype: torch.dtype) -> int:
+        """What each expert's rows are filled up to a multiple of; nothing where that could more than double them."""
+        return UNIT if dtype in UNIT_FORMATS and chosen_MK.numel() >= UNIT * self.num_experts else 1
 
 
 def count(expert_A: torch.Tensor, num_experts: int) -> torch.Tensor:
