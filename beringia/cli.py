@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from beringia import __version__
 from beringia.errors import BeringiaError, RecipeError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _LOG_COLUMNS = 100
 
 app = typer.Typer(
-    help="Carries a language model across the gap between accelerator vendors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,6 +38,21 @@ SetOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Run directory; default runs/<name>.", show_default=False)
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"beringia {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def beringia(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Carries a language model across the gap between accelerator vendors."""
 
 
 @app.command()
@@ -138,7 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of click's usage errors: a bug, with its traceback
             raise
-        _explain(error.format_message(), type(error).__name__, "--json" in arguments)
+        if error.format_message():  # empty where no verb was given: typer has shown the help then
+            _explain(error.format_message(), type(error).__name__, "--json" in arguments)
         sys.exit(2)
 
 
