@@ -12,6 +12,7 @@ from beringia.records.events import (
     Alarm,
     AnyEvent,
     Canary,
+    CheckDone,
     CheckpointRejected,
     CheckpointTrusted,
     CheckpointWritten,
@@ -23,7 +24,7 @@ from beringia.records.events import (
     StepDone,
 )
 from beringia.records.recipe import Recipe, parse_recipe
-from beringia.supervise.decide import decide, read_situation
+from beringia.supervise.decide import decide, read_situation, remember
 
 CHIPS = ("first", "second", "third")
 
@@ -58,6 +59,10 @@ def trusted(number: int) -> CheckpointTrusted:
 
 def alarm(number: int, site: str = "layers.0") -> Alarm:
     return Alarm(step=number, detector="shadow", site=site, tensor="output", value=2.0, bound=1.0, message="wrong")
+
+
+def check(number: int) -> CheckDone:
+    return CheckDone(step=number, detector="shadow", site="layers.0", tensor="output", value=0.5, bound=1.0, seconds=0)
 
 
 def fault(category: Any, number: int | None = None) -> Fault:
@@ -247,6 +252,7 @@ def test_a_stopped_run_goes_on() -> None:
 _STEPS = st.integers(1, 400)
 _EVENTS = st.one_of(
     _STEPS.map(step),
+    _STEPS.map(check),
     _STEPS.map(written),
     _STEPS.map(trusted),
     st.builds(alarm, _STEPS, st.sampled_from(["layers.0", "layers.1", "model"])),
@@ -315,3 +321,21 @@ def test_lost_steps_are_never_negative(acts: list[Any]) -> None:
     for event in _play_any([*acts, "decide"], recipe()):
         if isinstance(event, Decision):
             assert event.lost_steps >= 0
+
+
+@given(st.lists(_EVENTS, max_size=40))
+def test_what_is_remembered_of_a_history_decides_as_the_whole_does(acts: list[Any]) -> None:
+    remembered: list[AnyEvent] = []
+    whole = _play_any(acts, recipe())
+    for event in whole:
+        remember(remembered, event)
+    assert read_situation(remembered) == read_situation(whole)
+    assert decide(remembered, recipe()) == decide(whole, recipe())
+
+
+def test_what_is_remembered_does_not_grow_with_the_steps() -> None:
+    remembered: list[AnyEvent] = []
+    for number in range(1, 1001):
+        remember(remembered, step(number))
+        remember(remembered, check(number))
+    assert remembered == [step(1000)]

@@ -38,9 +38,13 @@ class JsonLinesWriter:
         self._file.close()
 
     def _cut_torn_line(self) -> None:
-        content = self.path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            self._file.truncate(content.rfind(b"\n") + 1)
+        with open(self.path, "rb") as written:
+            if written.seek(0, os.SEEK_END) == 0:
+                return
+            written.seek(-1, os.SEEK_END)
+            if written.read() == b"\n":
+                return
+        self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -25,6 +25,7 @@ from beringia.records.events import (
     Alarm,
     AnyEvent,
     Canary,
+    CheckDone,
     CheckpointRejected,
     CheckpointTrusted,
     CheckpointWritten,
@@ -101,6 +102,18 @@ def read_situation(history: Sequence[AnyEvent]) -> Situation:
     for event in history:
         _fold(situation, event)
     return situation
+
+
+def remember(history: list[AnyEvent], event: AnyEvent) -> None:
+    """Add an event to a history as far as `read_situation` looks at it: of checks nothing, of steps in a row the last.
+
+    A history kept this way grows with what happens to a run, not with its steps.
+    """
+    if isinstance(event, CheckDone):
+        return
+    if isinstance(event, StepDone) and history and isinstance(history[-1], StepDone):
+        history.pop()
+    history.append(event)
 
 
 def decide(history: Sequence[AnyEvent], recipe: Recipe) -> Decision | None:

@@ -1,4 +1,4 @@
-"""The run's `events.jsonl` as the supervisor keeps it: the history in memory, and the file that it appends to."""
+"""The run's `events.jsonl` as the supervisor keeps it: the file it appends to, and in memory what decisions need."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from beringia.records.events import AnyEvent, CheckDone, Event, StepDone, parse_event
 from beringia.records.jsonl import JsonLinesWriter, read_lines
 from beringia.records.run_directory import RunDirectory
+from beringia.supervise.decide import remember
 
 # Lost in a power cut without harm: later lines of the same kind say the same.
 _NOT_DURABLE = (StepDone, CheckDone)
@@ -18,23 +19,26 @@ class EventLog:
     """Reads what is there, then appends. The caller holds the run's lock."""
 
     def __init__(self, run: RunDirectory, on_event: Callable[[AnyEvent], None] | None = None) -> None:
-        self._history: list[AnyEvent] = [parse_event(line) for _, line in read_lines(run.events)]
+        self._history: list[AnyEvent] = []
+        self._length = 0
+        for _, line in read_lines(run.events):
+            self._keep(parse_event(line))
         self._writer = JsonLinesWriter(run.events)
         self._on_event = on_event
 
     @property
     def history(self) -> Sequence[AnyEvent]:
-        """All events so far, in order."""
+        """The events so far that `decide` looks at, in order."""
         return self._history
 
     def append(self, event: Event, *, epoch: int, chip: str | None = None) -> AnyEvent:
         """Number, date and write an event; returns it as written."""
         stamped: dict[str, Any] = event.model_dump(mode="json")
-        stamped |= {"sequence": len(self._history), "time": time.time(), "epoch": epoch}
+        stamped |= {"sequence": self._length, "time": time.time(), "epoch": epoch}
         stamped["chip"] = stamped["chip"] or chip
         parsed = parse_event(stamped)
         self._writer.append(stamped, durable=not isinstance(parsed, _NOT_DURABLE))
-        self._history.append(parsed)
+        self._keep(parsed)
         if self._on_event is not None:
             self._on_event(parsed)
         return parsed
@@ -42,3 +46,7 @@ class EventLog:
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
+
+    def _keep(self, event: AnyEvent) -> None:
+        remember(self._history, event)
+        self._length += 1

@@ -215,7 +215,7 @@ class _WorkerWatch:
                 pass
 
     def _record(self, event: AnyEvent, worker: WorkerProcess) -> None:
-        earlier = _last_opened(self._log.history, self._label)
+        earlier = _last_opened(self._log.history, self._label) if isinstance(event, ChipOpened) else None
         stamped = self._log.append(event, epoch=self._epoch, chip=self._label)
         match stamped:
             case ChipOpened() if earlier is not None and earlier.identity_hash != stamped.identity_hash:
