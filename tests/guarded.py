@@ -68,7 +68,7 @@ def alarms_of_a_full_check(made: Trainer) -> list[Alarm]:
     """What checking every site once, with the weights as they are, finds."""
     assert made.guard is not None
     made.guard.take_events()
-    made.closing_checks()
+    made.check_sites(made.guard.sites)
     return [event for event in made.guard.take_events() if isinstance(event, Alarm)]
 
 

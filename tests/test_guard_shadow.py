@@ -32,7 +32,7 @@ def test_sound_arithmetic_stays_below_half_of_every_bound(dtype: torch.dtype) ->
     for _ in range(3):
         assert alarms_of_a_full_check(made) == []
         made.train_step()
-    made.closing_checks()
+    made.check_sites(made.guard.sites)
     checks = [event for event in made.guard.take_events() if isinstance(event, CheckDone)]
     shadows = [event for event in checks if event.detector == "layer-shadow"]
     assert len(shadows) >= len(made.guard.sites)

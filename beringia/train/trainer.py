@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -115,11 +115,10 @@ class Trainer:
         self.cursor += self.recipe.train.batch
         return self._result(sums, norm, norms_G, rate, started)
 
-    def closing_checks(self) -> None:
-        """Check every site with the weights as they are, in the pass of a step that is not taken."""
-        if self.guard is None:
-            return
-        self.guard.demand_all()
+    def check_sites(self, sites: Sequence[str]) -> None:
+        """Have the guard check these sites with the weights as they are, in the pass of a step that is not taken."""
+        assert self.guard is not None, "there is a guard to ask"
+        self.guard.demand(sites)
         self.guard.begin_step(self.step + 1)
         with self.while_computing():
             self._accumulate_gradients()

@@ -71,7 +71,7 @@ class Guard:
         self._plan: list[int] = []
         self._due: tuple[str, ...] = ()
         self._turns = dict.fromkeys(WEIGHTS, 0)
-        self._all_demanded = False
+        self._demanded: Sequence[str] = ()
         self._shadow = Shadow(decoder)
         self._repeat = Repeat(decoder, sharded=sharding == "fsdp2", alone=ranks.count == 1)
         self._captures: list[tuple[str, Capture]] = []
@@ -113,8 +113,8 @@ class Guard:
             for kind, capture in self._captures:
                 self._check_site(kind, capture)
         self._captures = []
-        if self._all_demanded:
-            self._all_demanded = False
+        if self._demanded:
+            self._demanded = ()
             self._exchange([])
 
     def before_update(self) -> None:
@@ -176,9 +176,9 @@ class Guard:
         """Parts of the layers are compiled from now on; their hooks stay outside the compiled code."""
         self._repeat.compiled = True
 
-    def demand_all(self) -> None:
-        """Check every site in the next step, whatever it costs."""
-        self._all_demanded = True
+    def demand(self, sites: Sequence[str]) -> None:
+        """Check these sites in the next step, and no others, whatever it costs."""
+        self._demanded = sites
 
     # Checks
 
@@ -246,8 +246,8 @@ class Guard:
     # Planning
 
     def _sites_due(self) -> list[tuple[str, str]]:
-        if self._all_demanded:
-            return [(SHADOW, site) for site in self.sites]
+        if self._demanded:
+            return [(SHADOW, site) for site in self._demanded]
         due = []
         if SHADOW in self._due:
             due.append((SHADOW, self._turn(SHADOW, self.sites)))
