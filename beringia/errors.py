@@ -12,6 +12,7 @@ BeringiaError                     1  our fault, or something nobody foresaw
 ├── Inconclusive                  4  too little evidence for a verdict
 ├── CheckpointDamaged             2  a checkpoint file is missing, truncated or altered; names the file
 ├── StorageFull                   2  the disk filled up; the run stops at its last complete checkpoint
+├── TransferFailed                1  state did not get to a chip's machine, or from it; the supervisor tries again
 └── StaleEpoch                    1  another supervisor has taken over this run; this process must not publish
 """
 
@@ -80,6 +81,10 @@ class StorageFull(BeringiaError):
     """The disk filled up while a file was being written."""
 
     exit_code = 2
+
+
+class TransferFailed(BeringiaError):
+    """State did not get to a chip's machine, or from it."""
 
 
 class StaleEpoch(BeringiaError):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
-from small_runs import beringia, events, of_kind, small_recipe, write_recipe
+from small_runs import beringia, events, of_kind, small_recipe, start, write_recipe
 
 PERSISTENT = """
 summary = "attention's backward is wrong from step 45 on"
@@ -113,6 +115,44 @@ def test_a_new_chip_that_computes_wrongly_is_refused_by_the_canary_and_the_next_
     assert (refused.chip, refused.passed, passed.chip, passed.passed) == ("second", False, "third", True)
     assert refused.difference > refused.band
     assert not [event for event in of_kind(tmp_path / "run", "step") if event.chip == "second"]
+
+
+@pytest.mark.slow
+def test_a_machine_that_goes_away_in_mid_run_is_tried_again_and_then_left(tmp_path: Path) -> None:
+    gone, process = tmp_path / "gone", tmp_path / "process"
+    launcher = tmp_path / "launcher"
+    launcher.write_text(
+        f"#!/bin/sh\n[ -e {gone} ] && {{ echo 'node7: no route to host' >&2; exit 255; }}\n"
+        f'case "$*" in *train.worker*) echo $$ > {process};; esac\nexec "$@"\n'
+    )
+    launcher.chmod(launcher.stat().st_mode | stat.S_IXUSR)
+    chips = {
+        "far": {"use": "emulated:h800", "launch": [str(launcher)], "root": str(tmp_path / "far")},
+        "near": {"use": "cpu"},
+    }
+    document = small_recipe(
+        chips=chips,
+        train={"prefer": ["far", "near"], "steps": 60, "checkpoint_every": 10},
+        supervise={"transient_retries": 2, "restart_seconds": 0.2},
+        guard={"share": 0.5},
+    )
+    run = tmp_path / "run"
+    with start("train", str(write_recipe(tmp_path, document)), "--out", str(run)) as running:
+        while not ((run / "events.jsonl").exists() and len(of_kind(run, "trusted")) >= 2):
+            assert running.poll() is None, running.communicate()
+            time.sleep(0.05)
+        gone.touch()
+        os.kill(int(process.read_text()), signal.SIGKILL)
+        _, errors = running.communicate()
+    assert running.returncode == 0, errors
+    decisions = of_kind(run, "decision")
+    assert [decision.action for decision in decisions] == ["start", "retry", "retry", "cross"]
+    assert [fault.code for fault in of_kind(run, "fault")] == ["exit", "unreachable", "unreachable"]
+    assert "no route to host" in decisions[-1].reason
+    (crossing,) = of_kind(run, "crossing")
+    assert crossing.state_hash_before == crossing.state_hash_after != ""
+    trusted_far_away = [event.step for event in of_kind(run, "trusted") if event.chip == "far"]
+    assert crossing.step == decisions[-1].to_step == max(trusted_far_away)
 
 
 @pytest.mark.slow

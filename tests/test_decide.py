@@ -16,6 +16,7 @@ from beringia.records.events import (
     CheckpointRejected,
     CheckpointTrusted,
     CheckpointWritten,
+    ChipOpened,
     Crossing,
     Decision,
     Fault,
@@ -23,6 +24,7 @@ from beringia.records.events import (
     RunStarted,
     StepDone,
 )
+from beringia.records.identity import ChipIdentity
 from beringia.records.recipe import Recipe, parse_recipe
 from beringia.supervise.decide import decide, read_situation, remember
 
@@ -67,6 +69,21 @@ def check(number: int) -> CheckDone:
 
 def fault(category: Any, number: int | None = None) -> Fault:
     return Fault(step=number, code="507014", category=category, message="aicore timeout")
+
+
+def opened() -> ChipOpened:
+    identity = ChipIdentity(
+        vendor="v", sku="s", truth="real", driver="d", runtime="r", torch="t", plugin="p", switches={}
+    )
+    return ChipOpened(
+        asked="cpu",
+        used="cpu",
+        identity=identity,
+        identity_hash=identity.hash,
+        ranks=1,
+        compute_dtype="float32",
+        sharding="none",
+    )
 
 
 def canary(passed: bool) -> Canary:
@@ -124,6 +141,16 @@ def test_the_fourth_transient_fault_within_the_window_crosses() -> None:
     history = play(*story)
     actions = [event.action for event in history if isinstance(event, Decision)]
     assert actions == ["start", "retry", "retry", "retry", "cross"]
+
+
+def test_a_machine_that_stays_away_is_left_and_one_that_answers_again_starts_afresh() -> None:
+    away = Fault(step=None, code="unreachable", category="transient", message="no route to host")
+    history = play(written(50), trusted(50), step(60), away, "decide", away, "decide")
+    assert read_situation(history).unanswered == 2
+    assert read_situation([*history, opened()]).unanswered == 0
+    left = play(written(50), trusted(50), step(60), *[away, "decide"] * 4)
+    assert (last_decision(left).action, last_decision(left).to_step) == ("cross", 50)
+    assert read_situation(left).unanswered == 0
 
 
 def test_transient_faults_far_apart_are_retried_for_ever() -> None:

@@ -53,7 +53,7 @@ def read_archive(stream: IO[bytes], destination: Path) -> CheckpointManifest:
     if destination.exists():
         raise RunError(f"{destination} exists already: a checkpoint is received into a new directory.")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    aside = destination.with_name(f".{destination.name}.received")
+    aside = destination.with_name(f".{destination.name.removeprefix('.')}.received")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with reporting_full_disk(destination):

@@ -7,6 +7,7 @@
     checkpoints/.step-000400.7.tmp/     being written under epoch 7, or left behind by a writer that died
     checkpoints/.step-000400.replaced/  an older checkpoint of the same step, about to go
     checkpoints/.step-000400.deleted/   a pruned checkpoint, about to go
+    checkpoints/.step-000400.received/  being received from another machine (`archive.py`)
 
 Loading tensors is `store.py`'s part.
 """
@@ -34,8 +35,8 @@ MANIFEST_DIGEST = "manifest.json.sha256"
 TRUST = "trusted.json"
 
 _STEP = re.compile(r"step-(\d{6,})")
-_PARTIAL = re.compile(r"\.step-\d{6,}\.(\d+)\.tmp")
-_LEAVING = re.compile(r"\.(step-\d{6,})\.(replaced|deleted)")
+_PARTIAL = re.compile(r"\.step-\d{6,}\.(\d+)\.tmp(\.received)?")
+_LEAVING = re.compile(r"\.(step-\d{6,})\.(replaced|deleted|received)")
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,8 @@ class Fault(Event):
     kind: Literal["fault"] = "fault"
     step: int | None
     code: str
-    """The vendor's code, `hang`, `exit` or `unknown`."""
+    """The vendor's code or `unknown`; of the supervisor: `hang`, `exit` (a worker died), `unreachable` (a machine no
+    longer starts one), `transfer` (state did not get there, or back)."""
     category: Literal["transient", "device-lost", "persistent", "ours"]
     message: str
 

@@ -131,6 +131,8 @@ class SuperviseSection(Record):
     """No progress for this long is a hang: the stacks of every rank are written and the worker is ended."""
     start_seconds: float = Field(default=300.0, gt=0)
     """Time a worker has to open its chip and load its state."""
+    restart_seconds: float = Field(default=5.0, ge=0)
+    """Pause before a machine that was in use and no longer answers is tried again; twice as long each time."""
     grace_seconds: float = Field(default=30.0, gt=0)
     """After SIGTERM or SIGINT, time to write a last checkpoint."""
 

@@ -8,8 +8,8 @@ The rules, in order:
 
 - an alarm of the guard: the state may be corrupt, so go back to the last *trusted* checkpoint; after
   `supervise.rollbacks` of them on one chip, at one site or without a newly trusted checkpoint in between, cross
-- a transient fault, a hang, a lost worker: try again from the newest complete checkpoint; after
-  `supervise.transient_retries` within `supervise.transient_window` steps, cross
+- a transient fault, a hang, a lost worker, a machine that no longer answers: try again from the newest complete
+  checkpoint; after `supervise.transient_retries` within `supervise.transient_window` steps, cross
 - a lost device: leave it out where other devices of the chip remain, else cross
 - a persistent fault, or a canary beyond its band: cross
 - crossing goes to the next chip of `train.prefer`, always from a trusted checkpoint or from the start; with no chip
@@ -29,6 +29,7 @@ from beringia.records.events import (
     CheckpointRejected,
     CheckpointTrusted,
     CheckpointWritten,
+    ChipOpened,
     Crossing,
     Decision,
     Fault,
@@ -37,6 +38,11 @@ from beringia.records.events import (
     StepDone,
 )
 from beringia.records.recipe import Recipe
+
+UNREACHABLE = "unreachable"
+"""Code of the fault that a worker did not start on a chip whose worker has started before."""
+TRANSFER = "transfer"
+"""Code of the fault that state did not get to the chip's machine, or from it."""
 
 
 @dataclass
@@ -60,6 +66,8 @@ class Situation:
     """Checkpoints that could not be loaded and have not been written anew."""
     transient_steps: list[int] = field(default_factory=list)
     """Steps at which transient faults struck the chip in use."""
+    unanswered: int = 0
+    """How often in a row the machine of the chip in use could not be reached."""
     rollbacks: dict[str, int] = field(default_factory=dict)
     """Rollbacks on the chip in use, by site of the alarm."""
     rollbacks_in_vain: int = 0
@@ -228,7 +236,10 @@ def _fold(situation: Situation, event: AnyEvent) -> None:
             _trouble(situation, event)
         case Alarm():
             _trouble(situation, event)
+        case ChipOpened():
+            situation.unanswered = 0
         case Fault():
+            situation.unanswered += event.code in (UNREACHABLE, TRANSFER)
             if event.category == "transient":
                 situation.transient_steps.append(event.step if event.step is not None else situation.step)
             _trouble(situation, event)
@@ -266,7 +277,7 @@ def _fold_decision(situation: Situation, decision: Decision) -> None:
         situation.chip = decision.to_chip
         situation.tried.append(decision.to_chip)
         situation.excluded, situation.transient_steps, situation.rollbacks = set(), [], {}
-        situation.rollbacks_in_vain = 0
+        situation.rollbacks_in_vain = situation.unanswered = 0
         situation.canary_due = decision.action == "cross"
     if decision.action != "stop":  # a stop that was not carried out must be decided again
         _forget_after(situation, decision)

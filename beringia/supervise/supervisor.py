@@ -14,11 +14,9 @@ from types import FrameType
 
 import beringia
 from beringia import errors
-from beringia.errors import BeringiaError, Refusal
+from beringia.errors import BeringiaError, Refusal, TransferFailed
 from beringia.records.events import (
     AnyEvent,
-    CheckpointTrusted,
-    CheckpointWritten,
     ChipOpened,
     Decision,
     Event,
@@ -34,7 +32,7 @@ from beringia.records.messages import Ended, EventLine, FromWorker, Go, Heartbea
 from beringia.records.recipe import ChipSection, Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.crossing import CrossingInProgress
-from beringia.supervise.decide import Situation, decide, read_situation
+from beringia.supervise.decide import TRANSFER, UNREACHABLE, Situation, decide, read_situation
 from beringia.supervise.event_log import EventLog
 from beringia.supervise.follower import RankReports, follow, lead, rank_in
 from beringia.supervise.lock import RunLock
@@ -42,7 +40,7 @@ from beringia.supervise.remote_root import open_root
 from beringia.supervise.run_files import discard_abandoned, prepare_run
 from beringia.supervise.worker_process import WorkerProcess, check_hello, check_launcher
 
-_COMMAND_NOT_FOUND = 127
+_POLL_SECONDS = 0.1
 
 # After a worker's last word it only has to close its device; a driver that hangs in that is killed.
 _END_SECONDS = 10.0
@@ -124,16 +122,25 @@ class Supervisor:
             self._append(decision, chip=read_situation(self._log.history).chip)
             if decision.action == "stop":
                 return self._give_up(decision)
-            finished = self._work(decision)
+            finished = self._work()
             if finished is not None:
                 return finished
 
-    def _work(self, decision: Decision) -> RunFinished | None:
+    def _work(self) -> RunFinished | None:
         """One worker's life. Returns the end of the run, or None when there is something to decide."""
         situation = read_situation(self._log.history)
+        self._pause(situation)
         epoch = self._lock.advance()
         discard_abandoned(self._run, situation, epoch)
         return _WorkerWatch(self, situation, epoch, time.monotonic()).follow()
+
+    def _pause(self, situation: Situation) -> None:
+        """Give a machine that does not answer time to come back, twice as long each time."""
+        if situation.unanswered == 0:
+            return
+        until = time.monotonic() + self._recipe.supervise.restart_seconds * 2 ** (situation.unanswered - 1)
+        while time.monotonic() < until and self._stop.signal is None:
+            time.sleep(_POLL_SECONDS)
 
     def _finished_before(self) -> RunFinished | None:
         last = next((event for event in reversed(self._log.history) if isinstance(event, RunFinished)), None)
@@ -164,12 +171,13 @@ class _WorkerWatch:
         self._label = situation.chip
         self._chip: ChipSection = self._recipe.chips[self._label]
         self._epoch = epoch
-        self._root = open_root(self._label, self._chip, self._run)
+        self._root = open_root(self._label, self._recipe, self._run, epoch)
         self._order = _order(self._recipe, situation, self._log.history, self._root.root, epoch)
         self._crossing = CrossingInProgress.of(self._log.history, situation, decided_at)
         self._other_ranks = RankReports(self._run, epoch)
         self._progress_at = time.monotonic()
         self._stepping = False
+        self._unusable = False
         self._told_to_stop: float | None = None
         self._trouble = False
         self._ended: Ended | None = None
@@ -183,22 +191,37 @@ class _WorkerWatch:
         try:
             for message in worker.messages():
                 if message is not None:
-                    self._progress_at = time.monotonic()
                     self._receive(message, worker)
-                self._hear_other_ranks(worker)
-                if self._check_patience(worker) or self._ended is not None:
+                    self._progress_at = time.monotonic()  # after, since what was received may have taken a while here
+                self._hear_others(worker)
+                if self._check_patience(worker) or self._ended is not None or self._unusable:
                     break
         except BaseException:
             worker.kill()
             raise
         finally:
             status = worker.end(_END_SECONDS if self._ended is not None else 0.0)
-        self._hear_other_ranks(worker)  # this rank may only have felt what another one knows the cause of
+            self._close_root(worker)
+        self._hear_others(worker)  # this rank may only have felt what another one knows the cause of
         return self._outcome(worker, status)
 
-    def _hear_other_ranks(self, worker: WorkerProcess) -> None:
+    def _hear_others(self, worker: WorkerProcess) -> None:
+        """What other ranks told, and what waited for a checkpoint to come home."""
         for event in self._other_ranks.new():
             self._record(parse_event(event), worker)
+        for ready in self._root.arrived():
+            self._record(ready, worker)
+
+    def _close_root(self, worker: WorkerProcess) -> None:
+        """Wait for checkpoints on their way home, unless the user has waited long enough for the run to stop."""
+        try:
+            while self._root.waiting and not self._out_of_grace():
+                if self._stop.signal is not None and self._told_to_stop is None:
+                    self._told_to_stop = time.monotonic()
+                time.sleep(_POLL_SECONDS)
+                self._hear_others(worker)
+        finally:
+            self._root.close()
 
     def _receive(self, message: FromWorker, worker: WorkerProcess) -> None:
         match message:
@@ -208,20 +231,19 @@ class _WorkerWatch:
                 if self._crossing is not None:
                     self._crossing.imports_seconds = message.imports_seconds
             case EventLine():
-                self._record(parse_event(message.event), worker)
+                for ready in self._root.receive(parse_event(message.event)):
+                    self._record(ready, worker)
             case Ended():
                 self._ended = message
             case Heartbeat():
                 pass
 
-    def _record(self, event: AnyEvent, worker: WorkerProcess) -> None:
+    def _record(self, event: Event, worker: WorkerProcess) -> None:
         earlier = _last_opened(self._log.history, self._label) if isinstance(event, ChipOpened) else None
         stamped = self._log.append(event, epoch=self._epoch, chip=self._label)
         match stamped:
             case ChipOpened() if earlier is not None and earlier.identity_hash != stamped.identity_hash:
                 self._append(_another_chip(earlier.identity, stamped.identity))
-            case CheckpointWritten() | CheckpointTrusted():
-                self._root.fetch_checkpoint(stamped.step)
             case StepDone():
                 self._stepping = True
                 if self._crossing is not None:
@@ -229,12 +251,23 @@ class _WorkerWatch:
                     self._crossing = None
             case _:
                 pass
-        if stamped.kind == "chip":
-            self._root.send_state(self._order)
-            worker.send(Go())
         if self._crossing is not None:
             self._crossing.note(stamped)
         self._trouble = self._trouble or stamped.kind in ("alarm", "fault", "rejected")
+        if stamped.kind == "chip":
+            self._send_state(worker)
+
+    def _send_state(self, worker: WorkerProcess) -> None:
+        """What the worker needs, then its go; without it this worker is of no use."""
+        try:
+            problem: Event | None = self._root.send_state(self._order)
+        except TransferFailed as failure:
+            problem = Fault(step=None, code=TRANSFER, category="transient", message=str(failure))
+        if problem is None:
+            worker.send(Go())
+        else:
+            self._record(problem, worker)
+            self._unusable = True
 
     def _check_patience(self, worker: WorkerProcess) -> bool:
         """Pass a stop on, and end a worker that hangs. Returns whether to stop listening."""
@@ -242,7 +275,7 @@ class _WorkerWatch:
         if self._stop.signal is not None and self._told_to_stop is None:
             self._told_to_stop = now
             worker.send(Stop())
-        if self._told_to_stop is not None and now - self._told_to_stop > self._recipe.supervise.grace_seconds:
+        if self._out_of_grace():
             return True
         limits = self._recipe.supervise
         patience = limits.hang_seconds if self._stepping else max(limits.start_seconds, limits.hang_seconds)
@@ -252,18 +285,42 @@ class _WorkerWatch:
         self._trouble = True
         return True
 
+    def _out_of_grace(self) -> bool:
+        """Whether the user asked to stop, and has waited as long as the recipe says."""
+        asked = self._told_to_stop
+        return asked is not None and time.monotonic() - asked > self._recipe.supervise.grace_seconds
+
     def _outcome(self, worker: WorkerProcess, status: int) -> RunFinished | None:
-        step = read_situation(self._log.history).step
-        ended = self._ended
-        if ended is not None and ended.why == "done":
+        situation = read_situation(self._log.history)
+        step, ended = situation.step, self._ended
+        if ended is not None and ended.why == "done" and situation.newest == step:
             return self._finish("done", step, "all steps done")
         if self._told_to_stop is not None:
             return self._finish(
                 "stopped", step, f"stopped by signal {self._stop.signal}; the same command goes on from here"
             )
         if not self._trouble:
-            self._append(_unexplained_end(self._label, ended, status, worker, self._stepping))
+            self._append(self._unexplained_end(worker, status))
         return None
+
+    def _unexplained_end(self, worker: WorkerProcess, status: int) -> Fault:
+        """The fault that stands for the end of a worker that did not say why."""
+        ended = self._ended
+        if ended is not None and ended.why == "error":
+            return Fault(step=None, code=ended.error or "error", category="ours", message=ended.message)
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        words = worker.last_log_lines()
+        if ended is not None and ended.why == "done":
+            message = "the last checkpoint did not come home from the chip's machine"
+            return Fault(step=None, code=TRANSFER, category="transient", message=message)
+        if worker.shook_hands:
+            message = f"the worker was lost ({how}): {words or 'no last words'}"
+            return Fault(step=None, code="exit", category="transient", message=message)
+        message = f"the worker of chips.{self._label} did not start ({how}): {words or 'it said nothing'}"
+        if _last_opened(self._log.history, self._label) is not None:
+            # What has worked before is not misspelt: the machine is gone, for now or for good.
+            return Fault(step=None, code=UNREACHABLE, category="transient", message=message)
+        return Fault(step=None, code="HandshakeError", category="ours", message=message)
 
     def _finish(self, status: str, step: int, message: str) -> RunFinished:
         finished = self._append(RunFinished.model_validate({"status": status, "step": step, "message": message}))
@@ -272,19 +329,6 @@ class _WorkerWatch:
 
     def _append(self, event: Event) -> AnyEvent:
         return self._log.append(event, epoch=self._epoch, chip=self._label)
-
-
-def _unexplained_end(label: str, ended: Ended | None, status: int, worker: WorkerProcess, stepping: bool) -> Fault:
-    if ended is not None and ended.why == "error":
-        return Fault(step=None, code=ended.error or "error", category="ours", message=ended.message)
-    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-    log = worker.last_log_lines()
-    if status == _COMMAND_NOT_FOUND or (not worker.shook_hands and status > 0):
-        message = f"the worker of chips.{label} did not start ({how}): {log or 'it said nothing'}"
-        return Fault(step=None, code="HandshakeError", category="ours", message=message)
-    return Fault(
-        step=None, code="exit", category="transient", message=f"the worker was lost ({how}): {log or 'no last words'}"
-    )
 
 
 def _error_of(fault: Fault) -> BeringiaError:

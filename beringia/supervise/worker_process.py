@@ -130,8 +130,7 @@ class WorkerProcess:
 
     def last_log_lines(self, count: int = 3) -> str:
         """The end of its standard error, for a message to the user."""
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        return " / ".join(line.strip() for line in lines[-count:])
+        return last_lines(self.log, count)
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -146,6 +145,12 @@ class WorkerProcess:
             with open(self.log, "ab") as log:
                 log.write(line + b"\n")
             return None
+
+
+def last_lines(log: Path, count: int) -> str:
+    """The end of a log, in one line."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return " / ".join(line.strip() for line in lines[-count:])
 
 
 def check_hello(label: str, hello: Hello) -> None:
