@@ -66,6 +66,22 @@ def test_a_chip_that_is_not_here_is_said_to_be_missing(tmp_path: Path) -> None:
     assert "cuda" in refused(tmp_path, small_recipe(chips={"first": {"use": "cuda"}}))
 
 
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"use": "emulated:h80"}, "'h80'"),
+        ({"use": "emulated:h800", "faults": "no-such-script"}, "'no-such-script'"),
+        ({"use": "cpu", "python": "/bin/false"}, "chips.second"),
+    ],
+)
+def test_a_chip_that_is_needed_later_is_asked_before_the_first_step(
+    tmp_path: Path, second: dict[str, Any], words: str
+) -> None:
+    chips = {"first": {"use": "cpu"}, "second": second}
+    assert words in refused(tmp_path, small_recipe(chips=chips, train={"prefer": ["first", "second"]}))
+    assert not of_kind(tmp_path / "run", "chip")
+
+
 def test_a_missing_interpreter_is_named(tmp_path: Path) -> None:
     sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "python": "/no/such/python"}}))
     assert "/no/such/python" in sentence and "chips.first.python" in sentence

@@ -40,16 +40,17 @@ def open_chip(
     """
     if name.startswith(_EMULATED):
         return _open_emulated(name.removeprefix(_EMULATED), index, faults, seed, memory)
-    if name != "auto" and name not in _FILES:
-        raise ChipUnavailable(_unknown(name))
-    if faults is not None:
-        raise ChipUnavailable(
-            f"faults = {faults!r} was asked for on {name!r}, but only emulated chips have planted faults: "
-            "use an emulated chip (emulated:<profile>), or leave faults out."
-        )
-    if name == "auto":
-        name = first_present()
-    return _open_real(name, index)
+    chip: Chip = _driver(name, faults).open_device(index)
+    return chip
+
+
+def check_present(name: str, *, faults: str | None = None) -> None:
+    """Raise the ChipUnavailable that `open_chip` would raise for a chip that is not here; opens no device but an
+    emulated one."""
+    if name.startswith(_EMULATED):
+        _open_emulated(name.removeprefix(_EMULATED), 0, faults, 0, None).close()
+    else:
+        _driver(name, faults)
 
 
 def first_present() -> str:
@@ -83,14 +84,22 @@ def _look_for(name: str) -> list[Presence]:
     return [presence for presence in found if presence.here] or found
 
 
-def _open_real(name: str, index: int) -> Chip:
+def _driver(name: str, faults: str | None) -> ModuleType:
+    """The module that drives a real chip which is here."""
+    if name != "auto" and name not in _FILES:
+        raise ChipUnavailable(_unknown(name))
+    if faults is not None:
+        raise ChipUnavailable(
+            f"faults = {faults!r} was asked for on {name!r}, but only emulated chips have planted faults: "
+            "use an emulated chip (emulated:<profile>), or leave faults out."
+        )
+    name = first_present() if name == "auto" else name
     absent: list[str] = []
     for path in _FILES[name]:
         module = _module(path)
         found = module.find()
         if any(presence.here for presence in found):
-            chip: Chip = module.open_device(index)
-            return chip
+            return module
         absent += [presence.state for presence in found]
     raise ChipUnavailable(f"{name!r} was asked for, but it is not here: {'; '.join(absent)}.")
 

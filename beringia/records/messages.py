@@ -19,7 +19,7 @@ from beringia.records.manifest import MANIFEST_SCHEMA
 from beringia.records.recipe import Recipe
 from beringia.records.record import Record
 
-MESSAGES_SCHEMA = 1
+MESSAGES_SCHEMA = 2
 
 ORDER_VARIABLE = "BERINGIA_ORDER"
 """Environment variable that holds the order too, for ranks that share one standard input (torchrun's, srun's)."""
@@ -45,6 +45,8 @@ class Order(Record):
     """Dtype of products on the chip that the run comes from, for the canary's band; null without a canary."""
     ranks: int = 1
     excluded_devices: tuple[int, ...] = ()
+    greeting: bool = False
+    """Say hello and whether the chip is here, and end: what is wrong with a chip that is needed later shows at once."""
 
 
 class Hello(Record):

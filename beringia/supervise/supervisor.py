@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import beringia
-from beringia import errors
-from beringia.errors import BeringiaError, Refusal, TransferFailed
+from beringia.errors import Refusal, TransferFailed
 from beringia.records.events import (
     AnyEvent,
     ChipOpened,
@@ -35,10 +34,17 @@ from beringia.supervise.crossing import CrossingInProgress
 from beringia.supervise.decide import TRANSFER, UNREACHABLE, Situation, decide, read_situation
 from beringia.supervise.event_log import EventLog
 from beringia.supervise.follower import RankReports, follow, lead, rank_in
+from beringia.supervise.greeting import greet_later_chips
 from beringia.supervise.lock import RunLock
 from beringia.supervise.remote_root import open_root
 from beringia.supervise.run_files import discard_abandoned, prepare_run
-from beringia.supervise.worker_process import WorkerProcess, check_hello, check_launcher
+from beringia.supervise.worker_process import (
+    WorkerProcess,
+    check_hello,
+    check_launcher,
+    error_called,
+    how_ended,
+)
 
 _POLL_SECONDS = 0.1
 
@@ -107,6 +113,8 @@ class Supervisor:
         done = self._finished_before()
         if done is not None:
             return done
+        if not self._log.history:
+            greet_later_chips(self._recipe, self._run)
         self._append(
             RunStarted(
                 name=self._recipe.name,
@@ -151,7 +159,7 @@ class Supervisor:
         step = read_situation(self._log.history).step
         if isinstance(trouble, Fault) and trouble.category == "ours":
             self._append(RunFinished(status="stopped", step=step, message=decision.reason))
-            raise _error_of(trouble)
+            raise error_called(trouble.code, trouble.message)
         self._append(RunFinished(status="given-up", step=step, message=decision.reason))
         raise Refusal(f"The run was given up at step {step}: {decision.reason}.")
 
@@ -308,15 +316,13 @@ class _WorkerWatch:
         ended = self._ended
         if ended is not None and ended.why == "error":
             return Fault(step=None, code=ended.error or "error", category="ours", message=ended.message)
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        words = worker.last_log_lines()
         if ended is not None and ended.why == "done":
             message = "the last checkpoint did not come home from the chip's machine"
             return Fault(step=None, code=TRANSFER, category="transient", message=message)
         if worker.shook_hands:
-            message = f"the worker was lost ({how}): {words or 'no last words'}"
+            message = f"the worker was lost ({how_ended(status)}): {worker.last_log_lines() or 'no last words'}"
             return Fault(step=None, code="exit", category="transient", message=message)
-        message = f"the worker of chips.{self._label} did not start ({how}): {words or 'it said nothing'}"
+        message = worker.did_not_start(status)
         if _last_opened(self._log.history, self._label) is not None:
             # What has worked before is not misspelt: the machine is gone, for now or for good.
             return Fault(step=None, code=UNREACHABLE, category="transient", message=message)
@@ -329,13 +335,6 @@ class _WorkerWatch:
 
     def _append(self, event: Event) -> AnyEvent:
         return self._log.append(event, epoch=self._epoch, chip=self._label)
-
-
-def _error_of(fault: Fault) -> BeringiaError:
-    kind = getattr(errors, fault.code, None)
-    if isinstance(kind, type) and issubclass(kind, BeringiaError) and kind is not errors.CheckpointDamaged:
-        return kind(fault.message)
-    return BeringiaError(f"The worker failed with {fault.code}: {fault.message}")
 
 
 def _order(recipe: Recipe, situation: Situation, history: Sequence[AnyEvent], root: str, epoch: int) -> Order:

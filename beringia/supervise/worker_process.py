@@ -21,7 +21,8 @@ from typing import Any
 from pydantic import ValidationError
 
 import beringia
-from beringia.errors import HandshakeError
+from beringia import errors
+from beringia.errors import BeringiaError, HandshakeError
 from beringia.records.events import EVENTS_SCHEMA
 from beringia.records.manifest import MANIFEST_SCHEMA
 from beringia.records.messages import MESSAGES_SCHEMA, ORDER_VARIABLE, FromWorker, Hello, Order, from_worker
@@ -132,6 +133,11 @@ class WorkerProcess:
         """The end of its standard error, for a message to the user."""
         return last_lines(self.log, count)
 
+    def did_not_start(self, status: int) -> str:
+        """The sentence for a worker that ended, with this status, before it said hello."""
+        words = self.last_log_lines() or "it said nothing"
+        return f"the worker of chips.{self.label} did not start ({how_ended(status)}): {words}"
+
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
@@ -145,6 +151,19 @@ class WorkerProcess:
             with open(self.log, "ab") as log:
                 log.write(line + b"\n")
             return None
+
+
+def how_ended(status: int) -> str:
+    """A process's exit status in words."""
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+
+
+def error_called(name: str, message: str) -> BeringiaError:
+    """The error that a worker named."""
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, BeringiaError) and kind is not errors.CheckpointDamaged:
+        return kind(message)
+    return BeringiaError(f"The worker failed with {name}: {message}")
 
 
 def last_lines(log: Path, count: int) -> str:

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 import beringia  # noqa: E402
 from beringia.chips.chip import Chip  # noqa: E402
-from beringia.chips.open import open_chip  # noqa: E402
+from beringia.chips.open import check_present, open_chip  # noqa: E402
 from beringia.errors import BeringiaError  # noqa: E402
 from beringia.memory import keep_freed_memory  # noqa: E402
 from beringia.records.events import CheckpointRejected, Fault  # noqa: E402
@@ -81,6 +81,10 @@ def _work(order: Order, ranks: Ranks) -> NoReturn:
 
 
 def _train(order: Order, ranks: Ranks, channel: Channel) -> Ended:
+    if order.greeting:
+        section = order.recipe.chips[order.chip]
+        check_present(section.use, faults=section.faults)
+        return Ended(why="done")
     chip = _open(order, ranks)
     logs = RunDirectory(Path(order.root)).logs
     channel.watchdog = Watchdog(
