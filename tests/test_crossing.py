@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from small_runs import beringia, events, of_kind, small_recipe, start, write_recipe
 
+from beringia.train.canary import WIDEST_BAND
+
 PERSISTENT = """
 summary = "attention's backward is wrong from step 45 on"
 [[faults]]
@@ -78,7 +80,7 @@ def test_the_next_batch_on_the_new_chip_is_the_one_that_was_due(crossed: Path) -
 
 def test_the_canary_lies_within_its_band_and_the_band_means_something(crossed: Path) -> None:
     (canary,) = of_kind(crossed, "canary")
-    assert canary.passed and 0 < canary.difference <= canary.band < 0.5
+    assert canary.passed and 0 < canary.difference <= canary.band <= WIDEST_BAND < 1
 
 
 def test_what_was_lost_is_work_and_counted(crossed: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beringia.records.events import (
+    SPIKE,
     Alarm,
     AnyEvent,
     Canary,
@@ -61,6 +62,10 @@ def trusted(number: int) -> CheckpointTrusted:
 
 def alarm(number: int, site: str = "layers.0") -> Alarm:
     return Alarm(step=number, detector="shadow", site=site, tensor="output", value=2.0, bound=1.0, message="wrong")
+
+
+def spike(number: int) -> Alarm:
+    return Alarm(step=number, detector=SPIKE, site="model", tensor="loss", value=2.0, bound=1.0, message="high")
 
 
 def check(number: int) -> CheckDone:
@@ -191,6 +196,25 @@ def test_alarms_at_other_sites_without_a_newly_trusted_checkpoint_cross_too() ->
         "decide",
     )
     assert last_decision(history).action == "cross"
+
+
+def test_a_spike_that_comes_again_at_the_very_step_is_gone_through() -> None:
+    history = play(written(50), trusted(50), step(90), spike(90), "decide", spike(90), "decide")
+    first, second = (event for event in history[-3:] if isinstance(event, Decision))
+    assert (first.action, first.to_step, first.accepted_spike) == ("rollback", 50, None)
+    assert (second.action, second.to_step, second.accepted_spike) == ("rollback", 50, 90)
+    assert read_situation(history).accepted_spikes == [90]
+
+
+def test_a_spike_at_another_step_after_a_rollback_crosses_unless_a_checkpoint_was_trusted_in_between() -> None:
+    begun = [written(50), trusted(50), step(90), spike(90), "decide"]
+    assert last_decision(play(*begun, spike(80), "decide")).action == "cross"
+    assert last_decision(play(*begun, written(100), trusted(100), spike(170), "decide")).action == "rollback"
+
+
+def test_a_spike_with_a_layer_that_computes_wrongly_is_that_layers_alarm() -> None:
+    history = play(written(50), trusted(50), step(90), alarm(91), spike(90), "decide", alarm(91), spike(90), "decide")
+    assert last_decision(history).action == "cross" and "layers.0" in last_decision(history).reason
 
 
 def test_an_alarm_outranks_the_fault_that_follows_from_it() -> None:

@@ -51,3 +51,20 @@ def test_an_only_line_that_is_torn_leaves_an_empty_log(tmp_path: Path) -> None:
     run.events.write_bytes(run.events.read_bytes()[:10])
     write_steps(run, 1, 1)
     assert written(run) == [(0, 1)]
+
+
+def test_the_steps_that_led_to_a_checkpoint_are_those_of_its_own_line(tmp_path: Path) -> None:
+    """Steps 1 to 6, back to 3, then 4 to 8 again with other losses: what led to 7 is 1 to 3 and the second 4 to 7."""
+    run = RunDirectory(tmp_path)
+    log = EventLog(run)
+    for number in (1, 2, 3, 4, 5, 6):
+        log.append(step(number), epoch=1)
+    for number in (4, 5, 6, 7, 8):
+        log.append(step(number).model_copy(update={"loss": 2.0}), epoch=2)
+    log.close()
+    again = EventLog(run)
+    again.close()
+    for one in (log, again):
+        found = [(done.step, done.loss) for done in one.steps_before(7)]
+        assert found == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0)]
+        assert one.steps_before(0) == []

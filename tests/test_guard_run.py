@@ -13,6 +13,7 @@ from small_runs import beringia, of_kind, small_recipe, write_recipe
 
 from beringia.numerics.state_hash import hash_state
 from beringia.records.events import Alarm, CheckDone
+from beringia.records.messages import StepNumbers
 from beringia.train.guard.finding import Finding
 from beringia.train.state import live_tensors
 from beringia.train.trainer import Trainer
@@ -84,6 +85,19 @@ def test_a_weight_that_is_not_a_number_is_an_alarm_in_that_step() -> None:
     _, alarms = steps_until_alarm(made, 1)
     assert ("non-finite", "loss") in [(alarm.detector, alarm.tensor) for alarm in alarms]
     assert alarms[0].value is None and "nan" in alarms[0].message
+
+
+@pytest.mark.parametrize("accepted", [(), (1,)])
+def test_a_spike_right_after_a_restart_is_seen_by_what_came_before_unless_it_is_accepted(accepted: tuple[int]) -> None:
+    made = trainer(share=0.01)
+    assert made.guard is not None
+    loss = [4.0 + 0.1 * math.sin(step) for step in range(100)]
+    made.guard.remember([StepNumbers(loss=one, mtp_loss=one, gradient_norm=1.0) for one in loss])
+    made.guard.accept_spikes(accepted)
+    made.decoder.lm_head.weight.data *= 100.0
+    _, alarms = steps_until_alarm(made, 1)
+    assert ("spike", "model", "loss") in [(alarm.detector, alarm.site, alarm.tensor) for alarm in alarms] or accepted
+    assert not (accepted and alarms)
 
 
 def test_an_alarm_says_which_layer_which_tensor_and_how_far_from_the_bound() -> None:

@@ -72,6 +72,28 @@ def _gone(process: int) -> bool:
 
 
 @pytest.mark.slow
+def test_a_spike_that_comes_again_at_the_very_step_does_not_end_a_run(tmp_path: Path) -> None:
+    """As training's own do: bits that flip whenever that step is taken, and nothing that a layer computes wrongly."""
+    script = tmp_path / "spike.toml"
+    script.write_text(
+        'summary = "a spike at step 90, every time"\n[[faults]]\nkind = "bit-flip"\nat_step = 90\n'
+        'target = "weights"\nsites = [1, 2, 3]\nflips = 4096\nbits = [25, 25]\n'
+    )
+    chips = {"first": {"use": "emulated:h800", "faults": str(script)}}
+    train = {"steps": 100, "batch": 16, "checkpoint_every": 20, "learning_rate": 3e-3, "warmup_steps": 20}
+    recipe = write_recipe(tmp_path, small_recipe(chips=chips, train=train, guard={"share": 0.05}))
+    run = tmp_path / "run"
+    done = beringia("train", str(recipe), "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    alarms = of_kind(run, "alarm")
+    assert {alarm.detector for alarm in alarms} == {"spike"}
+    decisions = of_kind(run, "decision")
+    assert [decision.action for decision in decisions] == ["start", "rollback", "rollback"]
+    assert decisions[-1].accepted_spike == alarms[0].step and "training's own" in decisions[-1].reason
+    assert {event.step for event in of_kind(run, "trusted")} == {20, 40, 60, 80, 100}
+
+
+@pytest.mark.slow
 def test_killing_worker_supervisor_or_both_at_random_moments_changes_nothing_but_time(
     uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,9 @@ from beringia.records.record import Record
 
 EVENTS_SCHEMA = 1
 
+SPIKE = "spike"
+"""The detector whose alarms say that something is unusual, not that it is wrong: training has spikes of its own."""
+
 
 class Event(Record):
     """What every event has. `sequence` counts lines from 0 without gaps."""
@@ -179,6 +182,8 @@ class Decision(Event):
     lost_steps: int = 0
     """Steps done and thrown away by this decision."""
     excluded_device: int | None = None
+    accepted_spike: int | None = None
+    """Step whose spike came again when the steps were taken again: from now on it is the training's own."""
 
 
 class Canary(Event):

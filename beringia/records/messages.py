@@ -25,6 +25,14 @@ ORDER_VARIABLE = "BERINGIA_ORDER"
 """Environment variable that holds the order too, for ranks that share one standard input (torchrun's, srun's)."""
 
 
+class StepNumbers(Record):
+    """What the guard's spike test knows of an earlier step."""
+
+    loss: float
+    mtp_loss: float | None
+    gradient_norm: float
+
+
 class Order(Record):
     """What a worker is to do."""
 
@@ -45,6 +53,10 @@ class Order(Record):
     """Dtype of products on the chip that the run comes from, for the canary's band; null without a canary."""
     ranks: int = 1
     excluded_devices: tuple[int, ...] = ()
+    recent: tuple[StepNumbers, ...] = ()
+    """The last steps before `resume_step`, oldest first, so that a spike is seen right after a restart too."""
+    accepted_spikes: tuple[int, ...] = ()
+    """Steps from which on a spike is no alarm for a while: it is known, and the training's own."""
     greeting: bool = False
     """Say hello and whether the chip is here, and end: what is wrong with a chip that is needed later shows at once."""
 

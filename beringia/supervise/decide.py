@@ -8,6 +8,9 @@ The rules, in order:
 
 - an alarm of the guard: the state may be corrupt, so go back to the last *trusted* checkpoint; after
   `supervise.rollbacks` of them on one chip, at one site or without a newly trusted checkpoint in between, cross
+- a spike of the loss or of gradients is no proof of a fault: training has its own. One that comes again at the very
+  step, while no layer computes wrongly, is the training's, and the run goes through it; another one, without a newly
+  trusted checkpoint in between, crosses
 - a transient fault, a hang, a lost worker, a machine that no longer answers: try again from the newest complete
   checkpoint; after `supervise.transient_retries` within `supervise.transient_window` steps, cross
 - a lost device: leave it out where other devices of the chip remain, else cross
@@ -22,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from beringia.records.events import (
+    SPIKE,
     Alarm,
     AnyEvent,
     Canary,
@@ -68,6 +72,10 @@ class Situation:
     """Steps at which transient faults struck the chip in use."""
     unanswered: int = 0
     """How often in a row the machine of the chip in use could not be reached."""
+    spikes: set[int] = field(default_factory=set)
+    """Steps of spikes for which the run was rolled back on the chip in use."""
+    accepted_spikes: list[int] = field(default_factory=list)
+    """Steps of spikes that are the training's own."""
     rollbacks: dict[str, int] = field(default_factory=dict)
     """Rollbacks on the chip in use, by site of the alarm."""
     rollbacks_in_vain: int = 0
@@ -148,7 +156,12 @@ def decide(history: Sequence[AnyEvent], recipe: Recipe) -> Decision | None:
 
 def _after_alarm(situation: Situation, recipe: Recipe, alarm: Alarm) -> Decision:
     what = f"{alarm.detector} at {alarm.site}, step {alarm.step}: {alarm.message}"
-    earlier = max(situation.rollbacks.get(alarm.site, 0), situation.rollbacks_in_vain)
+    spike = alarm.detector == SPIKE
+    if spike and alarm.step in situation.spikes and alarm.step not in situation.accepted_spikes:
+        own = f"{what} (again at the same step, and every layer computes rightly there: the training's own)"
+        decision = _go_back(situation, "rollback", own, situation.newest_trusted)
+        return decision.model_copy(update={"accepted_spike": alarm.step})
+    earlier = max(0 if spike else situation.rollbacks.get(alarm.site, 0), situation.rollbacks_in_vain)
     if earlier < recipe.supervise.rollbacks:
         return _go_back(situation, "rollback", what, situation.newest_trusted)
     return _cross(situation, recipe, f"{what} (again, after {_times(earlier, 'rollback')})")
@@ -265,10 +278,10 @@ def _trouble(situation: Situation, event: Alarm | Fault | Canary | CheckpointRej
 def _fold_decision(situation: Situation, decision: Decision) -> None:
     situation.decided = True
     situation.restarted = False
-    if decision.action == "rollback" and isinstance(situation.trouble, Alarm):
-        site = situation.trouble.site
-        situation.rollbacks[site] = situation.rollbacks.get(site, 0) + 1
-        situation.rollbacks_in_vain += 1
+    if decision.accepted_spike is not None:
+        situation.accepted_spikes.append(decision.accepted_spike)
+    elif decision.action == "rollback" and isinstance(situation.trouble, Alarm):
+        _count_rollback(situation, situation.trouble)
     if decision.action == "exclude" and decision.excluded_device is not None:
         situation.excluded.add(decision.excluded_device)
     if decision.action in ("start", "cross"):
@@ -277,11 +290,20 @@ def _fold_decision(situation: Situation, decision: Decision) -> None:
         situation.chip = decision.to_chip
         situation.tried.append(decision.to_chip)
         situation.excluded, situation.transient_steps, situation.rollbacks = set(), [], {}
+        situation.spikes = set()
         situation.rollbacks_in_vain = situation.unanswered = 0
         situation.canary_due = decision.action == "cross"
     if decision.action != "stop":  # a stop that was not carried out must be decided again
         _forget_after(situation, decision)
         situation.trouble = None
+
+
+def _count_rollback(situation: Situation, alarm: Alarm) -> None:
+    situation.rollbacks_in_vain += 1
+    if alarm.detector == SPIKE:
+        situation.spikes.add(alarm.step)
+    else:
+        situation.rollbacks[alarm.site] = situation.rollbacks.get(alarm.site, 0) + 1
 
 
 def _forget_after(situation: Situation, decision: Decision) -> None:

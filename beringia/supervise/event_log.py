@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,16 @@ from beringia.supervise.decide import remember
 # Lost in a power cut without harm: later lines of the same kind say the same.
 _NOT_DURABLE = (StepDone, CheckDone)
 
+_LAST_STEPS = 768
+"""Kept in memory: those that the guard's spike test is given after a restart, and some that were thrown away since."""
+
 
 class EventLog:
     """Reads what is there, then appends. The caller holds the run's lock."""
 
     def __init__(self, run: RunDirectory, on_event: Callable[[AnyEvent], None] | None = None) -> None:
         self._history: list[AnyEvent] = []
+        self._last_steps: deque[StepDone] = deque(maxlen=_LAST_STEPS)
         self._length = 0
         for _, line in read_lines(run.events):
             self._keep(parse_event(line))
@@ -30,6 +35,15 @@ class EventLog:
     def history(self) -> Sequence[AnyEvent]:
         """The events so far that `decide` looks at, in order."""
         return self._history
+
+    def steps_before(self, resume_step: int) -> list[StepDone]:
+        """The last steps that led to `resume_step`, oldest first; of a step that was taken again, the last time."""
+        steps: list[StepDone] = []
+        for done in reversed(self._last_steps):
+            if done.step <= resume_step:
+                steps.append(done)
+                resume_step = done.step - 1
+        return steps[::-1]
 
     def append(self, event: Event, *, epoch: int, chip: str | None = None) -> AnyEvent:
         """Number, date and write an event; returns it as written."""
@@ -48,5 +62,7 @@ class EventLog:
         self._writer.close()
 
     def _keep(self, event: AnyEvent) -> None:
+        if isinstance(event, StepDone):
+            self._last_steps.append(event)
         remember(self._history, event)
         self._length += 1

@@ -27,7 +27,7 @@ from beringia.records.events import (
     parse_event,
 )
 from beringia.records.identity import ChipIdentity
-from beringia.records.messages import Ended, EventLine, FromWorker, Go, Heartbeat, Hello, Order, Stop
+from beringia.records.messages import Ended, EventLine, FromWorker, Go, Heartbeat, Hello, Order, StepNumbers, Stop
 from beringia.records.recipe import ChipSection, Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.crossing import CrossingInProgress
@@ -47,6 +47,8 @@ from beringia.supervise.worker_process import (
 )
 
 _POLL_SECONDS = 0.1
+_RECENT_STEPS = 512
+"""Of which a new worker is told: what the guard's spike test remembers."""
 
 # After a worker's last word it only has to close its device; a driver that hangs in that is killed.
 _END_SECONDS = 10.0
@@ -180,7 +182,7 @@ class _WorkerWatch:
         self._chip: ChipSection = self._recipe.chips[self._label]
         self._epoch = epoch
         self._root = open_root(self._label, self._recipe, self._run, epoch)
-        self._order = _order(self._recipe, situation, self._log.history, self._root.root, epoch)
+        self._order = _order(self._recipe, situation, self._log, self._root.root, epoch)
         self._crossing = CrossingInProgress.of(self._log.history, situation, decided_at)
         self._other_ranks = RankReports(self._run, epoch)
         self._progress_at = time.monotonic()
@@ -337,7 +339,7 @@ class _WorkerWatch:
         return self._log.append(event, epoch=self._epoch, chip=self._label)
 
 
-def _order(recipe: Recipe, situation: Situation, history: Sequence[AnyEvent], root: str, epoch: int) -> Order:
+def _order(recipe: Recipe, situation: Situation, log: EventLog, root: str, epoch: int) -> Order:
     assert situation.chip is not None
     target = situation.resume_step
     canary = situation.canary_due and target is not None
@@ -348,9 +350,20 @@ def _order(recipe: Recipe, situation: Situation, history: Sequence[AnyEvent], ro
         epoch=epoch,
         resume_step=target,
         canary_from=situation.canary_from if canary else None,
-        canary_compute_dtype=_compute_dtype(history, situation.came_from) if canary else None,
+        canary_compute_dtype=_compute_dtype(log.history, situation.came_from) if canary else None,
         ranks=recipe.chips[situation.chip].ranks - len(situation.excluded),
         excluded_devices=tuple(sorted(situation.excluded)),
+        recent=_recent(log.steps_before(target or 0)),
+        accepted_spikes=tuple(situation.accepted_spikes),
+    )
+
+
+def _recent(steps: Sequence[StepDone]) -> tuple[StepNumbers, ...]:
+    """The numbers of these steps, as far as they are numbers."""
+    return tuple(
+        StepNumbers(loss=step.loss, mtp_loss=step.mtp_loss, gradient_norm=step.gradient_norm)
+        for step in steps[-_RECENT_STEPS:]
+        if step.loss is not None and step.gradient_norm is not None
     )
 
 

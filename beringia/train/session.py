@@ -20,7 +20,9 @@ from beringia.data import Stream, Tokenizer, check_vocabulary, choose_tokenizer,
 from beringia.errors import CheckpointDamaged, RunError
 from beringia.model import load_model
 from beringia.records.events import (
+    SPIKE,
     Alarm,
+    CheckDone,
     ChipOpened,
     Fallback,
     Resumed,
@@ -42,8 +44,8 @@ from beringia.train.trainer import Trainer, finite
 
 End = Literal["done", "stopped", "alarm", "refused"]
 
-_CLOSING_SITES = 2
-"""Checked in one closing pass: as many as a training step may hold the tensors of, so memory for them is there."""
+_SITES_A_PASS = 2
+"""Checked in one pass when all are: as many as a training step may hold the tensors of, so memory for them is there."""
 
 _POLL_SECONDS = 0.02
 
@@ -217,6 +219,8 @@ class Session:
             sharding=trainer.sharding,
             mtp=trainer.decoder.mtp is not None and self.recipe.train.mtp_weight > 0,
         )
+        trainer.guard.accept_spikes(self.order.accepted_spikes)
+        trainer.guard.remember(self.order.recent)
 
     def _compile(self) -> None:
         if not self.recipe.train.compile:
@@ -334,11 +338,29 @@ class Session:
             )
 
     def _alarmed(self) -> bool:
+        """Report what the guard found; whether anything is an alarm."""
         guard = self.trainer.guard
-        events = guard.take_events() if guard is not None else []
+        if guard is None:
+            return False
+        events = guard.take_events()
+        spikes = [event for event in events if isinstance(event, Alarm) and event.detector == SPIKE]
+        if spikes:
+            # A spike alone says little: whether every layer computes rightly comes first, so that it is acted upon.
+            events = [*(event for event in events if event not in spikes), *self._check_all_sites(), *spikes]
         for event in events:
             self.channel.event(event)
         return any(isinstance(event, Alarm) for event in events)
+
+    def _check_all_sites(self) -> list[CheckDone | Alarm]:
+        """What the guard finds at every site with the weights as they are."""
+        guard = self.trainer.guard
+        assert guard is not None
+        found: list[CheckDone | Alarm] = []
+        for first in range(0, len(guard.sites), _SITES_A_PASS):
+            self.trainer.check_sites(guard.sites[first : first + _SITES_A_PASS])
+            self.channel.beat()
+            found += guard.take_events()
+        return found
 
     def _on_schedule(self) -> None:
         train, step = self.recipe.train, self.trainer.step
@@ -353,11 +375,11 @@ class Session:
         guard = self.trainer.guard
         if guard is None:
             return "done"
-        for first in range(0, len(guard.sites), _CLOSING_SITES):
-            self.trainer.check_sites(guard.sites[first : first + _CLOSING_SITES])
-            self.channel.beat()
-            if self._alarmed():
-                return "alarm"
+        found = self._check_all_sites()
+        for event in found:
+            self.channel.event(event)
+        if any(isinstance(event, Alarm) for event in found):
+            return "alarm"
         self.saving.trust(guard)
         return "done"
 

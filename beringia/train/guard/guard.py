@@ -20,6 +20,7 @@ from beringia.model import Decoder
 from beringia.numerics.keyed_sum import open_kernel
 from beringia.records.events import Alarm, CheckDone
 from beringia.records.manifest import CleanCheck
+from beringia.records.messages import StepNumbers
 from beringia.train.guard import embedding
 from beringia.train.guard.capture import EMBEDDING, Capture, sites_of, weights_of
 from beringia.train.guard.finding import Finding
@@ -27,7 +28,7 @@ from beringia.train.guard.memory import Piece, judge_replicas, judge_rest, piece
 from beringia.train.guard.repeat import Repeat
 from beringia.train.guard.schedule import BLOCK_STEPS, Schedule
 from beringia.train.guard.shadow import Shadow
-from beringia.train.guard.spikes import Spikes
+from beringia.train.guard.spikes import MEDIAN_STEPS, Spikes
 from beringia.train.guard.update import Before, look
 from beringia.train.guard.update import judge as judge_update
 from beringia.train.optimizer import moments
@@ -80,7 +81,10 @@ class Guard:
         self._pieces = pieces_of((*decoder.named_parameters(), *moments(decoder.named_parameters(), optimizer)))
         self._replicated = sharding == "ddp"
         self._resting: tuple[Piece, list[int], float] | None = None
-        self._spikes: Spikes | None = None
+        # Apart, since after a restart only the numbers of the whole model are known.
+        self._model_spikes = Spikes(("loss", "gradient", "mtp loss") if mtp else ("loss", "gradient"))
+        self._layer_spikes: Spikes | None = None
+        self._accepted_spikes: tuple[int, ...] = ()
         self._most_used: dict[str, Finding] = {}
         self._events: list[CheckDone | Alarm] = []
         self._step = 0
@@ -145,10 +149,8 @@ class Guard:
     ) -> None:
         """The step's numbers are on the host."""
         with self._timed():
-            numbers = {"loss": loss, "gradient": gradient_norm}
-            if mtp_loss is not None:
-                numbers["mtp loss"] = mtp_loss
-            self._judge_numbers(numbers | {f"gradient of {name}": norm for name, norm in group_norms.items()})
+            layers = {f"gradient of {name}": norm for name, norm in group_norms.items()}
+            self._judge_numbers(_numbers(loss, mtp_loss, gradient_norm), layers)
         step_seconds = time.perf_counter() - self._started - self.seconds_in_step
         self._schedule.step_took(step_seconds, self.seconds_in_step - self._charged_seconds)
 
@@ -175,6 +177,15 @@ class Guard:
     def expect_compiled(self) -> None:
         """Parts of the layers are compiled from now on; their hooks stay outside the compiled code."""
         self._repeat.compiled = True
+
+    def remember(self, recent: Sequence[StepNumbers]) -> None:
+        """What earlier steps were like, oldest first: spikes are judged by it from the first step on."""
+        for step in recent:
+            self._model_spikes.judge(_numbers(step.loss, step.mtp_loss, step.gradient_norm))
+
+    def accept_spikes(self, steps: Sequence[int]) -> None:
+        """Spikes from these steps on are known: they are reported, and are no alarm until the median has followed."""
+        self._accepted_spikes = tuple(steps)
 
     def demand(self, sites: Sequence[str]) -> None:
         """Check these sites in the next step, and no others, whatever it costs."""
@@ -233,14 +244,14 @@ class Guard:
         self._note_all(findings, seconds)
         self._charge(MEMORY, seconds)
 
-    def _judge_numbers(self, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
+    def _judge_numbers(self, model: Mapping[str, float], layers: Mapping[str, float]) -> None:
+        for name, value in (*model.items(), *layers.items()):
             if not math.isfinite(value):
                 self._note_all([Finding("non-finite", "model", name, value, LARGEST_FLOAT32, "the value")], 0.0)
-        if self._spikes is None:
-            self._spikes = Spikes(tuple(values))
-        if all(map(math.isfinite, values.values())):
-            for finding in self._spikes.judge(tuple(values.values())):
+        if self._layer_spikes is None:
+            self._layer_spikes = Spikes(tuple(layers))
+        for spikes, values in ((self._model_spikes, model), (self._layer_spikes, layers)):
+            for finding in spikes.judge(values):
                 self._note_frequent(finding)
 
     # Planning
@@ -324,5 +335,16 @@ class Guard:
         before = self._most_used.get(key)
         if before is None or finding.used > before.used:
             self._most_used[key] = finding
-        if finding.alarming or self._step % _REPORT_STEPS == 0:
+        if finding.alarming and self._spike_accepted():
+            self._events.append(self._most_used.pop(key).check(self._step, 0.0))
+        elif finding.alarming or self._step % _REPORT_STEPS == 0:
             self._note_all([self._most_used.pop(key)], 0.0)
+
+    def _spike_accepted(self) -> bool:
+        return any(step <= self._step < step + MEDIAN_STEPS for step in self._accepted_spikes)
+
+
+def _numbers(loss: float, mtp_loss: float | None, gradient_norm: float) -> dict[str, float]:
+    """A step's numbers of the whole model, by name."""
+    numbers = {"loss": loss, "gradient": gradient_norm}
+    return numbers if mtp_loss is None else numbers | {"mtp loss": mtp_loss}
