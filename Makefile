@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+# Two processes, a file of tests each: most of a test of a run is waiting for imports.
+PARALLEL = -n 2 --dist loadfile
 
 .PHONY: campaign test test-slow check bench docs size clean
 
@@ -9,10 +11,10 @@ campaign: $(VENV)/installed            ## the story, end to end: runs/r2-nano/re
 	$(BIN)/beringia campaign recipes/r2-nano.toml
 
 test: $(VENV)/installed                ## the quick suite
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(PARALLEL)
 
 test-slow: $(VENV)/installed           ## the tests that take longer
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(PARALLEL)
 
 check: $(VENV)/installed               ## format, lint, types, architecture
 	$(BIN)/ruff format --check beringia tests benchmarks recipes
