@@ -38,7 +38,7 @@ PROCESSOR = ChipIdentity(
     runtime="AVX512",
     torch="2.13.0+cpu",
     plugin="none",
-    switches={"deterministic": "on", "threads": "2"},
+    switches={"deterministic_algorithms": "True", "float32_matmul_precision": "highest", "threads": "2"},
 )
 RECIPE = {
     "name": "r2-nano",

@@ -260,9 +260,11 @@ boxes.forEach(([one, a], index) => boxes.slice(index + 1).forEach(([two, b]) => 
   const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
   if (wide > 2 && high > 5) over.push(one.textContent + " / " + two.textContent);
 }));
+const fit = [...document.querySelectorAll("dt, dd")].filter(shown)
+  .filter(element => element.scrollWidth > element.clientWidth + 1).map(element => element.textContent.trim());
 const report = document.createElement("pre");
 report.id = "measured";
-report.textContent = JSON.stringify({late, over, scroll: document.documentElement.scrollWidth - width, width});
+report.textContent = JSON.stringify({late, over, fit, scroll: document.documentElement.scrollWidth - width, width});
 document.body.append(report);
 </script>
 """
@@ -281,6 +283,7 @@ def test_in_a_browser_nothing_is_cut_off_and_no_words_overlap(page: str, tmp_pat
     measured = html.unescape(seen)
     assert '"late":[]' in measured, measured[-2000:]
     assert '"over":[]' in measured, measured[-2000:]
+    assert '"fit":[]' in measured, measured[-2000:]
     assert '"scroll":0' in measured, measured[-2000:]
     assert f'"width":{width}' in measured, measured[-2000:]
 
