@@ -155,7 +155,7 @@ def decide(history: Sequence[AnyEvent], recipe: Recipe) -> Decision | None:
 
 
 def _after_alarm(situation: Situation, recipe: Recipe, alarm: Alarm) -> Decision:
-    what = f"{alarm.detector} at {alarm.site}, step {alarm.step}: {alarm.message}"
+    what = f"{alarm.detector}: {alarm.message}"
     spike = alarm.detector == SPIKE
     if spike and alarm.step in situation.spikes and alarm.step not in situation.accepted_spikes:
         own = f"{what} (again at the same step, and every layer computes rightly there: the training's own)"
