@@ -12,6 +12,7 @@ import torch
 from guarded import alarms_of_a_full_check, changed_output, changing_gradient, trainer
 
 from beringia.records.events import CheckDone
+from beringia.train.guard.shadow import MARGIN
 from beringia.train.trainer import Trainer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -178,3 +179,31 @@ def test_a_product_on_the_chip_in_fewer_bits_than_asked_for_is_seen() -> None:
 
     with changed_output(made.decoder.layers[1].self_attn, cut):
         assert [alarm.site for alarm in alarms_of_a_full_check(made)] == ["layers.1"]
+
+
+def test_what_exceeds_its_bound_by_little_alarms_when_other_samples_agree() -> None:
+    made = trainer(dtype=torch.float32)
+    assert made.guard is not None
+    made.train_step()
+    made.guard._step = made.step + 1
+    drawn = made.guard._draw("sample") % made.recipe.train.batch
+
+    def alarm_at(factor: float, samples: slice) -> float | None:
+        """How much of its bound the first alarm used, when the output of these samples' experts is off by a factor."""
+
+        def change(output_BTD: torch.Tensor) -> torch.Tensor:
+            changed_BTD = output_BTD.clone()
+            changed_BTD[samples] *= 1.0 + factor
+            return changed_BTD
+
+        with changed_output(made.decoder.layers[1].mlp, change):
+            alarms = alarms_of_a_full_check(made)
+        return None if not alarms or alarms[0].value is None else alarms[0].value / alarms[0].bound
+
+    factor = 1e-7
+    while (used := alarm_at(factor, slice(None))) is None:
+        factor *= 1.2
+    assert 1.0 < used < MARGIN
+    only = slice(drawn, drawn + 1)
+    assert alarm_at(factor, only) is None
+    assert alarm_at(10.0 * factor, only) is not None

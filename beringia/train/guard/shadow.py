@@ -10,8 +10,9 @@ replay in the chip's storage dtype, one rounding at every operation, has the err
 (`numerics.metrics`). The noise is remembered for a site and measured again every `NOISE_VISITS` visits, and whenever
 a tensor exceeds the remembered bound. One replay is one draw of the roundings, and where a sample's gradients nearly
 cancel, draws differ by more than any factor allows for: a tensor that exceeds the bound of this very sample, too, is
-held against the largest of `CONFIRMING_REPLAYS` further draws, whose inputs are moved by up to a rounding. Only what
-exceeds that alarms.
+held against the largest of `CONFIRMING_REPLAYS` further draws, whose inputs are moved by up to a rounding. What exceeds
+that by little, up to `MARGIN` times, is looked for in `CONFIRMING_SAMPLES` other samples of the step: a fault as weak as
+that, if it is not one sample's ill condition, is in most of them.
 
 T tokens, D hidden, V vocabulary, K experts a token.
 """
@@ -51,6 +52,10 @@ NOISE_VISITS = 8
 CONFIRMING_REPLAYS = 16
 """Further draws before an alarm. Another draw from the same distribution exceeds the largest of these in one case of
 seventeen, and then the factors above still stand between it and the bound."""
+MARGIN = 2.0
+"""Beyond this many times its bound one sample alarms alone. Of 3,800 shadows of sound emulated H800s one exceeded the
+bound of all draws, by 1.04."""
+CONFIRMING_SAMPLES = 3
 DETECTOR = "layer-shadow"
 
 Tensors = dict[str, torch.Tensor]
@@ -83,9 +88,20 @@ class Shadow:
         seen = _Sample(capture, sample)
         dtype = REFERENCE_DTYPE[seen.dtype]
         replica = self._replica(capture.site, weights, seen.dtype, dtype)
-        reference = seen.replay(replica, dtype)
         visits = self._visits[seen.site] = self._visits.get(seen.site, -1) + 1
-        fresh = visits % NOISE_VISITS == 0
+        findings = self._judge_sample(seen, replica, dtype, fresh=visits % NOISE_VISITS == 0)
+        if not _alarming(findings) or max(finding.used for finding in findings) > MARGIN:
+            return findings
+        others = [
+            self._judge_sample(_Sample(capture, sample + place), replica, dtype, fresh=True)
+            for place in range(1, min(CONFIRMING_SAMPLES, seen.batch - 1) + 1)
+        ]
+        clean = [other for other in others if not _alarming(other)]
+        return clean[0] if 2 * len(clean) > len(others) else findings
+
+    def _judge_sample(self, seen: _Sample, replica: nn.Module, dtype: torch.dtype, *, fresh: bool) -> list[Finding]:
+        """Against the remembered noise where that suffices, against this sample's own, against further draws of it."""
+        reference = seen.replay(replica, dtype)
         if fresh:
             self._noise[seen.site] = _noise(seen, replica, reference)
         findings = self._compare(seen, reference, self._noise[seen.site])
@@ -93,7 +109,7 @@ class Shadow:
             self._noise[seen.site] = _noise(seen, replica, reference)
             findings = self._compare(seen, reference, self._noise[seen.site])
         if _alarming(findings):
-            largest = _largest_noise(seen, replica, reference, self._noise[seen.site], sample)
+            largest = _largest_noise(seen, replica, reference, self._noise[seen.site])
             findings = self._compare(seen, reference, largest)
         return findings
 
@@ -130,11 +146,9 @@ def _noise(
     return {name: Noise(scale * error.relative, scale * error.largest) for name, error in errors.items()}
 
 
-def _largest_noise(
-    seen: _Sample, replica: nn.Module, reference: Tensors, noise: dict[str, Noise], seed: int
-) -> dict[str, Noise]:
+def _largest_noise(seen: _Sample, replica: nn.Module, reference: Tensors, noise: dict[str, Noise]) -> dict[str, Noise]:
     """The largest errors of several draws: replays whose inputs and output gradients are moved by up to a rounding."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seen.sample)
     roundoff = UNIT_ROUNDOFF[torch.float32 if seen.dtype == torch.float64 else seen.dtype]
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -216,8 +230,9 @@ class _Sample:
     def __init__(self, capture: Capture, sample: int) -> None:
         self.site = capture.site
         self._calls = _last_pass(capture.calls)
-        self.dtype = next(reversed(self._calls.values())).output.dtype
-        self._sample = sample
+        last = next(reversed(self._calls.values())).output
+        self.dtype, self.batch = last.dtype, last.shape[0]
+        self.sample = sample % self.batch
         self._routes = capture.routes_MK
         self._labels, self._scale = capture.labels_BT, capture.loss_scale
         self.tensors = self._seen()
@@ -255,7 +270,7 @@ class _Sample:
         routes = self._routes
         if routes is not None:
             tokens = call.output.shape[1]
-            start = self._sample % call.output.shape[0] * tokens
+            start = self.sample * tokens
             routes = routes[start : start + tokens].cpu()
         with Taps(inner_parts(replica), lambda tensor: tensor) as taps, forcing_routes(replica, routes):
             run(lambda x: replica(x, rope), own(call.inputs[0]), own(_output_gradient(call)))
@@ -281,7 +296,7 @@ class _Sample:
         return [name for name in self._calls if name not in inner]
 
     def _cut(self, tensor: torch.Tensor) -> torch.Tensor:
-        start = self._sample % tensor.shape[0]
+        start = self.sample
         return tensor[start : start + 1].cpu()
 
 
