@@ -11,8 +11,8 @@ replay in the chip's storage dtype, one rounding at every operation, has the err
 a tensor exceeds the remembered bound. One replay is one draw of the roundings, and where a sample's gradients nearly
 cancel, draws differ by more than any factor allows for: a tensor that exceeds the bound of this very sample, too, is
 held against the largest of `CONFIRMING_REPLAYS` further draws, whose inputs are moved by up to a rounding. What exceeds
-that by little, up to `MARGIN` times, is looked for in `CONFIRMING_SAMPLES` other samples of the step: a fault as weak as
-that, if it is not one sample's ill condition, is in most of them.
+that by little, up to `MARGIN` times, is looked for in `CONFIRMING_SAMPLES` other samples of the step: a fault as weak
+as that, if it is not one sample's ill condition, is in most of them.
 
 T tokens, D hidden, V vocabulary, K experts a token.
 """
