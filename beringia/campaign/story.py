@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 from beringia.campaign.export import compare_with_transformers, export
@@ -40,6 +41,8 @@ def _hand_on(run: RunDirectory, finished: RunFinished, on_event: Callable[[AnyEv
         if any(isinstance(event, Exported) for event in log.history):
             log.close()
             return
+        # Left by a campaign that was interrupted before it had compared and told of it.
+        shutil.rmtree(run.export, ignore_errors=True)
         step = export(run, run.export)
         comparison = compare_with_transformers(run, run.export)
         log.append(
