@@ -53,6 +53,8 @@ BATCH, TOKENS, VOCABULARY = 32, 64, 54
 LEARNING_RATE = 3e-4
 LOSS_STEPS, LOSS_LIMIT = 50, 1e-4
 SPEED_LIMIT, SPEED_STRETCH = 1.5, 1.8
+EMULATES_BF16 = not torch.cpu._is_avx512_bf16_supported()
+"""A CPU without bfloat16 instructions converts in software: many times slower."""
 COMPARED = ("ours compiled", "ours compiled, a process a core")
 
 Step = Callable[[torch.Tensor, torch.Tensor], float]
@@ -84,13 +86,14 @@ WAYS = (
     Way("ours eager", keeps_memory=True),
     Way("ours compiled", compiled=True, keeps_memory=True),
     Way("ours compiled, a process a core", compiled=True, keeps_memory=True, ranks=usable_cores()),
-    Way("ours compiled, bfloat16 products", compiled=True, dtype=torch.bfloat16, keeps_memory=True),
+    Way("ours compiled, bfloat16 products", compiled=True, dtype=torch.bfloat16, keeps_memory=True, slow=EMULATES_BF16),
     Way(
         "ours compiled, bfloat16 products, a process a core",
         compiled=True,
         dtype=torch.bfloat16,
         keeps_memory=True,
         ranks=usable_cores(),
+        slow=EMULATES_BF16,
     ),
 )
 

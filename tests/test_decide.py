@@ -183,19 +183,12 @@ def test_the_same_alarm_after_a_rollback_crosses() -> None:
     assert (decision.action, decision.to_chip, decision.to_step) == ("cross", "second", 150)
 
 
-def test_alarms_at_other_sites_without_a_newly_trusted_checkpoint_cross_too() -> None:
-    history = play(
-        step(100),
-        written(100),
-        trusted(100),
-        step(160),
-        alarm(160, "layers.0"),
-        "decide",
-        step(160),
-        alarm(160, "layers.1"),
-        "decide",
-    )
-    assert last_decision(history).action == "cross"
+def test_an_alarm_at_another_site_crosses_unless_a_checkpoint_past_the_first_alarm_was_trusted_in_between() -> None:
+    begun = [written(100), trusted(100), step(160), alarm(160, "layers.0"), "decide"]
+    other = [alarm(220, "layers.1"), "decide"]
+    assert last_decision(play(*begun, *other)).action == "cross"
+    assert last_decision(play(*begun, written(150), trusted(150), *other)).action == "cross"
+    assert last_decision(play(*begun, written(200), trusted(200), *other)).action == "rollback"
 
 
 def test_a_spike_that_comes_again_at_the_very_step_is_gone_through() -> None:

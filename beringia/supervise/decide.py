@@ -7,10 +7,10 @@ where it was, and the rules can be tested by properties.
 The rules, in order:
 
 - an alarm of the guard: the state may be corrupt, so go back to the last *trusted* checkpoint; after
-  `supervise.rollbacks` of them on one chip, at one site or without a newly trusted checkpoint in between, cross
+  `supervise.rollbacks` of them on one chip, at one site or with no trusted checkpoint past the alarm in between, cross
 - a spike of the loss or of gradients is no proof of a fault: training has its own. One that comes again at the very
-  step, while no layer computes wrongly, is the training's, and the run goes through it; another one, without a newly
-  trusted checkpoint in between, crosses
+  step, while no layer computes wrongly, is the training's, and the run goes through it; another one, with no trusted
+  checkpoint past the first in between, crosses
 - a transient fault, a hang, a lost worker, a machine that no longer answers: try again from the newest complete
   checkpoint; after `supervise.transient_retries` within `supervise.transient_window` steps, cross
 - a lost device: leave it out where other devices of the chip remain, else cross
@@ -79,7 +79,10 @@ class Situation:
     rollbacks: dict[str, int] = field(default_factory=dict)
     """Rollbacks on the chip in use, by site of the alarm."""
     rollbacks_in_vain: int = 0
-    """Rollbacks on the chip in use since a checkpoint was last found trustworthy."""
+    """Rollbacks on the chip in use since a checkpoint past their alarms was found trustworthy. One before the alarm is
+    no progress: a chip that is wrong from some step on would be tried again for each of its layers."""
+    alarm_step: int = 0
+    """Latest step of an alarm for which the run was rolled back on the chip in use."""
     came_from: str | None = None
     """Label of the chip before this one, while the crossing from it is not complete."""
     canary_due: bool = False
@@ -241,7 +244,8 @@ def _fold(situation: Situation, event: AnyEvent) -> None:
             situation.trusted.discard(event.step)
         case CheckpointTrusted():
             situation.trusted.add(event.step)
-            situation.rollbacks_in_vain = 0
+            if event.step >= situation.alarm_step:
+                situation.rollbacks_in_vain = 0
         case CheckpointRejected():
             situation.complete.pop(event.step, None)
             situation.trusted.discard(event.step)
@@ -291,7 +295,7 @@ def _fold_decision(situation: Situation, decision: Decision) -> None:
         situation.tried.append(decision.to_chip)
         situation.excluded, situation.transient_steps, situation.rollbacks = set(), [], {}
         situation.spikes = set()
-        situation.rollbacks_in_vain = situation.unanswered = 0
+        situation.rollbacks_in_vain = situation.alarm_step = situation.unanswered = 0
         situation.canary_due = decision.action == "cross"
     if decision.action != "stop":  # a stop that was not carried out must be decided again
         _forget_after(situation, decision)
@@ -300,6 +304,7 @@ def _fold_decision(situation: Situation, decision: Decision) -> None:
 
 def _count_rollback(situation: Situation, alarm: Alarm) -> None:
     situation.rollbacks_in_vain += 1
+    situation.alarm_step = max(situation.alarm_step, alarm.step)
     if alarm.detector == SPIKE:
         situation.spikes.add(alarm.step)
     else:
