@@ -292,7 +292,7 @@ def ratio(slow: Arm, fast: Arm) -> dict[str, float]:
 
 
 def summary(arms: list[Arm]) -> dict[str, Any]:
-    """Speeds of all arms, ratios to transformers' best, and the largest difference of losses."""
+    """Speeds of all arms, ratios to transformers' best, and the largest loss difference of arms that did all steps."""
     named = {arm.name: arm for arm in arms}
     plain = [arm for arm in arms if arm.way.experts and arm.way.timed and not arm.way.keeps_memory]
     theirs = min(plain, key=lambda arm: statistics.median(arm.rounds))
@@ -302,6 +302,7 @@ def summary(arms: list[Arm]) -> dict[str, Any]:
     differences = {
         name: max(abs(a - b) for a, b in zip(arm.losses, theirs.losses, strict=True))
         for name, arm in (ours | {"control": named["control"]}).items()
+        if len(arm.losses) == LOSS_STEPS
     }
     best = max(COMPARED, key=lambda name: ratios[name]["median"])
     return {

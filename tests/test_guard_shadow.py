@@ -11,6 +11,7 @@ import pytest
 import torch
 from guarded import alarms_of_a_full_check, changed_output, changing_gradient, trainer
 
+from beringia.model import attention
 from beringia.records.events import CheckDone
 from beringia.train.guard.shadow import MARGIN
 from beringia.train.trainer import Trainer
@@ -57,38 +58,41 @@ def test_a_first_layer_whose_gradients_are_half_wrong_is_seen_under_a_normal_los
     assert alarms[0].value is not None and alarms[0].value > 5 * alarms[0].bound
 
 
-def ignore_the_mask(length: int) -> Any:
-    """`attend` that lets queries past `length` see everything."""
-    from torch.nn import functional as F
+def attend_ignoring_the_mask(length: int) -> Any:
+    """`attend_in_parts` that lets queries past `length` see everything."""
 
-    real = F.scaled_dot_product_attention
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-        options.pop("is_causal")
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-        mask[length:] = True
-        return real(q, k, v, **options | {"attn_mask": mask})
+    def attend(q_BTNH: torch.Tensor, q_BTNP: torch.Tensor, *keys_and_values: Any) -> torch.Tensor:
+        *keys_and_values, scale = keys_and_values
+        dtype = q_BTNH.dtype
+        q_BTNH, q_BTNP, k_BSNH, k_BSP, v_BSNV = (x.float() for x in (q_BTNH, q_BTNP, *keys_and_values))
+        shared_BNTS = torch.einsum("btnp,bsp->bnts", q_BTNP, k_BSP)
+        scores_BNTS = scale * (torch.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) + shared_BNTS)
+        seen_TS = torch.ones(scores_BNTS.shape[-2:], dtype=torch.bool).tril()
+        seen_TS[length:] = True
+        weights_BNTS = scores_BNTS.masked_fill(~seen_TS, -torch.inf).softmax(-1)
+        return torch.einsum("bnts,bsnv->btnv", weights_BNTS, v_BSNV).flatten(2).to(dtype)
 
     return attend
 
 
-def test_a_mask_ignored_past_a_length_is_seen_in_attention(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [16, 10_000])
+def test_a_mask_ignored_past_a_length_is_seen_in_attention(
+    trained: Trainer, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
     assert trained.guard is not None
     layer = trained.decoder.layers[1]
-    real = torch.nn.functional.scaled_dot_product_attention
-    wrong = ignore_the_mask(length=16)
+    real = attention.attend_in_parts
+    wrong = attend_ignoring_the_mask(length)
     # Wrong on the chip only: the replay's attention is another module, whose calls stay as they are.
-    layer.self_attn.register_forward_pre_hook(
-        lambda *_: monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)
-    )
-    layer.self_attn.register_forward_hook(
-        lambda *_: monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", real)
-    )
+    layer.self_attn.register_forward_pre_hook(lambda *_: monkeypatch.setattr(attention, "attend_in_parts", wrong))
+    layer.self_attn.register_forward_hook(lambda *_: monkeypatch.setattr(attention, "attend_in_parts", real))
     alarms = alarms_of_a_full_check(trained)
     layer.self_attn._forward_pre_hooks.clear()
     layer.self_attn._forward_hooks.clear()
-    assert [alarm.site for alarm in alarms] == ["layers.1"]
-    assert alarms[0].tensor == "self_attn.output"
+    if length == 16:
+        assert [(alarm.site, alarm.tensor) for alarm in alarms] == [("layers.1", "self_attn.output")]
+    else:
+        assert alarms == []
 
 
 def test_a_backward_wrong_past_a_length_is_seen(trained: Trainer) -> None:

@@ -1,7 +1,7 @@
 """Causal self-attention: grouped-query (llama, qwen) and latent (DeepSeek-V2, arXiv 2405.04434 section 2.1).
 
-B batch, T new tokens, S all tokens, D hidden, N heads, G key-value heads, H head width, P its rotary part, R latent
-rank.
+B batch, T new tokens, S all tokens, D hidden, N heads, G key-value heads, H head width, P its rotary part, V width of
+values, R latent rank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from beringia.model.cache import LayerCache
 from beringia.model.config import DecoderConfig
-from beringia.model.layers import Affine, Linear, RMSNorm, linear_jointly
+from beringia.model.layers import Affine, Linear, RMSNorm, linear_jointly, precise
 from beringia.model.rope import Rope, rotate, softmax_scale
 
 # transformers and DeepSeek's own code norm the latents with this, whatever rms_norm_eps says.
@@ -37,10 +37,34 @@ def attend(q_BNTH: torch.Tensor, k_BGSH: torch.Tensor, v_BGSH: torch.Tensor, sca
     return out_BNTH.transpose(1, 2).flatten(2)
 
 
-def by_head(x_BTX: torch.Tensor, width: int) -> torch.Tensor:
-    """Split the last dimension into heads and bring them before the tokens: B N T width."""
+def attend_in_parts(
+    q_BTNH: torch.Tensor,
+    q_BTNP: torch.Tensor,
+    k_BSNH: torch.Tensor,
+    k_BSP: torch.Tensor,
+    v_BSNV: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`attend` for keys of two parts, the second of which all heads share; H is the width of the first part alone.
+
+    For the CPU, where torch has no fused kernel for values narrower than keys: it would write queries and keys down
+    again several times. Here the shared part is one product with N T rows, and nothing is joined or repeated.
+    """
+    dtype, wide = q_BTNH.dtype, precise(q_BTNH.dtype)
+    q_BTNH, q_BTNP, k_BSNH, k_BSP, v_BSNV = (x.to(wide) for x in (q_BTNH, q_BTNP, k_BSNH, k_BSP, v_BSNV))
+    q_BTNH, q_BTNP = q_BTNH * scale, q_BTNP * scale
+    num_new, num_all = q_BTNH.shape[1], k_BSNH.shape[1]
+    shared_BTNS = (q_BTNP.flatten(1, 2) @ k_BSP.mT).view(*q_BTNP.shape[:3], num_all)
+    future_TS = torch.full((num_new, num_all), -torch.inf, dtype=wide, device=k_BSP.device).triu(num_all - num_new + 1)
+    scores_BNTS = q_BTNH.transpose(1, 2) @ k_BSNH.permute(0, 2, 3, 1) + shared_BTNS.transpose(1, 2) + future_TS
+    out_BNTV = scores_BNTS.softmax(-1) @ v_BSNV.transpose(1, 2)
+    return out_BNTV.transpose(1, 2).flatten(2).to(dtype)
+
+
+def split_heads(x_BTX: torch.Tensor, width: int) -> torch.Tensor:
+    """Split the last dimension into heads: B T N width."""
     batch, tokens, _ = x_BTX.shape
-    return x_BTX.view(batch, tokens, -1, width).transpose(1, 2)
+    return x_BTX.view(batch, tokens, -1, width)
 
 
 def halved(x: torch.Tensor, start: int, width: int) -> torch.Tensor:
@@ -69,7 +93,7 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
         q, k, v = linear_jointly(x_BTD, self.q_proj.affine, self.k_proj.affine, self.v_proj.affine)
-        q_BNTH, k_BGSH, v_BGSH = (by_head(x, self.width) for x in (q, k, v))
+        q_BNTH, k_BGSH, v_BGSH = (split_heads(x, self.width).transpose(1, 2) for x in (q, k, v))
         if self.norms_heads:
             q_BNTH, k_BGSH = self.q_norm(q_BNTH), self.k_norm(k_BGSH)
         q_BNTH, k_BGSH = rotate(q_BNTH, rope), rotate(k_BGSH, rope)
@@ -101,20 +125,24 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(heads * self.value, hidden, bias=bias)
 
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
-        q_BNTH, latent_BSR, k_B1SP = self._down(x_BTD)
-        q_nope, q_rope = torch.split(q_BNTH, [self.nope, self.rope], dim=-1)
-        q_BNTH = torch.cat((q_nope, rotate(q_rope, rope)), dim=-1)
-        k_B1SP = rotate(k_B1SP, rope)
+        q_BTNX, latent_BSR, k_BSP = self._down(x_BTD)
+        q_BTNH, q_BTNP = torch.split(q_BTNX, [self.nope, self.rope], dim=-1)
+        cos_TQ, sin_TQ = rope
+        q_BTNP = rotate(q_BTNP, (cos_TQ.unsqueeze(-2), sin_TQ.unsqueeze(-2)))
+        k_BSP = rotate(k_BSP, rope)
         if cache is not None:
-            latent_B1SR, k_B1SP = cache.extend(latent_BSR.unsqueeze(1), k_B1SP)
-            latent_BSR = latent_B1SR.squeeze(1)
-        kv_BNSH = by_head(self.kv_b_proj(latent_BSR), self.nope + self.value)
-        k_nope, v_BNSH = torch.split(kv_BNSH, [self.nope, self.value], dim=-1)
-        k_BNSH = torch.cat((k_nope, k_B1SP.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
-        return self.o_proj(attend(q_BNTH, k_BNSH, v_BNSH, self.scale))
+            latent_BSR, k_BSP = (x.squeeze(1) for x in cache.extend(latent_BSR.unsqueeze(1), k_BSP.unsqueeze(1)))
+        kv_BSNX = split_heads(self.kv_b_proj(latent_BSR), self.nope + self.value)
+        k_BSNH, v_BSNV = torch.split(kv_BSNX, [self.nope, self.value], dim=-1)
+        if x_BTD.device.type == "cpu":
+            return self.o_proj(attend_in_parts(q_BTNH, q_BTNP, k_BSNH, k_BSP, v_BSNV, self.scale))
+        q_BTNX = torch.cat((q_BTNH, q_BTNP), dim=-1)
+        k_BSNX = torch.cat((k_BSNH, k_BSP.unsqueeze(2).expand(-1, -1, k_BSNH.shape[2], -1)), dim=-1)
+        q_BNTX, k_BNSX, v_BNSV = (x.transpose(1, 2) for x in (q_BTNX, k_BSNX, v_BSNV))
+        return self.o_proj(attend(q_BNTX, k_BNSX, v_BNSV, self.scale))
 
     def _down(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries B N T H, normed latent B T R and shared rotary key B 1 T P, neither rotated."""
+        """Queries B T N (H + P), normed latent B T R and shared rotary key B T P, neither rotated."""
         kv_down = self._by_halves(self.kv_a_proj_with_mqa.affine, self.rank)
         if self.compresses_queries:
             q_low, kv_low = linear_jointly(x_BTD, self.q_a_proj.affine, kv_down)
@@ -122,7 +150,7 @@ class LatentAttention(nn.Module):
         else:
             q, kv_low = linear_jointly(x_BTD, self._by_halves(self.q_proj.affine, self.nope), kv_down)
         latent_BTR, k_BTP = torch.split(kv_low, [self.rank, self.rope], dim=-1)
-        return by_head(q, self.nope + self.rope), self.kv_a_layernorm(latent_BTR), k_BTP.unsqueeze(1)
+        return split_heads(q, self.nope + self.rope), self.kv_a_layernorm(latent_BTR), k_BTP
 
     def _by_halves(self, affine: Affine, start: int) -> Affine:
         """Reorder output rows `start` and on of every head, where rotary pairs are neighbours, half by half.
