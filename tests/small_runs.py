@@ -77,6 +77,21 @@ def beringia(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
+def worker_of(supervisor: int) -> int | None:
+    """Process number of the worker, found among the supervisor's children."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children")
+    numbers = children.read_text().split() if children.exists() else []
+    return int(numbers[0]) if numbers else None
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
 def events(run: Path) -> list[AnyEvent]:
     """All events of a run directory."""
     return [parse_event(line) for _, line in read_lines(run / "events.jsonl")]

@@ -18,10 +18,10 @@ from small_runs import beringia, events, of_kind, small_recipe, start, write_rec
 from beringia.train.canary import WIDEST_BAND
 
 PERSISTENT = """
-summary = "attention's backward is wrong from step 45 on"
+summary = "attention's backward is wrong from step 25 on"
 [[faults]]
 kind = "wrong-backward"
-from_step = 45
+from_step = 25
 operator = "attention"
 length = 8
 strength = 0.8
@@ -39,7 +39,7 @@ def crossing_recipe(tmp_path: Path, **fallback: object) -> Path:
         tmp_path,
         small_recipe(
             chips=chips,
-            train={"prefer": ["preferred", "fallback"], "steps": 70, "checkpoint_every": 10, "keep": 2},
+            train={"prefer": ["preferred", "fallback"], "steps": 45, "checkpoint_every": 10, "keep": 2},
             guard={"share": 0.5},
         ),
     )
@@ -86,7 +86,7 @@ def test_the_canary_lies_within_its_band_and_the_band_means_something(crossed: P
 def test_what_was_lost_is_work_and_counted(crossed: Path) -> None:
     lost = sum(event.lost_steps for event in of_kind(crossed, "decision"))
     done = len(of_kind(crossed, "step"))
-    assert done == 70 + lost
+    assert done == 45 + lost
 
 
 def test_every_step_comes_from_a_trusted_checkpoint_of_the_same_chip_or_a_crossing(crossed: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_new_chip_that_computes_wrongly_is_refused_by_the_canary_and_the_next_
     lost.write_text(
         'summary = "lost at step 45"\n[[faults]]\nkind = "exception"\nat_step = 45\ncode = "HBM MULTI BIT ECC ERROR"\n'
     )
-    wrong.write_text(PERSISTENT.replace("from_step = 45", "from_step = 1"))
+    wrong.write_text(PERSISTENT.replace("from_step = 25", "from_step = 1"))
     chips = {
         "first": {"use": "emulated:ascend-910b", "faults": str(lost)},
         "second": {"use": "emulated:h800", "faults": str(wrong)},
@@ -180,6 +180,6 @@ def test_the_second_chip_may_be_on_another_machine_with_its_own_files_and_enviro
     (crossing,) = of_kind(run, "crossing")
     assert crossing.state_hash_before == crossing.state_hash_after
     last = max((run / "checkpoints").glob("step-*"))
-    assert last.name == "step-000070" and (last / "manifest.json").exists(), "the last checkpoint came home"
+    assert last.name == "step-000045" and (last / "manifest.json").exists(), "the last checkpoint came home"
     assert (last / "trusted.json").exists()
     assert events(run)[-1].kind == "finish"

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import beringia, events, final_hash, of_kind, small_recipe, start, write_recipe
+from small_runs import beringia, events, final_hash, gone, of_kind, small_recipe, start, worker_of, write_recipe
 
 from beringia.records.run_directory import RunDirectory
 
@@ -50,25 +50,11 @@ def test_the_same_recipe_gives_bitwise_the_same_run(uninterrupted: Path, tmp_pat
     assert losses[0] == losses[1]
 
 
-def _worker_of(supervisor: int) -> int | None:
-    """Process number of the worker, found among the supervisor's children."""
-    children = Path(f"/proc/{supervisor}/task/{supervisor}/children")
-    numbers = children.read_text().split() if children.exists() else []
-    return int(numbers[0]) if numbers else None
-
-
 def _wait_for_step(run: Path, step: int, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not any(event.step >= step for event in of_kind(run, "step")):
         assert time.monotonic() < deadline, "no progress"
         time.sleep(0.02)
-
-
-def _gone(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 @pytest.mark.slow
@@ -102,7 +88,7 @@ def test_killing_worker_supervisor_or_both_at_random_moments_changes_nothing_but
     for victims in ("worker", "supervisor", "both", "worker", "both"):
         with start("train", recipe, "--out", str(run)) as supervisor:
             time.sleep(moments.uniform(0.5, 6.0))
-            worker = _worker_of(supervisor.pid)
+            worker = worker_of(supervisor.pid)
             if victims in ("supervisor", "both"):
                 supervisor.kill()
             if victims in ("worker", "both") and worker is not None:
@@ -110,7 +96,7 @@ def test_killing_worker_supervisor_or_both_at_random_moments_changes_nothing_but
             if victims == "worker":
                 supervisor.wait(120)
             deadline = time.monotonic() + 20
-            while worker is not None and not _gone(worker):
+            while worker is not None and not gone(worker):
                 assert time.monotonic() < deadline, "the worker outlived its supervisor"
                 time.sleep(0.05)
             supervisor.kill()
@@ -206,12 +192,13 @@ def test_without_a_compiler_the_run_is_eager_and_an_event_says_so(tmp_path: Path
     assert fallback.used == "eager" and "/no/such/compiler" in fallback.reason
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_noticed_and_the_run_goes_on(tmp_path: Path) -> None:
     document = small_recipe(supervise={"hang_seconds": 4.0, "start_seconds": 60.0})
     recipe, run = write_recipe(tmp_path, document), tmp_path / "run"
     with start("train", str(recipe), "--out", str(run)) as supervisor:
         _wait_for_step(run, 2)
-        worker = _worker_of(supervisor.pid)
+        worker = worker_of(supervisor.pid)
         assert worker is not None
         os.kill(worker, signal.SIGSTOP)  # frozen: not even its watchdog runs, the supervisor must notice
         supervisor.communicate()

@@ -36,6 +36,11 @@ class RunDirectory:
         return self.root / "data"
 
     @property
+    def compiled(self) -> Path:
+        """What torch.compile made on this machine."""
+        return self.root / "compiled"
+
+    @property
     def logs(self) -> Path:
         """Standard error of each worker, and stacks after a hang."""
         return self.root / "logs"

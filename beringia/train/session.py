@@ -34,6 +34,7 @@ from beringia.records.run_directory import RunDirectory
 from beringia.train import sharding
 from beringia.train.canary import Replay, run_canary
 from beringia.train.channel import Channel
+from beringia.train.compile_cache import CompileCache
 from beringia.train.compute import UNIT_ROUNDOFF, choose_compute_dtype, reason_not_to_compile
 from beringia.train.evaluation import evaluate
 from beringia.train.guard import Guard
@@ -75,6 +76,7 @@ class Session:
         self.run = RunDirectory(Path(order.root))
         self.compute_dtype = choose_compute_dtype(self.recipe.train.compute, chip)
         self._trainer: Trainer | None = None
+        self._compile_cache: CompileCache | None = None
 
     @property
     def step(self) -> int | None:
@@ -227,6 +229,9 @@ class Session:
             return
         reason = reason_not_to_compile(self.chip)
         if reason is None:
+            self._compile_cache = CompileCache(self.run.compiled)
+            self._compile_cache.open(first=self.ranks.first)
+            self._agree(False)  # the others wait until the first rank has opened it
             self.trainer.compile()
         elif self.ranks.first:
             self._fall_back("torch.compile", "compiled", "eager", reason)
@@ -384,6 +389,8 @@ class Session:
         return "done"
 
     def _save(self) -> None:
+        if self._compile_cache is not None and self.ranks.first:
+            self._compile_cache.keep()
         self.saving.save(self.trainer.step, self.tensors(), self._progress())
 
     def _evaluate(self) -> None:
