@@ -5,6 +5,8 @@ machine does falls on both; medians, with the 95 % interval of the ratio of medi
 object.
 
     python benchmarks/emulated_speed.py --profiles h800 ascend-910b --steps 30
+
+A name with `@exact` is that profile in the exact fidelity, which has no bound.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
-from beringia.chips.emulated import EmulatedChip
+from beringia.chips.open import open_chip
 from beringia.memory import keep_freed_memory
 from beringia.model import Decoder, initialise, preset
 from beringia.records.recipe import TrainSection
@@ -70,7 +72,7 @@ def interval_of_ratio(above: list[float], below: list[float]) -> tuple[float, fl
 
 def measure(profile: str, steps: int) -> dict[str, object]:
     """Interleaved steps on the CPU and on one emulated chip."""
-    chip = EmulatedChip(profile)
+    chip = open_chip(f"emulated:{profile}")
     on_cpu, on_chip = make_step(Cpu(), torch.float32), make_step(chip, chip.capabilities.compute_dtype)
     seconds: dict[str, list[float]] = {"cpu": [], "chip": []}
     for number in range(steps + WARM_UP_STEPS):
@@ -98,7 +100,8 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()  # as training's worker does
     results = {profile: measure(profile, arguments.steps) for profile in arguments.profiles}
-    within = all(result["ratio"] <= BOUND for result in results.values())  # type: ignore[operator]
+    fast = [result for name, result in results.items() if "@" not in name]
+    within = all(result["ratio"] <= BOUND for result in fast)  # type: ignore[operator]
     facts = {"model": "r2-micro", "batch": BATCH, "tokens": TOKENS, "threads": torch.get_num_threads(), "bound": BOUND}
     print(json.dumps({**facts, "within_bound": within, "profiles": results}))
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from beringia.chips.emulated import EmulatedChip, register_device
 from beringia.chips.emulated.profile import profile_names, read_profile
+from beringia.chips.open import open_chip
 from beringia.errors import ChipUnavailable
 
 
@@ -265,8 +266,8 @@ def test_unknown_names_are_answered_with_a_suggestion_and_the_list() -> None:
         EmulatedChip("h80")
     with pytest.raises(ChipUnavailable, match="no fault script called 'r2-2026'. Did you mean 'r2-2025'.*none"):
         EmulatedChip("exact", faults="r2-2026")
-    with pytest.raises(ChipUnavailable, match="Fidelity 'exact' was asked for, but emulated chips compute in 'fast'"):
-        EmulatedChip("exact", fidelity="exact")
+    with pytest.raises(ChipUnavailable, match="Fidelity 'slow' was asked for; emulated chips compute in fast or exact"):
+        open_chip("emulated:h800@slow")
 
 
 def test_a_second_device_name_in_a_process_is_refused(chip: EmulatedChip) -> None:

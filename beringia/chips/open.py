@@ -1,8 +1,9 @@
 """Open a chip by the name a user gives it, and say which chips are here.
 
-Names: `cpu`, `cuda` (NVIDIA, or AMD where torch is built for ROCm), `npu`, `emulated:<profile>`, and `auto`, the first
-present of cuda, npu, cpu. A chip's file is found by name and imported only when that chip is asked for: two vendors'
-plugins cannot share a process, and opening the CPU must not load one.
+Names: `cpu`, `cuda` (NVIDIA, or AMD where torch is built for ROCm), `npu`, `emulated:<profile>` (in the fast fidelity;
+`emulated:<profile>@exact` in the bit-exact one), and `auto`, the first present of cuda, npu, cpu. A chip's file is
+found by name and imported only when that chip is asked for: two vendors' plugins cannot share a process, and opening
+the CPU must not load one.
 
 Opens at most the one chip asked for; holds no registry and no state.
 """
@@ -104,9 +105,12 @@ def _driver(name: str, faults: str | None) -> ModuleType:
     raise ChipUnavailable(f"{name!r} was asked for, but it is not here: {'; '.join(absent)}.")
 
 
-def _open_emulated(profile: str, index: int, faults: str | None, seed: int, memory: Path | None) -> Chip:
+def _open_emulated(name: str, index: int, faults: str | None, seed: int, memory: Path | None) -> Chip:
+    profile, _, fidelity = name.partition("@")
     emulated = _module("beringia.chips.emulated")
-    chip: Chip = emulated.EmulatedChip(profile, faults=faults, seed=seed, memory=memory, index=index)
+    chip: Chip = emulated.EmulatedChip(
+        profile, faults=faults, seed=seed, memory=memory, index=index, fidelity=fidelity or "fast"
+    )
     return chip
 
 

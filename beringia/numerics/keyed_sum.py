@@ -13,18 +13,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from beringia.numerics.c_library import NotCompiled, compile_c
 
 Sums = npt.NDArray[np.uint64]
 Jobs = npt.NDArray[np.void]
@@ -212,28 +210,18 @@ def _row_sums(rows: npt.NDArray[Any], factors: Sums) -> Sums:
 @functools.cache
 def open_kernel() -> KeyedSumKernel:
     """The compiled kernel where this machine has a C compiler that works, else numpy's, with the reason."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return KeyedSumKernel(compiled=False, reason="no C compiler (cc, gcc or clang) was found")
     try:
-        library = _compile(compiler)
-    except subprocess.CalledProcessError as error:
-        return KeyedSumKernel(compiled=False, reason=f"{compiler} failed: {error.stderr.strip()[-200:]}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return KeyedSumKernel(compiled=False, reason=f"what {compiler} made cannot be used: {error}")
+        library = _compile()
+    except NotCompiled as reason:
+        return KeyedSumKernel(compiled=False, reason=str(reason))
     kernel = KeyedSumKernel(compiled=True, reason="", library=library)
     if not _agrees_with_numpy(kernel):
-        return KeyedSumKernel(compiled=False, reason=f"what {compiler} made does not add up as numpy does")
+        return KeyedSumKernel(compiled=False, reason="what the C compiler made does not add up as numpy does")
     return kernel
 
 
-def _compile(compiler: str) -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory(prefix="beringia-") as directory:
-        source, shared = Path(directory, "keyed_sum.c"), Path(directory, "keyed_sum.so")
-        source.write_text(_SOURCE % {"block": BLOCK_WORDS, "golden": _GOLDEN})
-        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(shared), str(source)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-        library = ctypes.CDLL(str(shared))
+def _compile() -> ctypes.CDLL:
+    library = compile_c(_SOURCE % {"block": BLOCK_WORDS, "golden": _GOLDEN})
     library.run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
     library.run.restype = None
     return library

@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 
 from beringia.chips.emulated.attention import Attention
 from beringia.chips.emulated.device import Interposer, Kernel
-from beringia.chips.emulated.products import Products, grouped
+from beringia.chips.emulated.products import Fidelity, Products, grouped
 from beringia.chips.emulated.profile import Profile
 from beringia.chips.emulated.reductions import Reduce
 from beringia.chips.emulated.rounding import flush_subnormals_, perturb_, round_fraction_, saturate_
@@ -60,11 +60,11 @@ _REFUSED = (
 )
 
 
-def kernels(profile: Profile) -> dict[OpOverload, Kernel]:
-    """The kernels of a profile, by operator."""
+def kernels(profile: Profile, fidelity: Fidelity = "fast") -> dict[OpOverload, Kernel]:
+    """The kernels of a profile, by operator. Raises ChipUnavailable where its products cannot be made so exactly."""
     if profile.arithmetic == "native":
         return dict(Attention(Products(profile), _exact_exp, native=True).kernels())
-    products = Products(profile)
+    products = Products(profile, fidelity)
     cast = Cast(profile)
     table: dict[OpOverload, Kernel] = {}
     table |= _product_kernels(products, cast)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 
@@ -22,11 +22,11 @@ from beringia.chips.cpu import classify_cpu, host_memory, make_repeatable
 from beringia.chips.emulated import arithmetic, device
 from beringia.chips.emulated import faults as planted
 from beringia.chips.emulated.fault_script import read_script
+from beringia.chips.emulated.products import Fidelity
 from beringia.chips.emulated.profile import Format, Profile, read_profile
 from beringia.errors import ChipUnavailable
 from beringia.records.identity import ChipIdentity
 
-_FIDELITIES = ("fast",)
 _GIBIBYTE = 2**30
 _DTYPES: dict[Format, torch.dtype | None] = {
     "float64": torch.float64,
@@ -60,33 +60,34 @@ class EmulatedChip(Chip):
         memory: Path | None = None,
         device_name: str = "emu",
         index: int = 0,
-        fidelity: str = "fast",
+        fidelity: Fidelity = "fast",
     ) -> None:
         """Register the device and give it this profile's arithmetic and these faults.
 
         `faults`: a script's name, or the path of a TOML file. `index`: which of several such devices this process sees
         as its only one; a script may strike one of them. Raises ChipUnavailable.
         """
-        if fidelity not in _FIDELITIES:
+        if fidelity not in get_args(Fidelity):
             raise ChipUnavailable(
-                f"Fidelity {fidelity!r} was asked for, but emulated chips compute in {_FIDELITIES[0]!r} only so far: "
-                "leave it out."
+                f"Fidelity {fidelity!r} was asked for; emulated chips compute in {' or '.join(get_args(Fidelity))}."
             )
+        self.name = f"emulated:{profile_name}" if fidelity == "fast" else f"emulated:{profile_name}@{fidelity}"
         profile = read_profile(profile_name)
         script = read_script(faults or "none")
         opened = EmulatedChip._open
-        if opened is not None and opened._profile.hash != profile.hash:
+        if opened is not None and (opened._profile.hash, opened._fidelity) != (profile.hash, fidelity):
             raise ChipUnavailable(
-                f"emulated:{profile_name} was asked for, but {opened.name} is open in this process: one process drives "
+                f"{self.name} was asked for, but {opened.name} is open in this process: one process drives "
                 "one vendor's chip; close it, or start another process."
             )
-        self.name = f"emulated:{profile_name}"
         self._profile: Profile = profile
-        self._fidelity = fidelity
+        self._fidelity: Fidelity = fidelity
         make_repeatable()
         self._faults = planted.Device(script, vendor=profile.vendor, seed=seed, index=index, memory=memory)
         self._device = device.register(device_name)
-        device.install(arithmetic.kernels(profile), [*arithmetic.results_of(profile), *self._faults.interposers()])
+        device.install(
+            arithmetic.kernels(profile, fidelity), [*arithmetic.results_of(profile), *self._faults.interposers()]
+        )
         self._identity = _identity(profile, fidelity)
         EmulatedChip._open = self
 

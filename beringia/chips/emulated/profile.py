@@ -83,6 +83,8 @@ class MatrixUnit(Sourced):
     """Operands that are subnormal in their format."""
     subnormals_out: Literal["kept", "flushed"] = "kept"
     """Float32 results that are subnormal."""
+    large_products: Literal["kept", "infinite"] = "kept"
+    """Products of 2^128 and more, finite in exact arithmetic: kept until the sum is rounded, or infinite at once."""
 
 
 class Float32Products(Sourced):

@@ -13,6 +13,7 @@ from beringia.chips.emulated.profile import Direction
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 _FRACTION_BITS = {torch.float32: 23, torch.float64: 52}
 _SMALLEST_NORMAL_FLOAT32 = 2.0**-126
+_EXPONENT_FLOAT32 = 0xFF << 23
 
 # Multipliers of a 32-bit integer hash whose every input bit reaches every output bit (Wellons' `lowbias32` search).
 _HASH_FIRST = 0x7FEB352D
@@ -46,10 +47,16 @@ def _increment(integer: torch.Tensor, dropped: int, direction: Direction) -> tor
     return torch.where(integer < 0, (1 << dropped) - 1, 0)
 
 
-def floor_below(number: torch.Tensor, exponent: torch.Tensor, bits: int) -> torch.Tensor:
-    """Floor float64 numbers to a multiple of 2**(exponent - bits)."""
-    scale = torch.ldexp(torch.ones_like(number), exponent - bits)
-    return torch.floor(number / scale) * scale
+def floor_beside_(number: torch.Tensor, other: torch.Tensor, bits: int) -> torch.Tensor:
+    """Floor float32 numbers in place to a multiple of 2**(e - bits), e the larger exponent of `number` and `other`.
+
+    Exact: scaling by a power of two and flooring a float32 number lose nothing else. (In the highest binade the grid is
+    finer by half, and below the smallest normal number it is that number's.)
+    """
+    largest = torch.maximum(number.abs(), other.abs()).view(torch.int32)
+    exponents = largest.bitwise_and_(_EXPONENT_FLOAT32).clamp_(1 << 23, 253 << 23)
+    number.mul_(((254 << 23) - exponents).view(torch.float32)).mul_(2.0**bits).floor_()
+    return number.mul_(2.0**-bits).mul_(exponents.view(torch.float32))
 
 
 def flush_subnormals_(number: torch.Tensor, smallest_normal: float = _SMALLEST_NORMAL_FLOAT32) -> torch.Tensor:
