@@ -168,7 +168,8 @@ static inline void block_scheme(const unit_t *unit, const operand_t *a, const op
   } else {
     aligned_sum(unit, a, b, columns, terms, 0, 1, NULL, NULL, direction, largest, sum);
   }
-  int64_t up = unit->sum_bits - unit->fraction_bits, gap = unit->sum_bits - unit->accumulator_bits;
+  int64_t up = unit->sum_bits - unit->fraction_bits;
+  int64_t bits = unit->sum_bits > unit->accumulator_bits ? unit->sum_bits : unit->accumulator_bits;
   EVERY(n) {
     int32_t larger = largest[n] > c_exponent[n] ? largest[n] : c_exponent[n];
     int64_t of_products = align(sum[n], up, larger - largest[n], unit->sum_rounding);
@@ -176,10 +177,11 @@ static inline void block_scheme(const unit_t *unit, const operand_t *a, const op
     int64_t of_accumulator = align(c_significand[n], unit->accumulator_bits - 23, distance, unit->accumulator_rounding);
     /* MI300X's fp8 unit drops an accumulator of which nothing is left, where flooring would leave -1. */
     if (unit->scheme == HALVES && distance > unit->accumulator_bits + 1) of_accumulator = 0;
-    sum[n] = of_products + of_accumulator * ((int64_t)1 << gap);
+    sum[n] = of_products * ((int64_t)1 << (bits - unit->sum_bits)) +
+             of_accumulator * ((int64_t)1 << (bits - unit->accumulator_bits));
     largest[n] = larger;
   }
-  finish(unit, largest, unit->sum_bits, sum, c);
+  finish(unit, largest, bits, sum, c);
 }
 
 /* A tree of float32 additions over a block (a power of two of at most 32 terms), then the accumulator. */

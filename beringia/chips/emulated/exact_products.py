@@ -169,7 +169,7 @@ def _refuse_wide(unit: MatrixUnit, format_: Format) -> None:
                 "the exact fidelity adds powers of two up to 32."
             )
         return
-    widest = max(unit.fraction_bits or 0, unit.sum_bits or 0)
+    widest = max(unit.fraction_bits or 0, unit.sum_bits or 0, unit.accumulator_bits or 0)
     needed = widest + 2 + (unit.block + 1).bit_length()  # significands of products are below 4
     if unit.fraction_bits is None or needed > _LARGEST_SUM_BITS:
         found = "has no fraction_bits, so it loses none" if unit.fraction_bits is None else f"needs {needed}"
