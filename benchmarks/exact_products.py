@@ -19,8 +19,8 @@ import beringia  # noqa: F401  # sets the threads before torch loads
 # isort: split
 import torch
 
-from beringia.chips.emulated import matmul
-from beringia.chips.emulated.profile import Format, read_profile
+from beringia.chips.arithmetic import matmul
+from beringia.chips.arithmetic.profile import Format, read_profile
 
 PARTS = ("v100", "a100", "l40s", "h100", "b200", "mi250x", "mi300x")
 DTYPES: dict[Format, torch.dtype] = {

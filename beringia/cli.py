@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from beringia import __version__
-from beringia.errors import BeringiaError, RecipeError
+from beringia.errors import BeringiaError, Inconclusive, RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from beringia.chips.arithmetic.profile import MatrixUnit
     from beringia.records.recipe import Recipe
     from beringia.records.run_directory import RunDirectory
 
@@ -120,9 +123,51 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
     _answer(as_json, {"report": str(path)}, str(path))
 
 
-@app.command()
-def chips(as_json: JsonOption = False) -> None:
+chips_app = typer.Typer(help="Which chips are here, and what their arithmetic is.")
+app.add_typer(chips_app, name="chips")
+
+
+@chips_app.command()
+def probe(
+    chip: Annotated[str, typer.Argument(help="A chip, as `beringia chips` calls it.")],
+    out: Annotated[Path, typer.Option(help="where the profile goes, a TOML file")],
+    as_json: JsonOption = False,
+) -> int:
+    """Measure a chip's arithmetic into a profile that the emulator loads: emulated:PATH@exact."""
+    from beringia.chips.open import open_chip
+    from beringia.qualify.arithmetic.chip_profile import measure_profile, to_toml
+    from beringia.records.files import write_text
+
+    opened = open_chip(chip)
+    try:
+        profile = measure_profile(opened)
+    finally:
+        opened.close()
+    write_text(out, to_toml(profile))
+    assumed = profile.assumed()
+    if as_json:
+        print(json.dumps({"chip": opened.name, "profile": str(out), "hash": profile.hash, "assumed": assumed}))
+    else:
+        _show_units({str(name): unit for name, unit in profile.units.items()}, out)
+    return Inconclusive.exit_code if any(name != "units.float64" for name in assumed) else 0
+
+
+def _show_units(units: Mapping[str, MatrixUnit], out: Path) -> None:
+    from rich.table import Table
+
+    table = Table("operands", "unit", "", box=None, pad_edge=False)
+    for name, unit in units.items():
+        table.add_row(name, unit.in_words(), unit.mark)
+    console = _console()
+    console.print(table)
+    console.print(str(out), soft_wrap=True)
+
+
+@chips_app.callback(invoke_without_command=True)
+def chips(context: typer.Context, as_json: JsonOption = False) -> None:
     """Which chips are here."""
+    if context.invoked_subcommand is not None:
+        return
     from beringia.chips.open import survey
 
     found = survey()

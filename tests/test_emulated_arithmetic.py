@@ -11,11 +11,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from beringia.chips.arithmetic.products import Products
+from beringia.chips.arithmetic.profile import Direction, Profile, Reduction, read_profile
+from beringia.chips.arithmetic.rounding import flush_subnormals_, perturb_, round_fraction_, saturate_
 from beringia.chips.emulated import EmulatedChip, arithmetic
-from beringia.chips.emulated.products import Products
-from beringia.chips.emulated.profile import Direction, Profile, Reduction, read_profile
 from beringia.chips.emulated.reductions import Reduce
-from beringia.chips.emulated.rounding import flush_subnormals_, perturb_, round_fraction_, saturate_
 
 aten = torch.ops.aten
 

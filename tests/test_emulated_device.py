@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from beringia.chips.arithmetic.profile import profile_names, read_profile
 from beringia.chips.emulated import EmulatedChip, register_device
-from beringia.chips.emulated.profile import profile_names, read_profile
 from beringia.chips.open import open_chip
 from beringia.errors import ChipUnavailable
 

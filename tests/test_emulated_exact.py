@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beringia.chips.arithmetic.exact_products import ExactUnit
+from beringia.chips.arithmetic.profile import MatrixUnit, read_profile
 from beringia.chips.emulated import matmul
-from beringia.chips.emulated.exact_products import ExactUnit
-from beringia.chips.emulated.profile import MatrixUnit, read_profile
 from beringia.chips.open import open_chip
 from beringia.errors import ChipUnavailable
 

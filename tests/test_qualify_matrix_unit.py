@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beringia.chips.emulated import matmul
-from beringia.chips.emulated.exact_products import ExactUnit
-from beringia.chips.emulated.profile import Format, MatrixUnit, read_profile
+from beringia.chips.arithmetic import matmul
+from beringia.chips.arithmetic.exact_products import ExactUnit
+from beringia.chips.arithmetic.profile import Format, MatrixUnit, read_profile
 from beringia.qualify.arithmetic.matrix_unit import UnknownStructure, measure_unit, structure_from
 from beringia.qualify.arithmetic.products import FORMATS
 

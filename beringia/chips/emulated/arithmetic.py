@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from beringia.chips.arithmetic.products import Fidelity, Products, grouped
+from beringia.chips.arithmetic.profile import Profile
+from beringia.chips.arithmetic.rounding import flush_subnormals_, perturb_, round_fraction_, saturate_
 from beringia.chips.emulated.attention import Attention
 from beringia.chips.emulated.device import Interposer, Kernel
-from beringia.chips.emulated.products import Fidelity, Products, grouped
-from beringia.chips.emulated.profile import Profile
 from beringia.chips.emulated.reductions import Reduce
-from beringia.chips.emulated.rounding import flush_subnormals_, perturb_, round_fraction_, saturate_
 
 aten = torch.ops.aten
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch._ops import OpOverload
 
+from beringia.chips.arithmetic.products import Products
 from beringia.chips.emulated.device import Kernel
-from beringia.chips.emulated.products import Products
 
 aten = torch.ops.aten
 

@@ -17,13 +17,13 @@ from typing import Any, ClassVar, get_args
 import torch
 
 from beringia import __version__
+from beringia.chips.arithmetic.products import Fidelity
+from beringia.chips.arithmetic.profile import Format, Profile, read_profile
 from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory
 from beringia.chips.cpu import classify_cpu, host_memory, make_repeatable
 from beringia.chips.emulated import arithmetic, device
 from beringia.chips.emulated import faults as planted
 from beringia.chips.emulated.fault_script import read_script
-from beringia.chips.emulated.products import Fidelity
-from beringia.chips.emulated.profile import Format, Profile, read_profile
 from beringia.errors import ChipUnavailable
 from beringia.records.identity import ChipIdentity
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from beringia.chips.emulated.profile import parse, unknown
+from beringia.chips.arithmetic.profile import parse, unknown
 from beringia.errors import ChipUnavailable
 from beringia.records.record import Record
 

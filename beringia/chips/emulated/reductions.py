@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from beringia.chips.emulated.profile import Reduction
+from beringia.chips.arithmetic.profile import Reduction
 
 
 class Reduce:

@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 
-from beringia.chips.emulated.exact_products import ExactUnit
-from beringia.chips.emulated.products import Operand
-from beringia.chips.emulated.profile import Direction, Format, MatrixUnit
+from beringia.chips.arithmetic.exact_products import ExactUnit
+from beringia.chips.arithmetic.products import Operand
+from beringia.chips.arithmetic.profile import Direction, Format, MatrixUnit
 from beringia.errors import Inconclusive
 from beringia.qualify.arithmetic.products import CASES, FORMATS, LENGTH, Case, Multiply, Sums, Term
 
@@ -70,7 +70,9 @@ def measure_unit(multiply: Multiply, format_: Format, source: str) -> MatrixUnit
 
 
 _BATTERY = 3 * CASES**2
-"""Random sums that a measured unit is tried on: with 64 terms over 0, 12 and 40 binary orders of magnitude."""
+_BATTERY_LENGTH = 5 * LENGTH
+"""Random sums that a measured unit is tried on, and their terms: over 0, 12 and 40 binary orders of magnitude, and
+longer than the sums that were asked about, in case something happens every so many terms only."""
 
 
 def count_differences(multiply: Multiply, unit: MatrixUnit, format_: Format) -> int:
@@ -84,7 +86,7 @@ def count_differences(multiply: Multiply, unit: MatrixUnit, format_: Format) -> 
             (torch.randn(shape, generator=generator) * 2.0 ** (spread * (torch.rand(shape, generator=generator) - 0.5)))
             .clamp(-limit, limit)
             .to(form.dtype)
-            for shape in ((CASES, LENGTH), (LENGTH, CASES))
+            for shape in ((CASES, _BATTERY_LENGTH), (_BATTERY_LENGTH, CASES))
         )
         found_MN, wanted_MN = multiply(a_MK, b_KN), exact(operand(a_MK), operand(b_KN))
         same_MN = (found_MN == wanted_MN) | (found_MN.isnan() & wanted_MN.isnan())
@@ -216,7 +218,7 @@ class _Unit:
         last = max(kept, default=bits + 1)
         below = -(last + 1)
         away = [Term(-1, below), Term(-1.5, below), Term(1.5, below)]
-        return _Aligned(last, _direction(self._moves(away, bits, odd=False)))
+        return _Aligned(last, direction(self._moves(away, bits, odd=False)))
 
     def _moves(self, terms: Sequence[Term], bits: int, *, odd: bool) -> list[bool]:
         """Whether half a unit and a small term beside it change the accumulator; on an odd one, all but the term is
@@ -244,7 +246,7 @@ class _Unit:
             return _Aligned(None, "truncate")
         below = bits + 1
         answers = left_of([Term(-1, -below), Term(-1.5, -below), Term(1.5, -below)])
-        return _Aligned(bits, _direction(answers))
+        return _Aligned(bits, direction(answers))
 
     def _odd_places_are_apart(self, bits: int) -> bool:
         """Four terms of a quarter of the last bit that alignment keeps: visible if they are added up before they are
@@ -266,7 +268,7 @@ class _Unit:
         results = self._beside([Term(1, -step) for step in steps])
         bits = 2 + max(step for step, result in zip(steps, results, strict=True) if result == 2.0**-step)
         half = 1 - bits
-        return bits, _direction(self._beside([Term(-1, half), Term(-1.5, half), Term(1.5, half)]))
+        return bits, direction(self._beside([Term(-1, half), Term(-1.5, half), Term(1.5, half)]))
 
     def _beside(self, terms: Sequence[Term]) -> list[float]:
         """What is left of small terms beside 4.5 of their own sign."""
@@ -285,11 +287,12 @@ class _Unit:
     def float32_rounding(self) -> Direction:
         """How float32 additions are rounded where they are made one by one."""
         terms = [Term(-1, -24), Term(-1.5, -24), Term(1.5, -24)]
-        results = self._sums([{0: Term(math.copysign(1.0, term.left), 0), 1: term} for term in terms])
-        return _direction([abs(result) - 1.0 for result in results])
+        whole = [Term(math.copysign(1.0, term.left), self._base) for term in terms]
+        results = self._sums([{0: one, 1: self._scaled(term)} for one, term in zip(whole, terms, strict=True)])
+        return direction([abs(result) != 2.0**self._base for result in results])
 
 
-def _direction(answers: Sequence[float] | Sequence[bool]) -> Direction:
+def direction(answers: Sequence[float] | Sequence[bool]) -> Direction:
     """From what becomes of -1/2, -3/4 and 3/4 of the last bit: whether each moved."""
     moved = tuple(answer != 0 for answer in answers)
     directions: dict[tuple[bool, ...], Direction] = {

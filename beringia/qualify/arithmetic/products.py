@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from beringia.chips.emulated.profile import Format
+from beringia.chips.arithmetic.profile import Format
 
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """a (M, K) times b (K, N) on the chip, from CPU tensors of the format's dtype to a float32 CPU tensor (M, N)."""
@@ -36,6 +36,7 @@ class OperandFormat:
 
 FORMATS: Mapping[Format, OperandFormat] = {
     "float32": OperandFormat(torch.float32, 23, -126, 127),
+    "tfloat32": OperandFormat(torch.float32, 10, -126, 127),
     "bfloat16": OperandFormat(torch.bfloat16, 7, -126, 127),
     "float16": OperandFormat(torch.float16, 10, -14, 15),
     "float8_e4m3": OperandFormat(torch.float8_e4m3fn, 3, -6, 8),

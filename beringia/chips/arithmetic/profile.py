@@ -86,6 +86,20 @@ class MatrixUnit(Sourced):
     large_products: Literal["kept", "infinite"] = "kept"
     """Products of 2^128 and more, finite in exact arithmetic: kept until the sum is rounded, or infinite at once."""
 
+    def in_words(self) -> str:
+        """One line for tables."""
+        if self.scheme == "sequential":
+            return f"one after another, {self.final}"
+        if self.scheme == "pairwise":
+            return f"tree of {self.block} terms, {self.final}"
+        apart = (
+            f", accumulator {self.accumulator_bits} bits {self.accumulator_rounding}" if self.accumulator_bits else ""
+        )
+        bits = "all bits" if self.fraction_bits is None else f"F = {self.fraction_bits}"
+        shape = "block" if self.scheme == "block" else "even and odd halves"
+        result = f"result {self.result_bits} bits {self.final}"
+        return f"{shape} of {self.block} terms, {bits} {self.alignment}{apart}, {result}"
+
 
 class Float32Products(Sourced):
     """What a product of float32 matrices becomes under the software's default switches."""

@@ -15,9 +15,9 @@ from typing import Literal
 
 import torch
 
-from beringia.chips.emulated.exact_products import FRACTION_BITS, SMALLEST_EXPONENT, ExactUnit
-from beringia.chips.emulated.profile import Direction, Format, MatrixUnit, Profile, read_profile
-from beringia.chips.emulated.rounding import floor_beside_, flush_subnormals_, round_fraction_
+from beringia.chips.arithmetic.exact_products import FRACTION_BITS, SMALLEST_EXPONENT, ExactUnit
+from beringia.chips.arithmetic.profile import Direction, Format, MatrixUnit, Profile, read_profile
+from beringia.chips.arithmetic.rounding import floor_beside_, flush_subnormals_, round_fraction_
 
 CHUNK = 128
 """Terms between two roundings of the accumulator."""

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from beringia.chips.emulated.profile import Format, MatrixUnit
+from beringia.chips.arithmetic.profile import Format, MatrixUnit
 from beringia.errors import ChipUnavailable
 from beringia.numerics.c_library import NotCompiled, compile_c
 

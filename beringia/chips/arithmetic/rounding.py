@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from beringia.chips.emulated.profile import Direction
+from beringia.chips.arithmetic.profile import Direction
 
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 _FRACTION_BITS = {torch.float32: 23, torch.float64: 52}
