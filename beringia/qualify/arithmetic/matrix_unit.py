@@ -101,8 +101,10 @@ def find_structure(sums: Sums) -> tuple[Scheme, int]:
     for place in range(1, LENGTH):
         terms = dict.fromkeys(range(LENGTH), Term(1, small))
         cases.append(terms | {0: Term(1, large), place: Term(-1, large)})
-    drowned = [LENGTH - round(result / 2.0**small) for result in sums(cases)]
-    return structure_from(drowned)
+    found = sums(cases)
+    if not all(math.isfinite(result) for result in found):
+        raise UnknownStructure(f"Sums of terms between 2^{small} and 2^{large} are not finite: {found}.")
+    return structure_from([LENGTH - round(result / 2.0**small) for result in found])
 
 
 def structure_from(drowned: Sequence[int]) -> tuple[Scheme, int]:
@@ -266,7 +268,10 @@ class _Unit:
         """
         steps = range(2, 24)
         results = self._beside([Term(1, -step) for step in steps])
-        bits = 2 + max(step for step, result in zip(steps, results, strict=True) if result == 2.0**-step)
+        kept = [step for step, result in zip(steps, results, strict=True) if result == 2.0**-step]
+        if not kept:
+            raise UnknownStructure("The result of 4.5 + 1/4 keeps no bit of the quarter: fewer than four bits.")
+        bits = 2 + kept[-1]
         half = 1 - bits
         return bits, direction(self._beside([Term(-1, half), Term(-1.5, half), Term(1.5, half)]))
 
