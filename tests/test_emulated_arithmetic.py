@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from beringia.chips.arithmetic.products import Products
 from beringia.chips.arithmetic.profile import Direction, Profile, Reduction, read_profile
 from beringia.chips.arithmetic.rounding import flush_subnormals_, perturb_, round_fraction_, saturate_
-from beringia.chips.emulated import EmulatedChip, arithmetic
+from beringia.chips.emulated import EmulatedChip, kernels
 from beringia.chips.emulated.reductions import Reduce
 
 aten = torch.ops.aten
@@ -163,7 +163,7 @@ def test_a_format_without_a_unit_is_refused() -> None:
 
 
 def test_every_product_of_torch_goes_through_the_unit() -> None:
-    table = arithmetic.kernels(read_profile("h800"))
+    table = kernels.kernels_of(read_profile("h800"))
     products = Products(read_profile("h800"))
     a, b, c = seeded(3, 300, seed=1).bfloat16(), seeded(300, 5, seed=2).bfloat16(), seeded(5, seed=3).bfloat16()
     total = products(a, b)
@@ -220,7 +220,7 @@ def test_casts_follow_the_profile_s_rounding() -> None:
     between = torch.tensor([1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-20, -(1 + 2.0**-8)])  # half a step of bfloat16, and above
     results = {}
     for rounding in ("nearest-even", "truncate", "half-away", "floor"):
-        cast = arithmetic.Cast(profile_with("h800", casts={"rounding": rounding}))
+        cast = kernels.Cast(profile_with("h800", casts={"rounding": rounding}))
         results[rounding] = cast(between, torch.bfloat16).tolist()
     step = 1 + 2.0**-7
     assert results == {
@@ -280,7 +280,7 @@ def test_the_error_of_a_function_stays_within_its_ulps_and_reaches_them(ulps: in
 
 
 def test_the_same_argument_has_the_same_error_wherever_it_stands() -> None:
-    exp = arithmetic.kernels(read_profile("h800"))[aten.exp.default]
+    exp = kernels.kernels_of(read_profile("h800"))[aten.exp.default]
     argument = seeded(1000)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
     assert torch.equal(exp(argument)[order], exp(argument[order]))
@@ -289,17 +289,17 @@ def test_the_same_argument_has_the_same_error_wherever_it_stands() -> None:
 
 
 def test_special_values_of_functions_are_exact() -> None:
-    exp = arithmetic.kernels(read_profile("h800"))[aten.exp.default]
+    exp = kernels.kernels_of(read_profile("h800"))[aten.exp.default]
     assert exp(torch.tensor([0.0, -math.inf, math.inf])).tolist() == [1.0, 0.0, math.inf]
     assert exp(torch.tensor([math.nan])).isnan().all()
-    power = arithmetic.kernels(read_profile("h800"))[aten.pow.Tensor_Scalar]
+    power = kernels.kernels_of(read_profile("h800"))[aten.pow.Tensor_Scalar]
     argument = seeded(100).abs()
     assert torch.equal(power(argument, 2), argument * argument)
     assert not torch.equal(power(argument, 1.7), argument**1.7)
 
 
 def test_every_emulated_function_is_near_float64() -> None:
-    table = arithmetic.kernels(read_profile("ascend-910b"))
+    table = kernels.kernels_of(read_profile("ascend-910b"))
     argument = seeded(500).abs() + 0.1
     for name in ("exp", "log", "tanh", "sigmoid", "silu", "rsqrt", "erf", "sin", "log1p"):
         operator = getattr(aten, name).default
@@ -359,7 +359,7 @@ def test_a_sequential_sum_is_one() -> None:
 @pytest.mark.parametrize("dim", [None, 0, 1, -1, (0, 2), (1, 2), ()])
 @pytest.mark.parametrize("keepdim", [False, True])
 def test_sums_over_any_dimensions_are_sums(dim: int | tuple[int, ...] | None, keepdim: bool) -> None:
-    table = arithmetic.kernels(read_profile("h800"))
+    table = kernels.kernels_of(read_profile("h800"))
     numbers = seeded(6, 7, 130)
     dims = [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
     for operator in (aten.sum.dim_IntList, aten.mean.dim):

@@ -3,7 +3,7 @@
 Every group of numbers says where it comes from (`source`) and how good that is (`mark`): `documented` by the maker or
 by a published study of the part, `measured` by us, or `assumed`. Part of a chip's identity is the hash of its profile.
 
-The schema says more than the `fast` fidelity computes (see `arithmetic.py`): block lengths and the alignment of single
+The schema says more than the `fast` fidelity computes (see `products.py`): block lengths and the alignment of single
 products matter to the bit-exact fidelity only.
 """
 

@@ -21,7 +21,7 @@ from beringia.chips.arithmetic.products import Fidelity
 from beringia.chips.arithmetic.profile import Format, Profile, read_profile
 from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory
 from beringia.chips.cpu import classify_cpu, host_memory, make_repeatable
-from beringia.chips.emulated import arithmetic, device
+from beringia.chips.emulated import device, kernels
 from beringia.chips.emulated import faults as planted
 from beringia.chips.emulated.fault_script import read_script
 from beringia.errors import ChipUnavailable
@@ -86,7 +86,7 @@ class EmulatedChip(Chip):
         self._faults = planted.Device(script, vendor=profile.vendor, seed=seed, index=index, memory=memory)
         self._device = device.register(device_name)
         device.install(
-            arithmetic.kernels(profile, fidelity), [*arithmetic.results_of(profile), *self._faults.interposers()]
+            kernels.kernels_of(profile, fidelity), [*kernels.results_of(profile), *self._faults.interposers()]
         )
         self._identity = _identity(profile, fidelity)
         EmulatedChip._open = self

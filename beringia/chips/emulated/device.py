@@ -5,7 +5,7 @@ come through a boxed PrivateUse1 fallback. Each operator gets one handler, plann
 and kept in a dict, because the handler's own cost is paid a few thousand times in a training step.
 
 What an operator computes is its *kernel*, a function of CPU tensors: ATen's own, or one given to `install` (an
-arithmetic's, see `arithmetic.py`). *Interposers* given to `install` may wrap any kernel (see `faults.py`).
+arithmetic's, see `kernels.py`). *Interposers* given to `install` may wrap any kernel (see `faults.py`).
 
 Does not emulate: storage pointers (0), streams (one), `torch.Generator(device="emu")`, autocast's casts, FSDP2.
 One process has one PrivateUse1 device, under one name, for its whole life.

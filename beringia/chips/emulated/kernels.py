@@ -60,7 +60,7 @@ _REFUSED = (
 )
 
 
-def kernels(profile: Profile, fidelity: Fidelity = "fast") -> dict[OpOverload, Kernel]:
+def kernels_of(profile: Profile, fidelity: Fidelity = "fast") -> dict[OpOverload, Kernel]:
     """The kernels of a profile, by operator. Raises ChipUnavailable where its products cannot be made so exactly."""
     if profile.arithmetic == "native":
         return dict(Attention(Products(profile), _exact_exp, native=True).kernels())
