@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from beringia.chips.arithmetic import matmul
 from beringia.chips.arithmetic.exact_products import ExactUnit
+from beringia.chips.arithmetic.formats import FORMATS
 from beringia.chips.arithmetic.profile import Format, MatrixUnit, read_profile
 from beringia.qualify.arithmetic.matrix_unit import UnknownStructure, measure_unit, structure_from
-from beringia.qualify.arithmetic.products import FORMATS
 
 UNITS = [
     (part, name)

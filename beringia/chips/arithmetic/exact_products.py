@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
+from beringia.chips.arithmetic.formats import FORMATS
 from beringia.chips.arithmetic.profile import Format, MatrixUnit
 from beringia.errors import ChipUnavailable
 from beringia.numerics.c_library import NotCompiled, compile_c
@@ -27,28 +28,6 @@ _LARGEST_SUM_BITS = 51
 """Sums below 2**51 in units of their last kept bit: float64, which they are rounded from, holds those exactly."""
 _SCHEMES = ("block", "halves", "pairwise", "sequential")
 _DIRECTIONS = ("truncate", "floor", "nearest-even", "half-away")
-
-FRACTION_BITS: Mapping[Format, int] = {
-    "float32": 23,
-    "tfloat32": 10,
-    "hfloat32": 10,
-    "bfloat16": 7,
-    "float16": 10,
-    "float8_e4m3": 3,
-    "float8_e4m3fnuz": 3,
-    "float8_e5m2": 2,
-}
-SMALLEST_EXPONENT: Mapping[Format, int] = {
-    "float32": -126,
-    "tfloat32": -126,
-    "hfloat32": -126,
-    "bfloat16": -126,
-    "float16": -14,
-    "float8_e4m3": -6,
-    "float8_e4m3fnuz": -7,
-    "float8_e5m2": -14,
-}
-"""Exponent of each format's smallest normal number."""
 
 
 class _Unit(ctypes.Structure):
@@ -77,7 +56,7 @@ class ExactUnit:
         """Raises ChipUnavailable for a unit that cannot be computed exactly here, or without a C compiler."""
         _refuse_wide(unit, format_)
         self._library = _library()
-        self._bits, self._smallest = FRACTION_BITS[format_], SMALLEST_EXPONENT[format_]
+        self._format = FORMATS[format_]
         self._flushes_in = unit.subnormals_in == "flushed"
         fraction_bits = unit.fraction_bits or 0
         self._unit = _Unit(
@@ -93,7 +72,7 @@ class ExactUnit:
             final=_DIRECTIONS.index(unit.final),
             flushes_out=unit.subnormals_out == "flushed",
             infinite_products=unit.large_products == "infinite",
-            operand_bits=self._bits,
+            operand_bits=self._format.fraction_bits,
         )
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -129,10 +108,9 @@ class ExactUnit:
         if self._flushes_in:
             numbers = numbers + 0.0  # flushed operands are +0, also negative ones
         significands, exponents = (torch.empty(numbers.shape, dtype=torch.int32) for _ in range(2))
-        addresses = (ctypes.c_void_p(part.data_ptr()) for part in (significands, exponents))
-        self._library.decode(
-            ctypes.c_void_p(numbers.data_ptr()), numbers.numel(), self._bits, self._smallest, *addresses
-        )
+        address, *results = (ctypes.c_void_p(part.data_ptr()) for part in (numbers, significands, exponents))
+        form = self._format
+        self._library.decode(address, numbers.numel(), form.fraction_bits, form.smallest, *results)
         return numbers, significands, exponents
 
 

@@ -15,20 +15,17 @@ from typing import Literal
 
 import torch
 
-from beringia.chips.arithmetic.exact_products import FRACTION_BITS, SMALLEST_EXPONENT, ExactUnit
+from beringia.chips.arithmetic.exact_products import ExactUnit
+from beringia.chips.arithmetic.formats import FORMATS
 from beringia.chips.arithmetic.profile import Direction, Format, MatrixUnit, Profile, read_profile
 from beringia.chips.arithmetic.rounding import floor_beside_, flush_subnormals_, round_fraction_
 
 CHUNK = 128
 """Terms between two roundings of the accumulator."""
 
-_FORMATS: Mapping[torch.dtype, Format] = {
+_BY_DTYPE: Mapping[torch.dtype, Format] = {
     torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float8_e4m3fn: "float8_e4m3",
-    torch.float8_e4m3fnuz: "float8_e4m3fnuz",
-    torch.float8_e5m2: "float8_e5m2",
+    **{form.dtype: name for name, form in FORMATS.items() if form.dtype != torch.float32},
 }
 Fidelity = Literal["fast", "exact"]
 
@@ -54,7 +51,7 @@ class Products:
         if a.dtype != b.dtype:
             raise RuntimeError(f"expected both operands to have the same dtype, but got: {a.dtype} and {b.dtype}")
         if format_ is None:
-            format_ = self._profile.float32_products.format if a.dtype == torch.float32 else _FORMATS[a.dtype]
+            format_ = self._profile.float32_products.format if a.dtype == torch.float32 else _BY_DTYPE[a.dtype]
         if format_ not in self._profile.units:
             raise RuntimeError(
                 f"{self._profile.part} has no matrix unit for {a.dtype}: it takes {', '.join(self._profile.units)}."
@@ -77,9 +74,9 @@ class Operand:
 
     def __init__(self, unit: MatrixUnit, format_: Format, cut: Direction) -> None:
         self._cut = cut if format_ in ("tfloat32", "hfloat32") else None
-        self._bits = FRACTION_BITS[format_]
+        self._bits = FORMATS[format_].fraction_bits
         self._flushes = unit.subnormals_in == "flushed"
-        self._smallest_normal = 2.0 ** SMALLEST_EXPONENT[format_]
+        self._smallest_normal = 2.0 ** FORMATS[format_].smallest
 
     def __call__(self, number: torch.Tensor) -> torch.Tensor:
         exact = number.float()

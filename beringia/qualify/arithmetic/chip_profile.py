@@ -8,18 +8,19 @@ from typing import Any, get_args
 import tomli_w
 import torch
 
+from beringia.chips.arithmetic.formats import FORMATS
 from beringia.chips.arithmetic.profile import Direction, Format, MatrixUnit, Profile
 from beringia.chips.chip import Chip
 from beringia.qualify.arithmetic import elementwise
 from beringia.qualify.arithmetic.matrix_unit import UnknownStructure, direction, measure_unit
-from beringia.qualify.arithmetic.products import CASES, FORMATS, LENGTH, Multiply
+from beringia.qualify.arithmetic.products import CASES, LENGTH, Multiply
 
 _GIBIBYTE = 2**30
 _FLOAT8 = ("float8_e4m3", "float8_e4m3fnuz", "float8_e5m2")
 _STORAGE: Mapping[Format, torch.dtype] = {
     "float64": torch.float64,
     "float32": torch.float32,
-    **{name: form.dtype for name, form in FORMATS.items() if name not in ("float32", "tfloat32")},
+    **{name: form.dtype for name, form in FORMATS.items() if form.dtype != torch.float32},
 }
 
 
@@ -73,7 +74,7 @@ def multiply_on(chip: Chip, format_: Format) -> Multiply:
     def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         try:
             return kernel(a.to(chip.device), b.to(chip.device)).cpu()
-        except (NotImplementedError, RuntimeError) as error:
+        except RuntimeError as error:  # NotImplementedError is one
             if chip.classify(error) is not None:
                 raise
             first = str(error).splitlines()[0][:120]

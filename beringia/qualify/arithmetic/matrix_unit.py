@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 
 from beringia.chips.arithmetic.exact_products import ExactUnit
+from beringia.chips.arithmetic.formats import FORMATS
 from beringia.chips.arithmetic.products import Operand
 from beringia.chips.arithmetic.profile import Direction, Format, MatrixUnit
 from beringia.errors import Inconclusive
-from beringia.qualify.arithmetic.products import CASES, FORMATS, LENGTH, Case, Multiply, Sums, Term
+from beringia.qualify.arithmetic.products import CASES, LENGTH, Case, Multiply, Sums, Term
 
 Scheme = Literal["block", "halves", "pairwise", "sequential"]
 _FARTHEST = 60

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from beringia.chips.arithmetic.profile import Format
+from beringia.chips.arithmetic.formats import OperandFormat
 
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """a (M, K) times b (K, N) on the chip, from CPU tensors of the format's dtype to a float32 CPU tensor (M, N)."""
@@ -20,29 +20,6 @@ LENGTH = 64
 """Terms of every sum: at least two blocks of the longest unit known (32 terms)."""
 CASES = 64
 """Rows and columns of every product."""
-
-
-@dataclass(frozen=True)
-class OperandFormat:
-    """What a format can hold."""
-
-    dtype: torch.dtype
-    fraction_bits: int
-    smallest: int
-    """Exponent of the smallest normal number."""
-    largest: int
-    """Exponent of the largest power of two."""
-
-
-FORMATS: Mapping[Format, OperandFormat] = {
-    "float32": OperandFormat(torch.float32, 23, -126, 127),
-    "tfloat32": OperandFormat(torch.float32, 10, -126, 127),
-    "bfloat16": OperandFormat(torch.bfloat16, 7, -126, 127),
-    "float16": OperandFormat(torch.float16, 10, -14, 15),
-    "float8_e4m3": OperandFormat(torch.float8_e4m3fn, 3, -6, 8),
-    "float8_e4m3fnuz": OperandFormat(torch.float8_e4m3fnuz, 3, -7, 7),
-    "float8_e5m2": OperandFormat(torch.float8_e5m2, 2, -14, 15),
-}
 
 
 @dataclass(frozen=True)
