@@ -46,13 +46,17 @@ def measure_profile(chip: Chip) -> Profile:
             "storage": origin | {"formats": tuple(formats), "compute": compute},
             "units": units,
             "float32_products": origin | {"format": products_format, "input_rounding": cut},
-            "casts": origin | {"rounding": elementwise.measure_cast(chip, narrow) if narrow else "nearest-even"},
+            "casts": origin | {"rounding": elementwise.measure_cast(chip, narrow)} if narrow else _no_casts(source),
             "overflow": origin | {"mode": "saturate" if elementwise.saturates(chip) else "ieee"},
             "subnormals": origin | {"mode": "flushed" if elementwise.flushes_subnormals(chip) else "kept"},
             "elementary": origin | {"ulps": ulps, "default": max(ulps.values())},
             "reduction": origin | {"scheme": elementwise.measure_sum(chip)},
         }
     )
+
+
+def _no_casts(source: str) -> dict[str, str]:
+    return {"rounding": "nearest-even", "mark": "assumed", "source": f"{source}; it has no 16-bit format to cast to"}
 
 
 def measured_or_assumed(chip: Chip, format_: Format, source: str) -> MatrixUnit:
