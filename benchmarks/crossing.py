@@ -56,6 +56,8 @@ evaluation_sequences = 4
 accuracy_samples = 0
 [guard]
 share = 0.5
+[qualify]
+unqualified = "allow"
 """
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from beringia import __version__
-from beringia.errors import BeringiaError, Inconclusive, RecipeError
+from beringia.errors import BeringiaError, Inconclusive, InputError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,6 +123,147 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
     _answer(as_json, {"report": str(path)}, str(path))
 
 
+ChipArgument = Annotated[str, typer.Argument(help="A chip, as `beringia chips` calls it.", show_default=False)]
+ModelOption = Annotated[str, typer.Option("--model", help="A preset or a Hugging Face directory.", show_default=False)]
+LayersOption = Annotated[
+    int | None, typer.Option("--layers", help="Only so many of the model's layers.", show_default=False)
+]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="Dtype of products; default the chip's own.", show_default=False)
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of random weights and data.")]
+BatchesOption = Annotated[int, typer.Option("--batches", min=1, help="Batches, and training steps, compared.")]
+
+
+@app.command()
+def reference(
+    chip: ChipArgument,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option("--out", help="Bundle to write.", show_default=False)],
+    dtype: DtypeOption = None,
+    layers: LayersOption = None,
+    seed: SeedOption = 0,
+    batches: BatchesOption = 6,
+    limit: Annotated[int, typer.Option(help="MiB that captured arguments may take.")] = 256,
+    as_json: JsonOption = False,
+) -> None:
+    """Record on one machine what another machine's chip is compared with."""
+    from beringia.qualify.qualification import Request, record_reference
+
+    request = Request(chip, model, seed=seed, layers=layers, compute_dtype=dtype, batches=batches, steps=batches)
+    manifest = record_reference(request, out, limit * 2**20, _say)
+    document = {
+        "bundle": str(out),
+        "bytes": out.stat().st_size,
+        "calls": len(manifest.calls),
+        "calls_left_out": manifest.calls_left_out,
+        "compute_dtype": manifest.compute_dtype,
+    }
+    left_out = f", {manifest.calls_left_out} did not fit" if manifest.calls_left_out else ""
+    _answer(as_json, document, f"{len(manifest.calls)} calls{left_out}; {out.stat().st_size / 2**20:.1f} MiB\n{out}")
+
+
+@app.command()
+def qualify(
+    chip: ChipArgument,
+    model: ModelOption,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Bundle from another machine; default: recorded here on the CPU.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Directory for certificate and page.")] = Path("certificates"),
+    use: Annotated[str, typer.Option("--for", help="What the exit code is about: train or infer.")] = "train",
+    dtype: DtypeOption = None,
+    layers: LayersOption = None,
+    seed: SeedOption = 0,
+    batches: BatchesOption = 6,
+    faults: Annotated[str | None, typer.Option(help="Emulated chips only: a fault script.", show_default=False)] = None,
+    soak: Annotated[float, typer.Option(help="Seconds of repeats under load.")] = 0.0,
+    memory: Annotated[int, typer.Option(help="MiB of memory to test.")] = 64,
+    speed: Annotated[bool, typer.Option(help="Measure rates, too.")] = False,
+    key: Annotated[Path | None, typer.Option(help="Private key to sign with.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Is a chip fit to train a model, to serve it, or neither: evidence, a verdict, the first wrong operator."""
+    from beringia.qualify.issue import exit_code, issue
+    from beringia.qualify.qualification import Request
+    from beringia.qualify.qualification import qualify as make_certificate
+
+    if use not in ("train", "infer"):
+        raise InputError(f"--for {use} was asked for: give train or infer.")
+    request = Request(
+        chip,
+        model,
+        faults=faults,
+        seed=seed,
+        layers=layers,
+        compute_dtype=dtype,
+        batches=batches,
+        steps=batches,
+        soak_seconds=soak,
+        memory_bytes=memory * 2**20,
+        speed=speed,
+    )
+    certificate = make_certificate(request, against, _say)
+    written = issue(certificate, out, key)
+    if as_json:
+        print(json.dumps(written.paths | {"certificate": certificate.model_dump(mode="json")}))
+    else:
+        from beringia.report.certificate import print_certificate, write_certificate_page, write_junit
+
+        write_certificate_page(written.signed, Path(written.paths["page"]))
+        write_junit(certificate, Path(written.paths["junit"]))
+        print_certificate(certificate, _console())
+        print(written.paths["page"])
+    return exit_code(certificate, use)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="A signed certificate (JSON).", show_default=False)],
+    key: Annotated[
+        str | None, typer.Option("--key", help="The public key it must be signed by, in hex.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a signed certificate: whether it is as it was signed, by whom, and what it says."""
+    from beringia.records.signature import read_signed
+    from beringia.records.signature import verify as check
+
+    signed = read_signed(file)
+    check(signed, key)
+    certificate = signed.certificate
+    says = {
+        "signature": "holds",
+        "public_key": signed.public_key,
+        "key_asked_for": key is not None,
+        "chip": certificate.chip,
+        "sku": certificate.identity.sku,
+        "truth": certificate.identity.truth,
+        "identity_hash": certificate.identity_hash,
+        "model": certificate.model.name,
+        "model_configuration": certificate.model.configuration,
+        "created": certificate.created,
+        "verdict": certificate.verdict,
+        "reasons": list(certificate.reasons),
+    }
+    if as_json:
+        print(json.dumps(says))
+    else:
+        _show_certificate(says)
+
+
+def _show_certificate(says: Mapping[str, Any]) -> None:
+    whose = "the key asked for" if says["key_asked_for"] else "whose it is was not asked: name a key with --key"
+    print(f"signature  holds: nothing was altered since {says['created']}")
+    print(f"signed by  {says['public_key']} ({whose})")
+    print(f"chip       {says['chip']}: {says['sku']}, {says['truth']}, identity {says['identity_hash']}")
+    print(f"model      {says['model']}, configuration {says['model_configuration']}")
+    print(f"verdict    {says['verdict']}")
+    for reason in says["reasons"]:
+        print(f"           {reason}")
+
+
 chips_app = typer.Typer(help="Which chips are here, and what their arithmetic is.")
 app.add_typer(chips_app, name="chips")
 
@@ -221,6 +362,12 @@ def _change(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()  # a bare word is a string
+
+
+def _say(text: str) -> None:
+    """Progress for who watches."""
+    if sys.stderr.isatty():
+        print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def _answer(as_json: bool, document: dict[str, Any], sentence: str) -> None:

@@ -25,6 +25,7 @@ from beringia.records.events import (
     Fault,
     RunFinished,
     StepDone,
+    Unqualified,
 )
 from beringia.records.recipe import Recipe
 
@@ -83,6 +84,8 @@ def describe(event: AnyEvent) -> str | None:
             return f"step {event.step}: held-out loss {loss}{accuracy}"
         case Fallback():
             return f"{event.what}: {event.used} instead of {event.asked}: {event.reason}"
+        case Unqualified():
+            return f"{event.chip} may not train: {event.reason}"
         case CheckpointRejected():
             return f"checkpoint {event.step} cannot be used: {event.message}"
         case Exported():

@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
         "accuracy_samples": 0,
     },
     "guard": {"share": 0.2},
+    "qualify": {"unqualified": "allow"},
 }
 
 

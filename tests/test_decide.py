@@ -21,9 +21,11 @@ from beringia.records.events import (
     Crossing,
     Decision,
     Fault,
+    Resumed,
     RunFinished,
     RunStarted,
     StepDone,
+    Unqualified,
 )
 from beringia.records.identity import ChipIdentity
 from beringia.records.recipe import Recipe, parse_recipe
@@ -89,6 +91,14 @@ def opened() -> ChipOpened:
         compute_dtype="float32",
         sharding="none",
     )
+
+
+def resumed(number: int) -> Resumed:
+    return Resumed(step=number, cursor=number, state_hash_expected="h", state_hash="h", load_seconds=0)
+
+
+def unqualified() -> Unqualified:
+    return Unqualified(used="cpu", identity_hash="", found="none", reason="no certificate")
 
 
 def canary(passed: bool) -> Canary:
@@ -283,6 +293,64 @@ def test_a_restarted_supervisor_goes_on_from_the_newest_checkpoint() -> None:
     assert "restarted" in decision.reason
 
 
+def test_a_chip_that_may_not_train_is_passed_over_and_the_next_one_starts_from_the_initial_state() -> None:
+    history = play(opened(), unqualified(), "decide")
+    decision, situation = last_decision(history), read_situation(history)
+    assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("skip", "second", None, 0)
+    assert "first may not train: no certificate" in decision.reason
+    assert (situation.chip, situation.came_from, situation.canary_due) == ("second", None, False)
+
+
+def test_a_crossing_to_a_chip_that_may_not_train_goes_on_to_the_next_from_the_chip_that_had_the_state() -> None:
+    begun = [opened(), resumed(0), step(100), written(100), trusted(100), step(120), fault("persistent"), "decide"]
+    history = play(*begun, opened(), unqualified(), "decide")
+    decision, situation = last_decision(history), read_situation(history)
+    assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("skip", "third", 100, 0)
+    assert (situation.came_from, situation.canary_due) == ("first", True)
+
+
+def test_a_chip_that_has_trained_and_no_longer_may_is_left_by_a_crossing_from_a_trusted_checkpoint() -> None:
+    begun = [opened(), resumed(0), step(100), written(100), trusted(100), written(150), step(150)]
+    decision = last_decision(play(*begun, fault("transient"), "decide", opened(), unqualified(), "decide"))
+    assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("cross", "second", 100, 50)
+
+
+NONE_MAY = [act for _ in CHIPS for act in (opened(), unqualified(), "decide")]
+AGAIN = [
+    RunFinished(status="stopped", step=0, message=""),
+    RunStarted(name="r", recipe_hash="", beringia="", steps=1, prefer=CHIPS),
+    "decide",
+]
+
+
+def test_with_no_chip_that_may_train_the_run_stops_and_says_why() -> None:
+    history = play(*NONE_MAY)
+    assert [event.action for event in history if isinstance(event, Decision)] == ["start", "skip", "skip", "stop"]
+    reason = last_decision(history).reason
+    assert "third may not train: no certificate" in reason and "no chip of train.prefer is left" in reason
+
+
+def test_a_run_that_stopped_for_want_of_certificates_asks_all_its_chips_again_in_their_order() -> None:
+    history = play(*NONE_MAY, *AGAIN, opened(), unqualified(), "decide", opened(), resumed(0), step(10))
+    decisions = [(event.action, event.to_chip) for event in history if isinstance(event, Decision)]
+    assert decisions[4:] == [("start", "first"), ("skip", "second")]
+    assert read_situation(history).chip == "second"
+
+
+def test_asked_again_are_the_chips_that_were_not_let_train_and_the_state_is_the_trusted_one() -> None:
+    begun = [opened(), resumed(0), step(100), written(100), trusted(100), step(120), fault("persistent"), "decide"]
+    others = [opened(), unqualified(), "decide"] * 2
+    history = play(*begun, *others, *AGAIN)
+    decision, situation = last_decision(history), read_situation(history)
+    assert (decision.action, decision.to_chip, decision.to_step) == ("start", "second", 100)
+    assert (situation.came_from, situation.canary_due, situation.step) == ("first", True, 100)
+
+
+def test_a_stop_by_the_user_right_after_a_refusal_asks_that_chip_again() -> None:
+    history = play(opened(), unqualified(), *AGAIN)
+    assert (last_decision(history).action, last_decision(history).to_chip) == ("start", "first")
+
+
 def test_a_finished_run_needs_no_decision() -> None:
     assert decide([*play(), RunFinished(status="done", step=1, message="")], recipe()) is None
 
@@ -293,6 +361,7 @@ def test_a_stopped_run_goes_on() -> None:
     assert decision is not None and (decision.action, decision.to_step) == ("retry", 50)
 
 
+_NEW_CHIP = ("start", "skip", "cross")
 _STEPS = st.integers(1, 400)
 _EVENTS = st.one_of(
     _STEPS.map(step),
@@ -302,6 +371,8 @@ _EVENTS = st.one_of(
     st.builds(alarm, _STEPS, st.sampled_from(["layers.0", "layers.1", "model"])),
     st.sampled_from(["transient", "device-lost", "persistent"]).map(fault),
     st.booleans().map(canary),
+    st.just(unqualified()),
+    _STEPS.map(resumed),
     _STEPS.map(lambda number: CheckpointRejected(step=number, file=None, message="bad")),
     st.just("decide"),
 )
@@ -338,25 +409,62 @@ def test_no_decision_goes_on_from_a_checkpoint_that_is_missing_damaged_or_for_a_
     if decision.to_step is not None:
         assert decision.to_step in situation.complete
         assert decision.to_step not in situation.damaged
-    if decision.action in ("cross", "rollback"):
+    if decision.action in ("skip", "cross", "rollback"):
         assert decision.to_step is None or decision.to_step in situation.trusted
 
 
 @given(st.lists(_EVENTS, max_size=40))
 def test_a_run_crosses_only_forward_through_the_chips_that_the_recipe_prefers(acts: list[Any]) -> None:
     history = _play_any([*acts, "decide"], recipe())
-    used = [event.to_chip for event in history if isinstance(event, Decision) and event.action in ("start", "cross")]
+    used = [event.to_chip for event in history if isinstance(event, Decision) and event.action in _NEW_CHIP]
     assert used == list(CHIPS[: len(used)])
 
 
 @settings(max_examples=50)
 @given(
-    st.lists(st.sampled_from(["transient", "device-lost", "persistent", "alarm", "canary"]), min_size=60, max_size=60)
+    st.lists(
+        st.sampled_from(["transient", "device-lost", "persistent", "alarm", "canary", "unqualified"]),
+        min_size=60,
+        max_size=60,
+    )
 )
 def test_trouble_without_progress_always_ends(kinds: list[str]) -> None:
-    events = {"alarm": alarm(5), "canary": canary(False)}
+    events = {"alarm": alarm(5), "canary": canary(False), "unqualified": unqualified()}
     acts = [act for kind in kinds for act in (events.get(kind) or fault(kind), "decide")]
     assert last_decision(_play_any(acts, recipe())).action == "stop"
+
+
+@given(st.lists(_EVENTS, max_size=40))
+def test_a_chip_that_may_not_train_is_not_the_next_one_and_the_state_stays_with_the_chip_that_held_it(
+    acts: list[Any],
+) -> None:
+    history = _play_any([*acts, "decide"], recipe())
+    before = read_situation(history)
+    if last_decision(history).action == "stop":
+        return
+    refused = [*history, unqualified()]
+    decision = decide(refused, recipe())
+    assert decision is not None and decision.action in ("skip", "cross", "stop")
+    assert decision.to_chip != before.chip
+    if decision.action == "skip":
+        after = read_situation([*refused, decision])
+        assert (after.came_from, after.canary_due, after.complete) == (
+            before.came_from,
+            before.canary_due,
+            {step: digest for step, digest in before.complete.items() if step <= (decision.to_step or 0)},
+        )
+
+
+@given(st.lists(_EVENTS, max_size=40), st.lists(st.just(unqualified()), min_size=3, max_size=3))
+def test_a_run_that_stopped_for_want_of_certificates_always_has_a_next_chip(
+    acts: list[Any], refusals: list[Any]
+) -> None:
+    told = [act for refusal in refusals for act in (refusal, "decide")]
+    history = _play_any([*acts, "decide", *told], recipe())
+    if not isinstance(read_situation(history).trouble, Unqualified):
+        return
+    decision = decide([*history, *AGAIN[:2]], recipe())  # type: ignore[list-item]
+    assert decision is not None and decision.action in ("start", "retry") and decision.to_chip in CHIPS
 
 
 @example([written(1), trusted(1), fault("device-lost")])

@@ -90,6 +90,15 @@ def test_the_same_command_runs_inside_an_environment_that_torchrun_has_set_up(on
 
 
 @pytest.mark.slow
+def test_inside_torchrun_no_rank_goes_on_with_a_chip_that_may_not_train(tmp_path: Path) -> None:
+    document = small_recipe(train=STEPS, qualify={"unqualified": "refuse"})
+    done = inside_torchrun(write_recipe(tmp_path, document), tmp_path / "run")
+    assert done.returncode != 0 and "first may not train" in done.stderr
+    kinds = [event.kind for event in events(tmp_path / "run")]
+    assert kinds == ["run", "decision", "chip", "unqualified", "decision", "finish"]
+
+
+@pytest.mark.slow
 def test_a_fault_of_another_rank_inside_torchrun_is_recorded_by_its_own_code(one_rank: Path, tmp_path: Path) -> None:
     script = tmp_path / "once.toml"
     script.write_text(

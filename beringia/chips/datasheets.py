@@ -35,6 +35,26 @@ _FACTORS: dict[str, float] = {
 }
 
 
+_PARTS = {
+    "Tesla V100-SXM2-32GB": "v100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100-sxm",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H800": "h800",
+    "NVIDIA H20": "h20",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+    "AMD Instinct MI300X": "mi300x",
+    "Ascend910B1": "910b1",
+    "Ascend910B2": "910b2",
+    "Ascend910B3": "910b3",
+    "Ascend910B4": "910b4",
+}
+"""A device's name as its driver gives it -> datasheet. Parts of two dies (MI250X, 910C) are left out: torch shows each
+die as a device, and the datasheet is of the package."""
+
+
 class Quantity(Record):
     """One published number."""
 
@@ -115,6 +135,12 @@ def datasheet(name: str) -> Datasheet:
         hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
         raise ChipUnavailable(f"There is no datasheet of {name!r} in the catalogue. {hint}")
     return read_datasheet(path)
+
+
+def datasheet_of_device(sku: str) -> Datasheet | None:
+    """The part that an identity's `sku` names, to the variant; None where no datasheet is known to be its own."""
+    name = _PARTS.get(sku.partition(" (")[0])
+    return None if name is None else datasheet(name)
 
 
 def all_datasheets() -> list[Datasheet]:

@@ -15,7 +15,7 @@ from beringia.records.identity import ChipIdentity
 from beringia.records.manifest import CleanCheck
 from beringia.records.record import Record
 
-EVENTS_SCHEMA = 1
+EVENTS_SCHEMA = 2
 
 SPIKE = "spike"
 """The detector whose alarms say that something is unusual, not that it is wrong: training has spikes of its own."""
@@ -174,7 +174,8 @@ class Decision(Event):
     """What the supervisor decided, and why, in one line."""
 
     kind: Literal["decision"] = "decision"
-    action: Literal["start", "retry", "rollback", "exclude", "cross", "stop"]
+    action: Literal["start", "retry", "rollback", "exclude", "skip", "cross", "stop"]
+    """skip: to the next chip, from one that never held the run's state."""
     reason: str
     to_chip: str | None = None
     to_step: int | None = None
@@ -256,6 +257,18 @@ class Fallback(Event):
     reason: str
 
 
+class Unqualified(Event):
+    """A chip was opened that may not train: no certificate says that it can train this model. It is sent no state."""
+
+    kind: Literal["unqualified"] = "unqualified"
+    used: str
+    """The chip, as in the `chip` event."""
+    identity_hash: str
+    found: str
+    """`none`, or what its certificate says: `verdict infer`."""
+    reason: str
+
+
 class RunFinished(Event):
     """The run reached its end, or was given up."""
 
@@ -282,6 +295,7 @@ AnyEvent = Annotated[
     | Crossing
     | Exported
     | Fallback
+    | Unqualified
     | RunFinished,
     Field(discriminator="kind"),
 ]

@@ -195,6 +195,13 @@ def examples() -> dict[str, Event]:
             used="eager",
             reason="there is no C++ compiler on this machine",
         ),
+        events.Unqualified(
+            chip="preferred",
+            used="emulated:ascend-910b",
+            identity_hash=_IDENTITY.hash,
+            found="verdict infer",
+            reason="ascend-910b.json has the verdict infer: the gradient of attention is wrong.",
+        ),
         events.RunFinished(step=600, status="done", message="All 600 steps are done."),
     ]
     placed = (

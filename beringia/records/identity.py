@@ -32,3 +32,9 @@ class ChipIdentity(Record):
     def hash(self) -> str:
         """SHA-256 over all fields but the note."""
         return canonical_hash(self.model_dump(mode="json", exclude={"note"}))
+
+    def differences(self, other: ChipIdentity) -> dict[str, tuple[str, str]]:
+        """What the two are different in, by field or switch: (here, there)."""
+        here, there = ({**one.model_dump(exclude={"switches"}), **one.switches} for one in (self, other))
+        pairs = {name: (here.get(name, "absent"), there.get(name, "absent")) for name in here.keys() | there.keys()}
+        return {name: pairs[name] for name in sorted(pairs) if pairs[name][0] != pairs[name][1]}

@@ -119,6 +119,18 @@ class GuardSection(Record):
     """Share of the step time that checks may take; 0 turns the guard off, and an event says so."""
 
 
+class QualifySection(Record):
+    """What a chip must have proved before it trains. Evidence are the signed certificates in the run directory's
+    `certificates/` that are for the chip's identity, as it was opened, and for this model."""
+
+    unqualified: Literal["refuse", "allow"] = "refuse"
+    """What becomes of a chip without a certificate whose verdict is `train`. `refuse`: it trains nothing, and the run
+    goes to the next chip of `train.prefer`, or stops. `allow`: it trains, and an event says so."""
+    on_refusal: Literal["skip", "try"] = "skip"
+    """Where `unqualified` is `refuse`: what becomes of a chip whose certificate has another verdict than `train`.
+    `skip`: it is passed over. `try`: it trains all the same, and an event says so."""
+
+
 class SuperviseSection(Record):
     """When to retry, roll back, cross or give up."""
 
@@ -147,6 +159,7 @@ class Recipe(Record):
     data: DataSection
     train: TrainSection
     guard: GuardSection = GuardSection()
+    qualify: QualifySection = QualifySection()
     supervise: SuperviseSection = SuperviseSection()
 
     @model_validator(mode="after")

@@ -31,6 +31,11 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def certificates(self) -> Path:
+        """Signed certificates, `*.json`: which chips may train this run's model."""
+        return self.root / "certificates"
+
+    @property
     def data(self) -> Path:
         """Packed token shards and the tokenizer."""
         return self.root / "data"

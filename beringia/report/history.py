@@ -38,6 +38,7 @@ from beringia.records.events import (
     RunFinished,
     RunStarted,
     StepDone,
+    Unqualified,
     parse_event,
 )
 from beringia.records.identity import ChipIdentity
@@ -47,7 +48,7 @@ from beringia.records.run_directory import RunDirectory
 SHORTEST_PAUSE_SECONDS = 2.0
 """A supervisor that starts again sooner than this did not leave a gap that anyone could see."""
 
-GOING_BACK = ("retry", "rollback", "exclude", "cross")
+GOING_BACK = ("retry", "rollback", "exclude", "skip", "cross")
 """Actions after which the run goes on from a checkpoint, or from the start where the decision names none."""
 
 Status = Literal["empty", "unfinished", "done", "given-up", "stopped"]
@@ -153,6 +154,7 @@ class History:
     crossings: tuple[At[Crossing], ...] = ()
     resumes: tuple[At[Resumed], ...] = ()
     fallbacks: tuple[At[Fallback], ...] = ()
+    unqualified: tuple[At[Unqualified], ...] = ()
     exports: tuple[At[Exported], ...] = ()
 
     def chip(self, label: str) -> Chip | None:
@@ -242,6 +244,7 @@ def read_history(run_directory: Path | str) -> History:
         crossings=_of(moments, Crossing),
         resumes=_of(moments, Resumed),
         fallbacks=_of(moments, Fallback),
+        unqualified=_of(moments, Unqualified),
         exports=_of(moments, Exported),
     )
 

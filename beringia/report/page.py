@@ -1,53 +1,27 @@
 """The page of a run: `report.html`, one self-contained file that opens from a disk without a network.
 
 Reads the run directory through `history`; writes the page. The answer comes first, then the picture, then the evidence,
-then everything else folded. Templates escape every value: recipes and error messages are other people's text.
+then everything else folded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from beringia.records.events import Crossing, Exported
 from beringia.records.files import write_text
 from beringia.records.run_directory import RunDirectory
 from beringia.report.answer import answer, labelled
 from beringia.report.curves import draw_accuracy, draw_guard, draw_loss, guard_checks, lowest_power
+from beringia.report.frame import Fact, Figure, both_widths, environment
 from beringia.report.history import At, History, read_history, same_state
 from beringia.report.summary import Summary, accuracy_words, summarise
 from beringia.report.tables import data_tables
 from beringia.report.timeline import decision_label, draw_timeline, lane_of, series_of
-from beringia.report.words import clock, count, duration, percent, short_hash, significant
-
-TEMPLATES = Path(__file__).parent / "templates"
-WIDE_PIXELS = 1052
-NARROW_PIXELS = 358
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture drawn wide and narrow, with the sentence that says what to see."""
-
-    name: str
-    picture: Markup
-    caption: str
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One of the few numbers at the top."""
-
-    name: str
-    value: str
-    detail: str = ""
+from beringia.report.words import count, duration, percent, significant
 
 
 def write_report(run_directory: Path | str) -> Path:
@@ -62,7 +36,7 @@ def render_report(history: History) -> str:
     """The page as text."""
     summary = summarise(history)
     return (
-        _environment()
+        environment()
         .get_template("run.html.jinja")
         .render(
             title=f"{history.name}: run report",
@@ -82,32 +56,6 @@ def render_report(history: History) -> str:
             made=_made(history),
         )
     )
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["inline"] = _inline
-    environment.filters.update(
-        significant=significant, clock=clock, duration=duration, percent=percent, short_hash=short_hash, count=count
-    )
-    return environment
-
-
-def _inline(name: str) -> Markup:
-    """A style sheet or script of ours, put into the page as it is."""
-    return Markup((TEMPLATES / name).read_text())
-
-
-def both_widths(draw: Callable[[int], Markup]) -> Markup:
-    """A picture drawn twice; the style sheet shows the one that fits, so letters keep their size."""
-    wide, narrow = draw(WIDE_PIXELS), draw(NARROW_PIXELS)
-    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(wide, narrow)
 
 
 def _lead(history: History) -> str:

@@ -89,6 +89,17 @@ class AccuracySummary(Record):
     chance: float | None
 
 
+class QualificationSummary(Record):
+    """A chip that had no certificate to train the model."""
+
+    chip: str
+    found: str
+    """`none`, or what its certificate said: `verdict infer`."""
+    trained: bool
+    """Whether the recipe let it train all the same."""
+    reason: str
+
+
 class Summary(Record):
     """What `beringia campaign --json` prints."""
 
@@ -103,6 +114,8 @@ class Summary(Record):
     chips: tuple[ChipSummary, ...]
     crossings: tuple[CrossingSummary, ...]
     decisions: tuple[DecisionSummary, ...]
+    unqualified: tuple[QualificationSummary, ...]
+    """Chips without a certificate, in the order in which they were opened, each once."""
     lost_steps: int
     """Work since the last trusted checkpoint that was thrown away, over all decisions."""
     alarms: tuple[AlarmSummary, ...]
@@ -126,6 +139,7 @@ def summarise(history: History) -> Summary:
         chips=tuple(_chip(history, chip) for chip in history.chips),
         crossings=_crossings(history),
         decisions=_decisions(history),
+        unqualified=_unqualified(history),
         lost_steps=history.lost_steps,
         alarms=_alarms(history),
         loss=held_out.event.loss if held_out else None,
@@ -179,6 +193,18 @@ def _decisions(history: History) -> tuple[DecisionSummary, ...]:
         )
         for at in history.decisions
     )
+
+
+def _unqualified(history: History) -> tuple[QualificationSummary, ...]:
+    allowed = [at for at in history.fallbacks if at.event.what == "qualification"]
+    told = [(at.seconds, at.chip, at.event.used, True, at.event.reason) for at in allowed]
+    told += [(at.seconds, at.chip, at.event.found, False, at.event.reason) for at in history.unqualified]
+    # A chip is opened again after each fault: what is said of it is the same every time.
+    once = {
+        (chip, found, trained): QualificationSummary(chip=chip or "?", found=found, trained=trained, reason=reason)
+        for _, chip, found, trained, reason in sorted(told, key=lambda one: one[0])
+    }
+    return tuple(once.values())
 
 
 def _alarms(history: History) -> tuple[AlarmSummary, ...]:
@@ -270,7 +296,8 @@ def _crossing_line(crossing: CrossingSummary) -> str:
 
 
 def _closing_lines(summary: Summary) -> list[str]:
-    lines = [f"lost      {summary.lost_steps:,} steps of work, no state"]
+    lines = [f"evidence  {_qualification_words(chip)}" for chip in summary.unqualified]
+    lines += [f"lost      {summary.lost_steps:,} steps of work, no state"]
     if summary.accuracy is not None:
         lines.append(f"accuracy  {accuracy_words(summary.accuracy)}")
     if summary.loss is not None:
@@ -278,6 +305,12 @@ def _closing_lines(summary: Summary) -> list[str]:
     if summary.status in ("given-up", "stopped"):
         lines.append(f"{summary.status:<9} {summary.message}")
     return lines
+
+
+def _qualification_words(chip: QualificationSummary) -> str:
+    found = "without a certificate" if chip.found == "none" else f"with the {chip.found}"
+    allowed = "trained, as the recipe allows" if chip.trained else "was not let train"
+    return f"{chip.chip}, {found}, {allowed}"
 
 
 def accuracy_words(accuracy: AccuracySummary) -> str:

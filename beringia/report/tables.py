@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from beringia.records.events import CheckDone
 from beringia.report.answer import labelled
+from beringia.report.frame import PageTable
 from beringia.report.history import At, History, Step
 from beringia.report.timeline import share_of_bound
 from beringia.report.words import duration, percent, short_hash, significant, size
 
 MOST_ROWS = 300
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class PageTable:
-    """A folded table. Columns whose name starts with `#` hold numbers and are set to the right."""
-
-    name: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    note: str = ""
 
 
 def data_tables(history: History) -> list[PageTable]:

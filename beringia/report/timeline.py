@@ -215,8 +215,8 @@ class _Rows:
 def decision_label(decision: Decision) -> str:
     """`rollback to step 100`, for the picture."""
     where = " the start" if decision.to_step is None else f" step {decision.to_step:,}"
-    if decision.action == "cross":
-        return f"cross to {decision.to_chip} from{where}"
+    if decision.action in ("skip", "cross"):
+        return f"{decision.action} to {decision.to_chip} from{where}"
     if decision.action not in GOING_BACK:
         return decision.action
     return f"{decision.action} {'to' if decision.action == 'rollback' else 'from'}{where}"

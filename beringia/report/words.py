@@ -35,6 +35,13 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "not finite" if share is None else f"{100 * share:.{digits}f} %"
 
 
+def share_words(used: float) -> str:
+    """A share of a bound: `0.81`, `2.6`, `over 1,000`, `not a number`."""
+    if not math.isfinite(used):
+        return "not a number"
+    return "over 1,000" if used > 1000 else significant(used, 2)
+
+
 def count(number: int, noun: str, nouns: str | None = None) -> str:
     """`1 step`, `1,200 steps`."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

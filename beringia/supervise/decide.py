@@ -15,6 +15,8 @@ The rules, in order:
   checkpoint; after `supervise.transient_retries` within `supervise.transient_window` steps, cross
 - a lost device: leave it out where other devices of the chip remain, else cross
 - a persistent fault, or a canary beyond its band: cross
+- a chip that may not train (`supervise/qualification.py`): on to the next one, with no crossing from a chip that never
+  held the state; with no chip left the run stops, and when it is started again every such chip is asked again
 - crossing goes to the next chip of `train.prefer`, always from a trusted checkpoint or from the start; with no chip
   left the run is given up with a reason
 """
@@ -37,9 +39,11 @@ from beringia.records.events import (
     Crossing,
     Decision,
     Fault,
+    Resumed,
     RunFinished,
     RunStarted,
     StepDone,
+    Unqualified,
 )
 from beringia.records.recipe import Recipe
 
@@ -56,7 +60,11 @@ class Situation:
     chip: str | None = None
     """Label of the chip in use."""
     tried: list[str] = field(default_factory=list)
-    """Chips used so far, in order."""
+    """Chips used or passed over so far, in order."""
+    passed_over: set[str] = field(default_factory=set)
+    """Those of them that were not let train, and never held the run's state."""
+    held_state: bool = False
+    """Whether the chip in use has loaded a state."""
     excluded: set[int] = field(default_factory=set)
     """Devices of the chip in use that are left out."""
     step: int = 0
@@ -87,7 +95,7 @@ class Situation:
     """Label of the chip before this one, while the crossing from it is not complete."""
     canary_due: bool = False
     """The run crossed to this chip and its canary has not passed yet."""
-    trouble: Alarm | Fault | Canary | CheckpointRejected | None = None
+    trouble: Alarm | Fault | Canary | CheckpointRejected | Unqualified | None = None
     """The first thing that went wrong since the last decision."""
     restarted: bool = False
     """A supervisor took the run over since the last decision."""
@@ -141,12 +149,14 @@ def decide(history: Sequence[AnyEvent], recipe: Recipe) -> Decision | None:
     if situation.finished:
         return None
     if situation.chip is None:
-        return Decision(action="start", reason="first chip of train.prefer", to_chip=recipe.train.prefer[0])
+        return _start(situation, recipe)
     trouble = situation.trouble
     if isinstance(trouble, Alarm):
         return _after_alarm(situation, recipe, trouble)
     if isinstance(trouble, Fault):
         return _after_fault(situation, recipe, trouble)
+    if isinstance(trouble, Unqualified):
+        return _after_unqualified(situation, recipe, trouble)
     if isinstance(trouble, Canary):
         return _cross(situation, recipe, f"the canary on {situation.chip} lies beyond its band: {trouble.message}")
     if isinstance(trouble, CheckpointRejected):
@@ -155,6 +165,19 @@ def decide(history: Sequence[AnyEvent], recipe: Recipe) -> Decision | None:
         )
     reason = "the supervisor was restarted" if situation.restarted else "the worker ended before its work"
     return _go_back(situation, "retry", reason, situation.newest)
+
+
+def _start(situation: Situation, recipe: Recipe) -> Decision:
+    first = next(label for label in recipe.train.prefer if label not in situation.tried)
+    reason = "the chips that were not let train are asked again" if situation.decided else "first chip of train.prefer"
+    return Decision(action="start", reason=reason, to_chip=first, to_step=situation.newest_trusted)
+
+
+def _after_unqualified(situation: Situation, recipe: Recipe, unqualified: Unqualified) -> Decision:
+    decision = _cross(situation, recipe, f"{situation.chip} may not train: {unqualified.reason}")
+    if situation.held_state or decision.action == "stop":
+        return decision
+    return decision.model_copy(update={"action": "skip"})
 
 
 def _after_alarm(situation: Situation, recipe: Recipe, alarm: Alarm) -> Decision:
@@ -260,6 +283,10 @@ def _fold(situation: Situation, event: AnyEvent) -> None:
             if event.category == "transient":
                 situation.transient_steps.append(event.step if event.step is not None else situation.step)
             _trouble(situation, event)
+        case Unqualified():
+            _trouble(situation, event)
+        case Resumed():
+            situation.held_state = True
         case Canary(passed=True):
             situation.canary_due = False
         case Crossing():
@@ -268,12 +295,23 @@ def _fold(situation: Situation, event: AnyEvent) -> None:
             _trouble(situation, event)
         case RunFinished():
             situation.finished = event.status != "stopped"
+            if isinstance(situation.trouble, Unqualified):
+                _ask_again(situation)
             situation.trouble = None
         case _:
             pass
 
 
-def _trouble(situation: Situation, event: Alarm | Fault | Canary | CheckpointRejected) -> None:
+def _ask_again(situation: Situation) -> None:
+    """After a stop for want of certificates: there may be some when the run goes on."""
+    if situation.chip is not None and not situation.held_state:
+        situation.passed_over.add(situation.chip)
+        situation.chip = None
+    situation.tried = [label for label in situation.tried if label not in situation.passed_over]
+    situation.passed_over = set()
+
+
+def _trouble(situation: Situation, event: Alarm | Fault | Canary | CheckpointRejected | Unqualified) -> None:
     # An alarm outranks the fault it may cause a moment later: it says that the state itself is in doubt.
     if situation.trouble is None or (isinstance(event, Alarm) and isinstance(situation.trouble, Fault)):
         situation.trouble = event
@@ -288,18 +326,26 @@ def _fold_decision(situation: Situation, decision: Decision) -> None:
         _count_rollback(situation, situation.trouble)
     if decision.action == "exclude" and decision.excluded_device is not None:
         situation.excluded.add(decision.excluded_device)
-    if decision.action in ("start", "cross"):
+    if decision.action in ("start", "skip", "cross"):
         assert decision.to_chip is not None
-        situation.came_from = situation.chip
-        situation.chip = decision.to_chip
-        situation.tried.append(decision.to_chip)
-        situation.excluded, situation.transient_steps, situation.rollbacks = set(), [], {}
-        situation.spikes = set()
-        situation.rollbacks_in_vain = situation.alarm_step = situation.unanswered = 0
-        situation.canary_due = decision.action == "cross"
+        _change_chip(situation, decision.action, decision.to_chip)
     if decision.action != "stop":  # a stop that was not carried out must be decided again
         _forget_after(situation, decision)
         situation.trouble = None
+
+
+def _change_chip(situation: Situation, action: str, to_chip: str) -> None:
+    if action == "cross":
+        situation.came_from = situation.chip
+        situation.canary_due = True
+    elif situation.chip is not None:  # passed over: the state is still where it was
+        situation.passed_over.add(situation.chip)
+    situation.chip = to_chip
+    situation.tried.append(to_chip)
+    situation.held_state = False
+    situation.excluded, situation.transient_steps, situation.rollbacks = set(), [], {}
+    situation.spikes = set()
+    situation.rollbacks_in_vain = situation.alarm_step = situation.unanswered = 0
 
 
 def _count_rollback(situation: Situation, alarm: Alarm) -> None:

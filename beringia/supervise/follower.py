@@ -18,7 +18,7 @@ from typing import Any
 from beringia.errors import HandshakeError
 from beringia.records.files import write_bytes
 from beringia.records.jsonl import JsonLinesWriter, read_lines
-from beringia.records.messages import EventLine, FromWorker, Go, Order
+from beringia.records.messages import EventLine, FromWorker, Order
 from beringia.records.recipe import Recipe
 from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory
@@ -104,9 +104,8 @@ def _passing_on(worker: WorkerProcess, report: Path) -> Iterator[FromWorker | No
 
 def _start(recipe: Recipe, run: RunDirectory, order: Order) -> WorkerProcess:
     log = run.logs / f"{order.chip}-{order.epoch}-rank{rank_in()}.log"
-    worker = WorkerProcess(order.chip, recipe.chips[order.chip], order, log)
-    worker.send(Go())
-    return worker
+    # Its go is the first rank's: only that rank's supervisor knows whether the chip may train.
+    return WorkerProcess(order.chip, recipe.chips[order.chip], order, log)
 
 
 def _job() -> str | None:

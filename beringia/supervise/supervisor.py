@@ -24,6 +24,7 @@ from beringia.records.events import (
     RunFinished,
     RunStarted,
     StepDone,
+    Unqualified,
     parse_event,
 )
 from beringia.records.identity import ChipIdentity
@@ -36,6 +37,7 @@ from beringia.supervise.event_log import EventLog
 from beringia.supervise.follower import RankReports, follow, lead, rank_in
 from beringia.supervise.greeting import greet_later_chips
 from beringia.supervise.lock import RunLock
+from beringia.supervise.qualification import admission
 from beringia.supervise.remote_root import open_root
 from beringia.supervise.run_files import discard_abandoned, prepare_run
 from beringia.supervise.worker_process import (
@@ -162,6 +164,14 @@ class Supervisor:
         if isinstance(trouble, Fault) and trouble.category == "ours":
             self._append(RunFinished(status="stopped", step=step, message=decision.reason))
             raise error_called(trouble.code, trouble.message)
+        if isinstance(trouble, Unqualified):
+            # Not given up: with a certificate the same command goes on.
+            self._append(RunFinished(status="stopped", step=step, message=decision.reason))
+            raise Refusal(
+                f"The run was stopped at step {step}: {decision.reason}. Qualify a chip for this model, put its signed "
+                f"certificate into {self._run.certificates} and give the same command again; or let the recipe say "
+                '[qualify] unqualified = "allow" (another recipe: choose another run directory).'
+            )
         self._append(RunFinished(status="given-up", step=step, message=decision.reason))
         raise Refusal(f"The run was given up at step {step}: {decision.reason}.")
 
@@ -263,8 +273,18 @@ class _WorkerWatch:
                 pass
         if self._crossing is not None:
             self._crossing.note(stamped)
-        self._trouble = self._trouble or stamped.kind in ("alarm", "fault", "rejected")
-        if stamped.kind == "chip":
+        self._trouble = self._trouble or stamped.kind in ("alarm", "fault", "rejected", "unqualified")
+        if isinstance(stamped, ChipOpened):
+            self._admit(stamped, worker)
+
+    def _admit(self, opened: ChipOpened, worker: WorkerProcess) -> None:
+        """Let a chip train that is qualified, or that the recipe lets train without; the others get no state."""
+        told = admission(opened, self._recipe, self._run)
+        if told is not None:
+            self._record(told, worker)
+        if isinstance(told, Unqualified):
+            self._unusable = True
+        else:
             self._send_state(worker)
 
     def _send_state(self, worker: WorkerProcess) -> None:
@@ -379,8 +399,7 @@ def _last_opened(history: Sequence[AnyEvent], label: str | None) -> ChipOpened |
 
 def _another_chip(before: ChipIdentity, now: ChipIdentity) -> Fallback:
     """What differs in the identity of a chip that goes by the same label."""
-    fields = [{**identity.model_dump(exclude={"switches"}), **identity.switches} for identity in (before, now)]
-    names = sorted(name for name in fields[0].keys() | fields[1].keys() if fields[0].get(name) != fields[1].get(name))
-    asked, used = (", ".join(f"{name} {field.get(name, 'absent')}" for name in names) for field in fields)
+    changed = before.differences(now)
+    asked, used = (", ".join(f"{name} {pair[side]}" for name, pair in changed.items()) for side in (0, 1))
     reason = "the chip under this label is not as it was; the run goes on, but not bitwise as it would have"
     return Fallback(what="chip identity", asked=asked, used=used, reason=reason)

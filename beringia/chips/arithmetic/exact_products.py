@@ -77,6 +77,8 @@ class ExactUnit:
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a (..., M, K), b (..., K, N), float32 tensors of numbers of the unit's format; returns (..., M, N)."""
+        if a.numel() == 0 or b.numel() == 0:
+            return a @ b
         rows, columns = a.shape[-2], b.shape[-1]
         # A product does not care which operand is left: the wider side fills the lanes.
         if rows * _padded(columns) > columns * _padded(rows):

@@ -131,7 +131,12 @@ class Chain:
         return flush_subnormals_(total) if self._unit.subnormals_out == "flushed" else total
 
 
-def grouped(products: Products, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+def grouped(
+    products: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ends: torch.Tensor | None,
+) -> torch.Tensor:
     """Products of groups, as `torch._grouped_mm` has them: rows of a (or its columns and b's rows) cut at `ends`.
 
     a (M, K) with b (E, K, N): (M, N), rows past the last end are zero; a (M, K) with b (K, N): (E, M, N), groups cut K;

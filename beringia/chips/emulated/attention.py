@@ -16,17 +16,19 @@ from typing import Any, Protocol
 import torch
 from torch._ops import OpOverload
 
-from beringia.chips.arithmetic.products import Products
 from beringia.chips.emulated.device import Kernel
 
 aten = torch.ops.aten
 
 
-class _Cast(Protocol):
+class CastTo(Protocol):
+    """Numbers in another format."""
+
     def __call__(self, number: torch.Tensor, dtype: torch.dtype, /) -> torch.Tensor: ...
 
 
-def _plain_cast(number: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def plain_cast(number: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to nearest, as the CPU does it."""
     return number.to(dtype)
 
 
@@ -35,13 +37,13 @@ class Attention:
 
     def __init__(
         self,
-        products: Products,
+        products: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         exp: Callable[[torch.Tensor], torch.Tensor],
         *,
-        cast: _Cast = _plain_cast,
+        cast: CastTo = plain_cast,
         native: bool = False,
     ) -> None:
-        self._product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _native_product if native else products
+        self._product = _native_product if native else products
         self._exp = exp
         self._cast = cast
 
@@ -105,7 +107,7 @@ class Attention:
         weight_BHTS = self._exp(scores_BHTS - logsumexp_BHT.unsqueeze(-1)).nan_to_num_(0.0)
         grad_v = self._times(self._cast(weight_BHTS, dtype).transpose(-1, -2), grad_BHTV)
         grad_weight_BHTS = self._times(grad_BHTV, v_BHSV.transpose(-1, -2))
-        row_BHT1 = (_wide(grad_BHTV) * _wide(out_BHTV)).sum(dim=-1, keepdim=True)
+        row_BHT1 = (wide(grad_BHTV) * wide(out_BHTV)).sum(dim=-1, keepdim=True)
         grad_scores_BHTS = weight_BHTS * (grad_weight_BHTS - row_BHT1)
         narrow_BHTS = self._cast(grad_scores_BHTS, dtype)
         grad_q = self._times(narrow_BHTS, k_BHSD) * factor
@@ -138,10 +140,11 @@ class Attention:
 
 
 def _native_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return _wide(a) @ _wide(b)
+    return wide(a) @ wide(b)
 
 
-def _wide(number: torch.Tensor) -> torch.Tensor:
+def wide(number: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 where it is that."""
     return number if number.dtype == torch.float64 else number.float()
 
 

@@ -97,6 +97,11 @@ class EmulatedChip(Chip):
         return self._profile
 
     @property
+    def faults(self) -> planted.Device:
+        """What is planted in it, and what has struck: for benchmarks, which know the truth."""
+        return self._faults
+
+    @property
     def device(self) -> torch.device:
         return self._device
 

@@ -60,6 +60,9 @@ class EmulatedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch types it as a plain method
         cls, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if _state.late_error is not None and not in_backward():
+            error, _state.late_error = _state.late_error, None
+            raise error
         handler = _state.handlers.get(func)
         if handler is None:
             handler = _state.handlers[func] = _plan(func)
@@ -85,6 +88,8 @@ class _State:
         self.interposers: Sequence[Interposer] = ()
         self.generator = torch.Generator()
         self.libraries: list[torch.library.Library] = []
+        self.late_error: RuntimeError | None = None
+        """Of an operator in the backward pass, to be raised by the first one after it."""
 
 
 _state = _State()
@@ -118,6 +123,7 @@ def install(kernels: Mapping[OpOverload, Kernel], interposers: Sequence[Interpos
     """Give the device its arithmetic and its interposers, replacing what it had."""
     _state.kernels = kernels
     _state.interposers = tuple(interposers)
+    _state.late_error = None
     _state.handlers.clear()
 
 
@@ -191,7 +197,31 @@ def _kernel(func: OpOverload) -> Kernel:
         kernel = _drawing(func, kernel)
     for interpose in _state.interposers:
         kernel = interpose(func, kernel)
-    return kernel
+    return kernel if kernel is func else _raising_late(func, kernel)
+
+
+def _raising_late(func: OpOverload, kernel: Kernel) -> Kernel:
+    """An error in the backward pass comes to light after it, as errors of hardware do, which works behind the host.
+
+    It has to: torch calls the device guard, which is Python here, while the error unwinds autograd's C++, and Python
+    called with an error under way ends the process.
+    """
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return kernel(*args, **kwargs)
+        except RuntimeError as error:
+            if not in_backward():
+                raise
+            _state.late_error = _state.late_error or error
+            return _state.kernels.get(func, func)(*args, **kwargs)
+
+    return compute
+
+
+def in_backward() -> bool:
+    """Whether autograd's engine is running."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _drawing(func: OpOverload, kernel: Kernel) -> Kernel:

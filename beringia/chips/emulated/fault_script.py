@@ -59,6 +59,32 @@ class AtSites(Scheduled):
     """Which of them, from 0; None: all."""
 
 
+class AtOperators(AtSites):
+    """Faults of operators that both passes have."""
+
+    direction: Literal["forward", "backward", "both"] = "both"
+    """Only while autograd's backward pass runs, or only while it does not; operators of the other pass are not
+    counted."""
+
+
+Family = Literal[
+    "products",
+    "attention",
+    "exp",
+    "rsqrt",
+    "silu",
+    "sigmoid",
+    "softmax",
+    "log_softmax",
+    "mean",
+    "sum",
+    "add",
+    "mul",
+]
+"""Operators under one word, with those of their backward pass that torch has (`_softmax_backward_data`) and those that
+work in place. `softmax` is not the one inside fused attention."""
+
+
 class WrongBackward(AtSites):
     """Gradients past a length are wrong: each position loses `strength` times its neighbour's.
 
@@ -97,7 +123,7 @@ class BitFlip(AtSites):
     """Neighbouring bits that flip together."""
 
 
-class StuckTile(AtSites):
+class StuckTile(AtOperators):
     """A tile of the product's output always holds one value."""
 
     kind: Literal["stuck-tile"]
@@ -118,6 +144,117 @@ class NondeterministicReduction(Scheduled):
     """Products and sums add their terms in an order that differs from call to call."""
 
     kind: Literal["nondeterministic-reduction"]
+
+
+class WrongCast(AtOperators):
+    """Float32 is converted to bfloat16 and float16 with another rounding than to nearest even.
+
+    Sites count conversions and copies between the formats; what a product or attention rounds inside is not one.
+    """
+
+    kind: Literal["wrong-cast"]
+    rounding: Literal["truncate", "floor", "half-away", "scaled"] = "truncate"
+    """`scaled`: the number times 1 + `strength`, rounded as it should be. In float16 the bits are those of its normal
+    numbers."""
+    strength: float = Field(default=0.01, gt=0)
+    """For `scaled`."""
+
+
+class ShortAccumulator(AtOperators):
+    """Products are added up in an accumulator with few bits: every so many terms the sum is cut to them.
+
+    The terms between are added in float32, in the CPU's order, whatever the profile's unit does.
+    """
+
+    kind: Literal["short-accumulator"]
+    bits: int = Field(ge=0, le=22)
+    """Fraction bits that the sum keeps (truncated)."""
+    terms: int = Field(default=32, ge=1)
+    """After how many terms of the inner dimension the sum is cut, and at its end."""
+    attention: bool = False
+    """Attention's own products too; its calls then count as sites."""
+
+
+class Saturate(AtOperators):
+    """Results beyond a limit, infinities among them, become the limit with their sign."""
+
+    kind: Literal["saturate"]
+    operator: Family = "products"
+    limit: float = Field(gt=0)
+
+
+class Flush(AtOperators):
+    """Results smaller in magnitude than a threshold become 0, as with a format of few exponents."""
+
+    kind: Literal["flush"]
+    operator: Family = "products"
+    threshold: float = Field(gt=0)
+
+
+class WrongFunction(AtOperators):
+    """Results of a family of operators are wrong by a factor."""
+
+    kind: Literal["wrong-function"]
+    operator: Family
+    strength: float = Field(default=1.0, gt=0)
+    """The factor is 1 + `strength`."""
+    beyond: float | None = Field(default=None, ge=0)
+    """Only results larger in magnitude than this; None: all."""
+    length: int = Field(default=0, ge=0)
+    """Rows (the last dimension but one; a vector's elements) from here on are wrong."""
+
+
+class WrongLayout(AtOperators):
+    """A product reads its second factor wrongly where that is not contiguous (a transposed view): neighbouring rows are
+    swapped. Sites count products with such a factor."""
+
+    kind: Literal["wrong-layout"]
+    strength: float = Field(default=1.0, gt=0, le=1)
+    """Share of the rows, from the first on; one pair at least."""
+
+
+class GarbageIndex(AtOperators):
+    """Reads by index (embedding, index_select, gather, advanced indexing) give the row (index * 7919 + 13) % rows for
+    large indices. What is indexed by several tensors is misread in the first."""
+
+    kind: Literal["garbage-index"]
+    beyond: int = Field(ge=0)
+    """Indices from here on."""
+
+
+class LostAdditions(AtOperators):
+    """Terms of sums are lost in a race, others at every call. Floating-point sums only."""
+
+    kind: Literal["lost-additions"]
+    operator: Literal["any", "scatter_add", "index_add", "index_put", "embedding", "sum"] = "any"
+    """`index_put` where it accumulates; `embedding`: its backward, which adds up rows of a token."""
+    strength: float = Field(gt=0, le=1)
+    """Probability of each term to be lost."""
+
+
+class WrongCollective(AtOperators):
+    """A collective's result is wrong on this device: all-reduce, all-gather, reduce-scatter, all-to-all of floating
+    numbers, which sites count. Each then ends before the call returns."""
+
+    kind: Literal["wrong-collective"]
+    error: Literal["missing-rank", "swapped", "scaled"]
+    """`missing-rank`: this rank's own contribution is not in the last `strength` share of what it enters (a sum, an
+    average; gathered, zeros stand there). `swapped`: the two halves of each result's last `strength` share change
+    places. `scaled`: results times 1 + `strength`."""
+    strength: float = Field(default=1.0, gt=0, le=1)
+
+
+class WrongOptimizer(AtSites):
+    """AdamW's update is wrong. Sites count tensors in the optimizer's order."""
+
+    kind: Literal["wrong-optimizer"]
+    error: Literal["stale-moment", "no-bias-correction", "weight-decay-twice", "lost-update", "scaled"]
+    """`stale-moment`: the first moment keeps its old value (the update is right). `no-bias-correction`: moments enter
+    as they are; in AdamW's one kernel only, for elsewhere the host computes the correction. `lost-update`: the last
+    `strength` share of a weight's elements keeps the value that it had before the kernel. `scaled`: the update without
+    the decay times 1 + `strength`."""
+    strength: float = Field(default=1.0, gt=0)
+    """For `lost-update` (a share) and `scaled`."""
 
 
 class DeviceException(Scheduled):
@@ -171,6 +308,16 @@ Fault = Annotated[
     | StuckTile
     | NanToZero
     | NondeterministicReduction
+    | WrongCast
+    | ShortAccumulator
+    | Saturate
+    | Flush
+    | WrongFunction
+    | WrongLayout
+    | GarbageIndex
+    | LostAdditions
+    | WrongCollective
+    | WrongOptimizer
     | DeviceException
     | CollectiveTimeout
     | Hang

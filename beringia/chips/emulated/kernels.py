@@ -20,13 +20,14 @@ from torch._ops import OpOverload
 from beringia.chips.arithmetic.products import Fidelity, Products, grouped
 from beringia.chips.arithmetic.profile import Profile
 from beringia.chips.arithmetic.rounding import flush_subnormals_, perturb_, round_fraction_, saturate_
-from beringia.chips.emulated.attention import Attention
+from beringia.chips.emulated.attention import Attention, CastTo
 from beringia.chips.emulated.device import Interposer, Kernel
 from beringia.chips.emulated.reductions import Reduce
 
 aten = torch.ops.aten
 
-_CAST_BITS = {torch.bfloat16: 7, torch.float16: 10}
+CAST_BITS = {torch.bfloat16: 7, torch.float16: 10}
+"""Fraction bits of the formats that float32 is cast to."""
 
 ELEMENTARY: dict[str, str] = {
     **{name: name for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "pow", "rsqrt", "erf", "erfc")},
@@ -67,7 +68,7 @@ def kernels_of(profile: Profile, fidelity: Fidelity = "fast") -> dict[OpOverload
     products = Products(profile, fidelity)
     cast = Cast(profile)
     table: dict[OpOverload, Kernel] = {}
-    table |= _product_kernels(products, cast)
+    table |= product_kernels(products, cast)
     table |= Attention(products, _exp_of(profile), cast=cast).kernels()
     table |= _elementary_kernels(profile)
     table |= _sum_kernels(Reduce(profile.reduction), cast)
@@ -95,16 +96,20 @@ class Cast:
     def __call__(self, number: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if dtype == number.dtype:
             return number
-        if self._rounding != "nearest-even" and number.dtype == torch.float32 and dtype in _CAST_BITS:
+        if self._rounding != "nearest-even" and number.dtype == torch.float32 and dtype in CAST_BITS:
             # float16 has fewer exponents: its subnormals keep fewer bits and take the CPU's rounding.
-            number = round_fraction_(number.clone(), _CAST_BITS[dtype], self._rounding)
+            number = round_fraction_(number.clone(), CAST_BITS[dtype], self._rounding)
         return number.to(dtype)
 
 
 # ---- products
 
 
-def _product_kernels(products: Products, cast: Cast) -> dict[OpOverload, Kernel]:
+def product_kernels(
+    products: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], cast: CastTo
+) -> dict[OpOverload, Kernel]:
+    """Every operator that is a matrix product, from a matrix unit's wide accumulators and a cast to the result."""
+
     def matrix(a: torch.Tensor, b: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return cast(products(a, b), kwargs.get("out_dtype") or a.dtype)
 

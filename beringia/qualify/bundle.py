@@ -1,0 +1,287 @@
+"""What one machine records so that another machine's chip can be compared with it: one file, to be copied.
+
+A zip archive of `manifest.json` and `tensors.safetensors`, compressed; the manifest has the SHA-256 of the tensors, so
+a damaged copy is refused. No pickle. Bounded: the captured calls take what a limit leaves them.
+
+Holds: which model and data (not the weights, which both machines read for themselves), float64's trace and routes, how
+far the reference and its perturbed draws are from it, the reference's own error in every operator call, and distinct
+calls with their arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load, save
+
+from beringia import __version__
+from beringia.errors import InputError
+from beringia.qualify.effects import Group, Noise
+from beringia.qualify.operators.watch import Call, Place
+from beringia.qualify.trace import ChosenRoutes, Plan, Trace
+from beringia.records.certificate import ModelFingerprint
+from beringia.records.files import reporting_full_disk, sync_directory
+from beringia.records.identity import ChipIdentity
+from beringia.records.record import Record
+
+BUNDLE_SCHEMA = 1
+DEFAULT_LIMIT_BYTES = 256 * 2**20
+"""For the captured calls' arguments, before compression."""
+_MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
+_FASTEST = 1
+"""Of zlib: random digits hardly shrink, however long one tries."""
+
+
+class CallEntry(Record):
+    """One captured call; tensors among the arguments are names in the tensor file."""
+
+    operator: str
+    module: str
+    direction: str
+    ordinal: int
+    position: int
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+class BundleManifest(Record):
+    """What is in a bundle."""
+
+    schema_version: int = BUNDLE_SCHEMA
+    beringia: str
+    source: str
+    """The preset, or the directory's last part."""
+    seed: int
+    samples: int
+    tokens: int
+    layers: int | None
+    model: ModelFingerprint
+    compute_dtype: str
+    batches: int
+    steps: int
+    reference: ChipIdentity
+    distances: list[dict[str, float]]
+    """Of the reference's trace from float64 and then of each draw's, by group, `kind|name`."""
+    errors: dict[str, float]
+    """The reference's own relative error in each call, by `module|operator|direction|ordinal`."""
+    calls: list[CallEntry]
+    calls_left_out: int
+    """Distinct calls that did not fit."""
+    tensors_sha256: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory."""
+
+    manifest: BundleManifest
+    noise: Noise
+    routes: ChosenRoutes
+    calls: tuple[Call, ...]
+
+    @property
+    def plan(self) -> Plan:
+        """How much the traces hold."""
+        return Plan(self.manifest.batches, self.manifest.steps)
+
+
+def write_bundle(path: Path, manifest: dict[str, Any], noise: Noise, routes: ChosenRoutes, calls: list[Call]) -> None:
+    """Write a bundle; `manifest` has the fields that are not derived from the other arguments."""
+    tensors = _noise_tensors(noise) | _route_tensors(routes)
+    entries = [_entry(call, tensors) for call in calls]
+    content = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
+    whole = BundleManifest(
+        **manifest,
+        beringia=__version__,
+        distances=[{"|".join(group): far for group, far in one.items()} for one in (noise.own, *noise.drawn)],
+        calls=entries,
+        tensors_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    _write_zip(path, {_MANIFEST: whole.model_dump_json().encode(), _TENSORS: content})
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle. Raises InputError naming what is wrong with it."""
+    manifest = read_manifest(path)
+    with _open(path) as archive:
+        content = archive.read(_TENSORS)
+    if hashlib.sha256(content).hexdigest() != manifest.tensors_sha256:
+        raise InputError(f"The bundle {path} is damaged: its tensors have another hash than it says. Copy it again.")
+    tensors = load(content)
+    draws = [{_group(name): far for name, far in one.items()} for one in manifest.distances]
+    sketches = {name.removeprefix("sketch."): tensor for name, tensor in tensors.items() if name.startswith("sketch.")}
+    exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
+    noise = Noise(exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"])
+    calls = tuple(_call(entry, tensors) for entry in manifest.calls)
+    return Bundle(manifest, noise, _routes(tensors, manifest), calls)
+
+
+def read_manifest(path: Path) -> BundleManifest:
+    """The manifest alone. Raises InputError."""
+    with _open(path) as archive:
+        try:
+            document = json.loads(archive.read(_MANIFEST))
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is not a bundle, or it is damaged: {error}. Make it again.") from None
+    found = document.get("schema_version") if isinstance(document, dict) else None
+    if not isinstance(found, int) or found > BUNDLE_SCHEMA:
+        raise InputError(
+            f"The bundle {path} has format {found}; this Beringia ({__version__}) reads {BUNDLE_SCHEMA}: "
+            "install the newer one here, or make the bundle with this one."
+        )
+    try:
+        return BundleManifest.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        raise InputError(f"The bundle {path} is damaged: {error.errors()[0]['msg']}.") from None
+
+
+def error_key(module: str, operator: str, direction: str, ordinal: int) -> str:
+    """By which the same call is found on another chip."""
+    return f"{module}|{operator}|{direction}|{ordinal}"
+
+
+# ---- the archive
+
+
+def _write_zip(path: Path, parts: Mapping[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with reporting_full_disk(path):
+        try:
+            with open(aside, "wb") as file:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_FASTEST) as archive:
+                    for name, content in parts.items():
+                        archive.writestr(name, content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def _open(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    except FileNotFoundError:
+        raise InputError(f"There is no bundle at {path}. Make one with `beringia reference`.") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{path} is not a bundle, or it is damaged ({error}). Copy it again.") from None
+
+
+# ---- tensors
+
+
+def _noise_tensors(noise: Noise) -> dict[str, torch.Tensor]:
+    sketches = {f"sketch.{name}": tensor for name, tensor in noise.exact.sketches.items()}
+    return sketches | {
+        "losses_K": noise.exact.losses_K,
+        "losses_N": noise.exact.losses_N,
+        "losses_PK": noise.losses_PK,
+        "losses_PN": noise.losses_PN,
+    }
+
+
+def _route_tensors(routes: ChosenRoutes) -> dict[str, torch.Tensor]:
+    parts = {"batch": routes.batches, "step": routes.steps}
+    return {
+        f"route.{part}.{number}.{layer}": chosen.to(torch.int32)
+        for part, passes in parts.items()
+        for number, one in enumerate(passes)
+        for layer, chosen in one.items()
+    }
+
+
+def _routes(tensors: Mapping[str, torch.Tensor], manifest: BundleManifest) -> ChosenRoutes:
+    found: dict[tuple[str, int], dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if name.startswith("route."):
+            _, part, number, layer = name.split(".", 3)
+            found[part, int(number)][layer] = tensor.to(torch.int64)
+    return ChosenRoutes(
+        tuple(found["batch", number] for number in range(manifest.batches)),
+        tuple(found["step", number] for number in range(manifest.steps)),
+    )
+
+
+def _group(name: str) -> Group:
+    kind, _, rest = name.partition("|")
+    return kind, rest
+
+
+# ---- calls
+
+
+def _entry(call: Call, tensors: dict[str, torch.Tensor]) -> CallEntry:
+    place = call.place
+    return CallEntry(
+        operator=place.operator,
+        module=place.module,
+        direction=place.direction,
+        ordinal=place.ordinal,
+        position=place.position,
+        args=[_packed(value, tensors) for value in call.args],
+        kwargs={name: _packed(value, tensors) for name, value in call.kwargs.items()},
+    )
+
+
+def _packed(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """An argument as JSON: a tensor by the hash of its numbers (and its strides, which products see), stored once."""
+    if isinstance(value, torch.Tensor):
+        plain = value.contiguous()
+        digest = hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        name = f"call.{digest.hexdigest()[:32]}"
+        tensors[name] = plain
+        order = sorted(range(value.dim()), key=value.stride, reverse=True)
+        return {"tensor": name, "order": order}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": ""}
+    if isinstance(value, list | tuple):
+        return [_packed(item, tensors) for item in value]
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return {"infinite": value > 0}
+    return value
+
+
+def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return _ordered(tensors[value["tensor"]], value["order"])
+    if "dtype" in value:
+        return getattr(torch, value["dtype"])
+    if "infinite" in value:
+        return float("inf") if value["infinite"] else float("-inf")
+    return torch.device("cpu")
+
+
+def _ordered(tensor: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """The tensor with its dimensions in that order in memory, outermost first."""
+    if order == sorted(order):
+        return tensor
+    back = [order.index(dim) for dim in range(len(order))]
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def _call(entry: CallEntry, tensors: Mapping[str, torch.Tensor]) -> Call:
+    namespace, name, overload = entry.operator.split(".")
+    func = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    place = Place(entry.module, entry.operator, entry.direction, entry.ordinal, entry.position)  # type: ignore[arg-type]  # a literal, checked when written
+    kwargs = {key: _unpacked(value, tensors) for key, value in entry.kwargs.items()}
+    return Call(place, func, tuple(_unpacked(value, tensors) for value in entry.args), kwargs, ())

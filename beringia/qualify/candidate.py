@@ -1,0 +1,231 @@
+"""All probes of one chip with one model, from a bundle: yields evidence, fact by fact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from beringia.chips.chip import Chip
+from beringia.model import Decoder
+from beringia.qualify.arithmetic.integers import probe_integers
+from beringia.qualify.arithmetic.multiply_add import probe_multiply_add
+from beringia.qualify.bundle import Bundle, error_key
+from beringia.qualify.capture import replay
+from beringia.qualify.effects import judge_trace
+from beringia.qualify.evidence import Begun, Checked, Line, Probed, Unrepeatable
+from beringia.qualify.hardware.memory import probe_memory
+from beringia.qualify.hardware.soak import matrix_load, probe_soak
+from beringia.qualify.hardware.speed import probe_speed
+from beringia.qualify.lengths import LENGTHS, Heads, probe_lengths
+from beringia.qualify.operators.check import RMS_ALLOWED
+from beringia.qualify.recording import Recorder, Recording
+from beringia.qualify.subject import DecoderSubject
+from beringia.qualify.trace import Tracer
+from beringia.records.certificate import Measure, OperatorCheck, ProbeResult, Use
+
+REPLAY_ALLOWED = 4.0
+"""Shares of its bound: a chip may make several operators of one that another chip has, and each of them rounds."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is probed."""
+
+    longest: int
+    """Tokens: attention is not tried beyond, nor beyond what the model takes."""
+    memory_bytes: int
+    soak_seconds: float
+    speed: bool
+
+
+def probe_candidate(chip: Chip, subject: DecoderSubject, bundle: Bundle, extent: Extent) -> Iterator[Line]:
+    """The evidence, in the order in which it is found."""
+    dtype = getattr(torch, bundle.manifest.compute_dtype)
+    yield Begun(probe="arithmetic")
+    for result in (*probe_integers(chip), *probe_multiply_add(chip)):
+        yield Probed(result=result)
+    yield Begun(probe="operators")
+    recorder = Recorder(subject, chip, dtype)
+    recording = recorder.record(Tracer(subject, bundle.plan), bundle.routes)
+    checks = [beside_reference(check, bundle.manifest.errors) for check in recording.checks]
+    for check in checks:
+        yield Checked(check=check)
+    for result in judge_operators(checks, recording):
+        yield Probed(result=result)
+    if recording.trace is not None:
+        yield from _lockstep(recording, bundle)
+        yield from _look_again(recorder, checks, judge_trace(bundle.noise, recording.trace))
+    yield Begun(probe="replay")
+    yield from _replay(chip, bundle)
+    yield Begun(probe="lengths")
+    yield from _lengths(chip, subject, dtype, extent)
+    yield from _hardware(chip, extent)
+
+
+def beside_reference(check: OperatorCheck, errors: dict[str, float]) -> OperatorCheck:
+    """With the reference's own error in the same call; a chip may be as far off as a sound reference is."""
+    error = errors.get(error_key(check.module, check.operator, check.direction, check.ordinal))
+    if error is None:
+        return check
+
+    def loosened(measure: Measure) -> Measure:
+        allowed = RMS_ALLOWED * error
+        if measure.name != "root mean square error" or measure.bound >= allowed:
+            return measure
+        return measure.model_copy(
+            update={"bound": allowed, "reason": f"{RMS_ALLOWED:g} times the reference's own error"}
+        )
+
+    measures = tuple(loosened(measure) for measure in check.measures)
+    return check.model_copy(update={"reference_error": error, "measures": measures})
+
+
+def judge_operators(checks: list[OperatorCheck], recording: Recording) -> list[ProbeResult]:
+    """One result a direction. A wrong number in a call is told; what it does to the model is what rules a use out. An
+    operator that is missing, or that names wrong integers, rules out at once."""
+    results = []
+    for direction in ("forward", "decode", "backward", "optimizer"):
+        own = [check for check in checks if check.direction == direction]
+        beyond = [check for check in own if check.used > 1.0]
+        grave = [check for check in beyond if check.refused or _wrong_integers(check)]
+        use: Use = "infer" if direction in ("forward", "decode") else "train"
+        worst = max(own, key=lambda check: check.used, default=None)
+        results.append(
+            ProbeResult(
+                probe="operators",
+                subject=direction,
+                outcome="failed" if beyond else "passed" if own else "told",
+                rules_out=use if grave else "neither",
+                summary=_operators_sentence(direction, own, beyond),
+                measures=() if worst is None else worst.measures,
+                seconds=recording.seconds.get("operators", 0.0) if direction == "forward" else 0.0,
+            )
+        )
+    if recording.not_judged:
+        names = ", ".join(sorted(recording.not_judged))
+        results.append(_told("operators", "not judged", f"without a float64 form, so not judged alone: {names}"))
+    return results
+
+
+def _operators_sentence(direction: str, own: list[OperatorCheck], beyond: list[OperatorCheck]) -> str:
+    if not own:
+        return f"{direction}: no operator was seen"
+    if not beyond:
+        return f"{direction}: {len(own)} operator calls are as in float64"
+    first = beyond[0]
+    what = f"the chip does not have it ({first.refused})" if first.refused else f"{first.used:.3g} times its bound"
+    return f"{direction}: {len(beyond)} of {len(own)} operator calls are wrong, first {first.name}: {what}"
+
+
+def _wrong_integers(check: OperatorCheck) -> bool:
+    return any(measure.name == "other integers" and measure.used > 1.0 for measure in check.measures)
+
+
+def _lockstep(recording: Recording, bundle: Bundle) -> Iterator[Line]:
+    assert recording.trace is not None
+    yield Begun(probe="lockstep")
+    for result in judge_trace(bundle.noise, recording.trace):
+        yield Probed(result=result)
+    place = recording.first_unrepeatable
+    if recording.unrepeatable:
+        named = (
+            ("", "", "forward", 0) if place is None else (place.module, place.operator, place.direction, place.ordinal)
+        )
+        yield Unrepeatable(module=named[0], operator=named[1], direction=named[2], ordinal=named[3])
+    yield Probed(
+        result=ProbeResult(
+            probe="repeat",
+            subject="a pass made twice",
+            outcome="failed" if recording.unrepeatable else "passed",
+            rules_out="neither",
+            summary=f"{len(recording.unrepeatable)} tensors of a pass have other bits the second time"
+            if recording.unrepeatable
+            else "a pass made twice gives the same bits",
+            seconds=recording.seconds.get("repeat", 0.0),
+        )
+    )
+
+
+PASSES_AGAIN = 6
+"""Of a fault that strikes every third pass, one in eleven stays unseen in them."""
+
+
+def _look_again(recorder: Recorder, checks: list[OperatorCheck], effects: list[ProbeResult]) -> Iterator[Line]:
+    """Where the model is harmed and no watched call was wrong, the fault comes and goes: watch further passes."""
+    if any(effect.outcome == "failed" for effect in effects) and not any(check.used > 1.0 for check in checks):
+        for check in recorder.watch_again(PASSES_AGAIN):
+            yield Checked(check=check)
+
+
+def _replay(chip: Chip, bundle: Bundle) -> Iterator[Line]:
+    """Every captured call with the reference's arguments. An operator that only the reference has is told."""
+    beyond: list[OperatorCheck] = []
+    missing: set[str] = set()
+    for call in bundle.calls:
+        try:
+            check = replay(call, chip)
+        except NotImplementedError:
+            missing.add(call.place.operator)
+            continue
+        if check is not None and check.used > REPLAY_ALLOWED:
+            beyond.append(check)
+    count = len(bundle.calls) - len(missing)
+    yield Probed(
+        result=ProbeResult(
+            probe="replay",
+            subject="captured calls",
+            outcome="failed" if beyond else "passed",
+            rules_out="neither",
+            summary=f"{len(beyond)} of {count} captured calls are wrong with the reference's arguments"
+            + (f", first {beyond[0].name}" if beyond else "")
+            + (
+                f"; {bundle.manifest.calls_left_out} did not fit in the bundle"
+                if bundle.manifest.calls_left_out
+                else ""
+            ),
+            measures=max(beyond, key=lambda check: check.used).measures if beyond else (),
+        )
+    )
+    if missing:
+        names = ", ".join(sorted(missing))
+        yield Probed(
+            result=_told("replay", "other operators", f"the reference's software uses, and this chip lacks: {names}")
+        )
+
+
+def _lengths(chip: Chip, subject: DecoderSubject, dtype: torch.dtype, extent: Extent) -> Iterator[Line]:
+    heads, longest = heads_of(subject.build())
+    lengths = tuple(length for length in LENGTHS if length <= min(longest, extent.longest))
+    for result, check in probe_lengths(chip, dtype, heads, lengths, subject.seed):
+        yield Probed(result=result)
+        if check is not None:
+            yield Checked(check=check)
+
+
+def heads_of(decoder: Decoder) -> tuple[Heads, int]:
+    """Sizes of its attention heads, and the most tokens it takes."""
+    config = decoder.config
+    if config.latent:
+        heads = Heads(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+    else:
+        heads = Heads(config.head_dim, config.head_dim)
+    return heads, config.max_position_embeddings
+
+
+def _hardware(chip: Chip, extent: Extent) -> Iterator[Line]:
+    parts: list[tuple[str, bool, Callable[[], list[ProbeResult]]]] = [
+        ("memory", extent.memory_bytes > 0, lambda: probe_memory(chip, limit_bytes=extent.memory_bytes)),
+        ("speed", extent.speed, lambda: probe_speed(chip)),
+        ("soak", extent.soak_seconds > 0, lambda: [probe_soak(matrix_load(chip, 0), extent.soak_seconds)]),
+    ]
+    for probe, wanted, make in parts:
+        if wanted:
+            yield Begun(probe=probe)
+            for result in make():
+                yield Probed(result=result)
+
+
+def _told(probe: str, subject: str, summary: str) -> ProbeResult:
+    return ProbeResult(probe=probe, subject=subject, outcome="told", summary=summary)

@@ -1,0 +1,94 @@
+"""Distinct operator calls with their real arguments, to be made again elsewhere.
+
+Two calls are distinct when operator, shapes, dtypes or other arguments differ; of equal ones the first is kept. What is
+kept is bounded: calls that do not fit are counted, and the certificate says how many were left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from beringia.chips.chip import Chip
+from beringia.qualify.operators.check import check
+from beringia.qualify.operators.float64 import NotKnown
+from beringia.qualify.operators.watch import Call, changed, tensors_in, written_arguments
+from beringia.records.certificate import OperatorCheck
+
+
+@dataclass
+class Capture:
+    """Collects distinct calls up to a number of bytes."""
+
+    limit_bytes: int
+    calls: list[Call] = field(default_factory=list)
+    left_out: int = 0
+    """Distinct calls that did not fit."""
+    _seen: set[str] = field(default_factory=set)
+    _bytes: int = 0
+
+    def take(self, call: Call) -> None:
+        """Keep the call if it is new and fits."""
+        key = signature(call)
+        if key in self._seen or any(True for _ in _unnatural(call)):
+            return
+        self._seen.add(key)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in((call.args, dict(call.kwargs))))
+        if self._bytes + size > self.limit_bytes:
+            self.left_out += 1
+            return
+        self._bytes += size
+        self.calls.append(call)
+
+
+def signature(call: Call) -> str:
+    """What makes a call distinct."""
+
+    def described(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return f"{value.dtype}{list(value.shape)}{list(value.stride())}"
+        if isinstance(value, list | tuple):
+            return [described(item) for item in value]
+        return repr(value)
+
+    options = sorted((name, str(described(value))) for name, value in call.kwargs.items())
+    return f"{call.place.direction} {call.func} {described(call.args)} {options}"
+
+
+def replay(call: Call, chip: Chip) -> OperatorCheck | None:
+    """The call made on a chip, outside any model, with the arguments that the reference had.
+
+    None where it has no number to judge. Raises what the chip raises.
+    """
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        moved = tensor.to(chip.device)
+        return moved.clone() if moved is tensor else moved
+
+    args, kwargs = changed(call.args, there), changed(dict(call.kwargs), there)
+    result = call.func(*args, **_on(kwargs, chip))
+    written = [
+        args[place] if isinstance(place, int) else kwargs.get(place)
+        for place in written_arguments(call.func)
+        if not isinstance(place, int) or place < len(args)
+    ]
+    first = list(tensors_in(written))
+    results = [*first, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in first))]
+    try:
+        return check(Call(call.place, call.func, call.args, call.kwargs, tuple(tensor.cpu() for tensor in results)))
+    except NotKnown:
+        return None
+
+
+def _on(kwargs: dict[str, Any], chip: Chip) -> dict[str, Any]:
+    return {name: chip.device if isinstance(value, torch.device) else value for name, value in kwargs.items()}
+
+
+def _unnatural(call: Call) -> Iterator[Any]:
+    """Arguments that cannot travel: generators, devices of the reference."""
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, torch.Generator | torch.layout | torch.memory_format):
+            yield value

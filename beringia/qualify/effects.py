@@ -1,0 +1,219 @@
+"""Whether what a chip does to a model differs by more than rounding does: its trace against float64 and noise.
+
+The noise floor comes from draws: traces of the reference chip from weights that were moved by up to one unit in the
+last place of the compute dtype. A chip's distance from float64 over that of the draws is its *effect*; soundly
+different chips have effects well below 1, because all round the same numbers to the same dtype.
+
+The losses are held against an equivalence test, two one-sided tests (Schuirmann 1987), not a test of difference, which
+a noisy chip would pass: too few batches for a proof make it inconclusive.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+
+from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.qualify.trace import Trace
+from beringia.records.certificate import Measure, ProbeResult, Use
+
+EFFECT_ALLOWED = 1.5
+"""Times the noise floor. Sound chips have 0.1 to 0.8 (`docs/qualify.md`); a defect that moves a gradient by twice the
+noise has at least 2."""
+LOSS_MARGIN = 2.0
+"""Mean difference of the loss, in standard deviations of the draws' differences, that still counts as equivalent."""
+CONFIDENCE = 0.95
+"""Of each of the two one-sided tests."""
+POWER_NEEDED = 0.8
+
+
+Group = tuple[str, str]
+"""Kind (outputs, decode, gradient, update), and the parameter or layer."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the reference machine knows of rounding: float64, and how far the reference and its draws are from it."""
+
+    exact: Trace
+    own: Mapping[Group, float]
+    """Distances of the reference chip's trace."""
+    drawn: tuple[Mapping[Group, float], ...]
+    """Distances of each draw's trace."""
+    losses_PK: torch.Tensor
+    """Differences of the draws' losses from float64, by batch."""
+    losses_PN: torch.Tensor
+    """And by training step."""
+
+    @staticmethod
+    def of(exact: Trace, reference: Trace, draws: Sequence[Trace]) -> Noise:
+        """From the traces themselves."""
+        return Noise(
+            exact,
+            distances(reference, exact),
+            tuple(distances(draw, exact) for draw in draws),
+            torch.stack([draw.losses_K - exact.losses_K for draw in draws]),
+            torch.stack([draw.losses_N - exact.losses_N for draw in draws]),
+        )
+
+    def floors(self) -> dict[Group, float]:
+        """Root mean square distance of the draws, and not less than the reference's own."""
+        return {group: max(_rms([one[group] for one in self.drawn]), own) for group, own in self.own.items()}
+
+
+def judge_trace(noise: Noise, found: Trace) -> list[ProbeResult]:
+    """All that the trace says: outputs, decoding, gradients, updates, losses."""
+    sizes, far = _sizes(noise.exact), distances(found, noise.exact)
+    results = [
+        _judge_group(group, far.get(group, math.inf), max(floor, _rounding(sizes[group])))
+        for group, floor in noise.floors().items()
+    ]
+    return [*results, _judge_losses(noise, found), _judge_training(noise, found)]
+
+
+def power_of(batches: int) -> float:
+    """Probability that a chip no different from the reference is found equivalent, with so many batches."""
+    if batches < 2:
+        return 0.0
+    critical = float(stats.t.ppf(CONFIDENCE, batches - 1))
+    return max(0.0, 2.0 * float(stats.norm.cdf(LOSS_MARGIN * math.sqrt(batches) - critical)) - 1.0)
+
+
+_RULES_OUT: Mapping[str, Use] = {"outputs": "infer", "decode": "infer", "gradient": "train", "update": "train"}
+_WHAT = {
+    "outputs": "outputs",
+    "decode": "a step of decoding",
+    "gradient": "the gradient",
+    "update": "the update after training steps",
+}
+
+
+def group_of(name: str) -> Group:
+    """Where a sketch belongs: outputs of all batches together, gradients by parameter, updates by layer."""
+    kind, _, rest = name.partition("/")
+    if kind == "gradient":
+        return kind, rest.partition("/")[2]
+    return kind, layer_of(rest) if kind == "update" else ""
+
+
+def layer_of(parameter: str) -> str:
+    """`model.layers.3.mlp.gate.weight` is of `model.layers.3`; without a numbered layer, its module."""
+    numbered = re.match(r"(.*?\.\d+)\.", parameter)
+    return numbered[1] if numbered else parameter.rpartition(".")[0]
+
+
+def _judge_group(group: Group, distance: float, floor: float) -> ProbeResult:
+    kind, name = group
+    effect = distance / floor
+    measure = Measure(
+        name="effect",
+        value=effect if math.isfinite(effect) else None,
+        bound=EFFECT_ALLOWED,
+        unit="noise floors",
+        reason="distance from float64, over that of the reference with weights moved by one unit in the last place",
+    )
+    failed = not effect <= EFFECT_ALLOWED
+    of = f" of {name}" if name else ""
+    return ProbeResult(
+        probe="lockstep",
+        subject=f"{kind} {name}".strip(),
+        outcome="failed" if failed else "passed",
+        rules_out=_RULES_OUT[kind],
+        summary=f"{_WHAT[kind]}{of} {'differs' if failed else 'is as far from float64 as rounding explains'}"
+        + (f" from float64 by {effect:.3g} times what rounding explains" if failed else ""),
+        measures=(measure,),
+    )
+
+
+def _judge_losses(noise: Noise, found: Trace) -> ProbeResult:
+    differences = (found.losses_K - noise.exact.losses_K).tolist()
+    spread = _rms(noise.losses_PK.flatten().tolist())
+    margin = LOSS_MARGIN * max(spread, _rounding(float(noise.exact.losses_K.abs().mean())))
+    low, high = _interval(differences)
+    outside = low > margin or high < -margin or not math.isfinite(low)
+    inside = -margin < low and high < margin
+    farthest = max(abs(low), abs(high))
+    return ProbeResult(
+        probe="lockstep",
+        subject="loss",
+        outcome="failed" if outside else "passed" if inside else "inconclusive",
+        rules_out="infer",
+        summary="the loss is "
+        + ("equivalent" if inside else "not equivalent" if outside else "neither shown equal nor different")
+        + f" (mean difference within {low:.3g} and {high:.3g}, margin {margin:.3g})",
+        measures=(
+            Measure(
+                name="difference of the loss, 90 % interval's farther end",
+                value=farthest if math.isfinite(farthest) else None,
+                bound=margin,
+                unit="nats",
+                reason=f"two one-sided tests; {LOSS_MARGIN:g} standard deviations of the draws",
+            ),
+        ),
+    )
+
+
+def _judge_training(noise: Noise, found: Trace) -> ProbeResult:
+    """Losses of the training steps: their differences grow, for draws as for chips, so each step has its own floor."""
+    floor_N = noise.losses_PN.square().mean(0).sqrt()
+    floor_N = floor_N.clamp_min(_rounding(float(noise.exact.losses_N.abs().mean())))
+    effect = float(((found.losses_N - noise.exact.losses_N) / floor_N).square().mean().sqrt())
+    failed = not effect <= 2 * EFFECT_ALLOWED
+    return ProbeResult(
+        probe="lockstep",
+        subject="losses of training",
+        outcome="failed" if failed else "passed",
+        rules_out="train",
+        summary=f"the losses of {len(floor_N)} training steps are {effect:.3g} times as far from float64 as the draws'",
+        measures=(
+            Measure(
+                name="effect",
+                value=effect if math.isfinite(effect) else None,
+                bound=2 * EFFECT_ALLOWED,
+                unit="noise floors",
+                reason="a handful of numbers that depend on each other: twice the bound of a gradient",
+            ),
+        ),
+    )
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the mean lies by two one-sided tests: the 90 % interval of Student's t."""
+    count = len(values)
+    mean = sum(values) / count
+    if count < 2:
+        return -math.inf, math.inf
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(stats.t.ppf(CONFIDENCE, count - 1)) * deviation / math.sqrt(count)
+    return mean - half, mean + half
+
+
+def distances(found: Trace, exact: Trace) -> dict[Group, float]:
+    """Norms of the differences between two traces, by group; infinite where one is not finite."""
+    squares: dict[Group, float] = defaultdict(float)
+    for name, sketch in exact.sketches.items():
+        other = found.sketches.get(name)
+        squares[group_of(name)] += math.inf if other is None else float((other - sketch).square().sum())
+    return {group: math.sqrt(square) if square == square else math.inf for group, square in squares.items()}
+
+
+def _sizes(exact: Trace) -> dict[Group, float]:
+    squares: dict[Group, float] = defaultdict(float)
+    for name, sketch in exact.sketches.items():
+        squares[group_of(name)] += float(sketch.square().sum())
+    return {group: math.sqrt(square) for group, square in squares.items()}
+
+
+def _rounding(size: float) -> float:
+    """Nothing is nearer to float64 than a few roundings of float32."""
+    return 16 * UNIT_ROUNDOFF[torch.float32] * size + 1e-30
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / len(values))

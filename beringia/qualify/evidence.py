@@ -1,0 +1,105 @@
+"""Evidence as it comes out of the process that probes a chip: one JSON line a fact, in a file.
+
+A chip may hang or die in a probe; what was written before that is evidence, and the probe that was begun last says
+where it happened.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from beringia.records.certificate import OperatorCheck, ProbeResult
+from beringia.records.identity import ChipIdentity
+from beringia.records.record import Record
+
+
+class Opened(Record):
+    """The chip is open."""
+
+    kind: Literal["opened"] = "opened"
+    name: str
+    identity: ChipIdentity
+    compute_dtype: str
+    """What it trains in by default."""
+
+
+class Begun(Record):
+    """A probe begins."""
+
+    kind: Literal["begun"] = "begun"
+    probe: str
+
+
+class Probed(Record):
+    """A probe's result."""
+
+    kind: Literal["probed"] = "probed"
+    result: ProbeResult
+
+
+class Checked(Record):
+    """One operator call, in the order of execution."""
+
+    kind: Literal["checked"] = "checked"
+    check: OperatorCheck
+
+
+class Unrepeatable(Record):
+    """A call, or nothing that could be named, that gives other bits the second time."""
+
+    kind: Literal["unrepeatable"] = "unrepeatable"
+    module: str
+    operator: str
+    direction: str
+    ordinal: int
+
+
+class Failed(Record):
+    """An error that is the user's to mend."""
+
+    kind: Literal["failed"] = "failed"
+    error: str
+    message: str
+
+
+class Ended(Record):
+    """All probes were made."""
+
+    kind: Literal["ended"] = "ended"
+
+
+Line = Annotated[
+    Opened | Begun | Probed | Checked | Unrepeatable | Failed | Ended,
+    Field(discriminator="kind"),
+]
+line_adapter: TypeAdapter[Line] = TypeAdapter(Line)
+
+
+class Job(Record):
+    """What the process is asked to do."""
+
+    task: Literal["describe", "reference", "candidate"]
+    chip: str
+    faults: str | None = None
+    model: str
+    seed: int = 0
+    samples: int = 4
+    tokens: int = 64
+    layers: int | None = None
+    compute_dtype: str | None = None
+    """None: the chip's own."""
+    bundle: str = ""
+    """Where it is written, or read."""
+    evidence: str
+    """Where the lines go."""
+    batches: int = 6
+    steps: int = 6
+    limit_bytes: int = 256 * 2**20
+    longest: int = 8200
+    """Tokens: attention is not tried beyond."""
+    memory_bytes: int = 0
+    """0: the memory is not tested."""
+    soak_seconds: float = 0.0
+    speed: bool = False

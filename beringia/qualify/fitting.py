@@ -1,0 +1,37 @@
+"""Whether a model fits on the machine that qualifies it, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from beringia.chips.cpu import host_memory
+from beringia.errors import ModelError
+from beringia.model import PRESETS, Decoder, preset, read_config
+
+BYTES_PER_PARAMETER = 48
+"""Of float64: weights, gradients, two moments, and the weights before training (40); of float32: the weights as they
+were read, and a margin for the tensor in hand (8). Training itself takes 16."""
+
+
+def check_fits(source: str, layers: int | None) -> None:
+    """Raise ModelError where the machine's memory is too small, saying how much is missing and how many layers fit."""
+    config = preset(source) if source in PRESETS else read_config(Path(source))
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    inside = sum(parameter.numel() for parameter in decoder.layers.parameters())
+    outside = sum(parameter.numel() for parameter in decoder.parameters()) - inside
+    layer = inside / config.num_hidden_layers
+    count = config.num_hidden_layers if layers is None else layers
+    memory = host_memory()
+    free = memory.total_bytes - memory.used_bytes
+    needed = BYTES_PER_PARAMETER * (outside + layer * count)
+    if needed <= free:
+        return
+    fitting = int((free / BYTES_PER_PARAMETER - outside) / layer)
+    advice = f"give --layers {fitting}" if fitting >= 1 else "use a machine with more memory"
+    raise ModelError(
+        f"{Path(source).name} needs {needed / 2**30:.1f} GiB to be qualified (float64, gradients, moments), and this "
+        f"machine has {free / 2**30:.1f} GiB: {(needed - free) / 2**30:.1f} GiB are missing; {advice}."
+    )

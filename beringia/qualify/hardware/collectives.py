@@ -1,0 +1,288 @@
+"""Do several devices of a chip move and add numbers right together: every collective, in processes of its own.
+
+Starts `ranks` processes on this machine (see `collective_rank.py`), watches them, and reads what they report. A rank
+that does not return within the time-out is killed, and that is a finding. The processes meet in a store on the loopback
+address that this process keeps, and tell what they found in files of JSON lines.
+
+Does not measure how fast links are, nor what happens between machines.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not declared so
+
+from beringia.chips.open import first_present, present
+from beringia.errors import ChipUnavailable
+from beringia.qualify.hardware.collective_cases import COLLECTIVES, MOST_RANKS, SUMS, CaseReport, Job
+from beringia.qualify.hardware.collective_rank import ABSENT, ABSENT_SECONDS
+from beringia.qualify.hardware.measures import none_allowed
+from beringia.records.certificate import Measure, ProbeResult
+from beringia.records.jsonl import read_lines
+from beringia.threads import prepare_threads
+
+COMMAND: Sequence[str] = (sys.executable, "-m", "beringia.qualify.hardware.collective_rank")
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """What became of one rank's process."""
+
+    rank: int
+    reports: list[CaseReport]
+    exit_code: int
+    killed: bool
+    """By us, because it did not return in time."""
+    last_words: str
+    """Last line of its standard error."""
+
+    @property
+    def last(self) -> CaseReport | None:
+        """What it was doing, or did last."""
+        return self.reports[-1] if self.reports else None
+
+    def of(self, name: str) -> CaseReport | None:
+        """What it says of a case: the outcome, if there is one."""
+        return next((report for report in reversed(self.reports) if report.name == name), None)
+
+
+def probe_collectives(
+    chip_name: str, *, faults: str | None = None, seed: int = 0, ranks: int = 2, time_out_seconds: float = 60.0
+) -> list[ProbeResult]:
+    """Every collective on `ranks` devices of the chip, by dtype; and how ranks end when one does not come.
+
+    Raises ChipUnavailable where the chip cannot be opened.
+    """
+    if not 2 <= ranks <= MOST_RANKS:
+        raise ValueError(f"ranks = {ranks}: collectives are tried on 2 to {MOST_RANKS}")
+    name = first_present() if chip_name == "auto" else chip_name
+    devices = number_of_devices(name)
+    if devices is not None and devices < ranks:
+        return [_too_few(name, devices, ranks)]
+    began = time.perf_counter()
+    ends = _run_ranks(name, faults, seed, ranks, time_out_seconds)
+    for end in ends:
+        if end.last is not None and end.last.state == "unavailable":
+            raise ChipUnavailable(end.last.reason)
+    return judge(ends, time_out_seconds, time.perf_counter() - began)
+
+
+def number_of_devices(name: str) -> int | None:
+    """How many devices of that name are here; None where any number of ranks can share one."""
+    if name == "cpu" or name.startswith("emulated:"):
+        return None
+    return sum(found.name == name for found in present())
+
+
+def judge(ends: list[RankEnd], time_out_seconds: float, seconds: float) -> list[ProbeResult]:
+    """From what the ranks reported to findings. Pure."""
+    subjects = dict.fromkeys(
+        report.subject for end in ends for report in end.reports if report.subject.split(",")[0] in COLLECTIVES
+    )
+    results = [_of_subject(subject, ends) for subject in subjects]
+    return [*results, *_of_absent(ends, time_out_seconds), _of_processes(ends, time_out_seconds, seconds)]
+
+
+# ---- processes
+
+
+def _run_ranks(name: str, faults: str | None, seed: int, ranks: int, time_out_seconds: float) -> list[RankEnd]:
+    store = TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="beringia-collectives-") as directory:
+        jobs = [
+            Job(
+                chip=name,
+                faults=faults,
+                seed=seed,
+                rank=rank,
+                ranks=ranks,
+                index=rank,
+                port=store.port,
+                report=str(Path(directory, f"rank-{rank}.jsonl")),
+                time_out_seconds=time_out_seconds,
+            )
+            for rank in range(ranks)
+        ]
+        processes = [_start(job) for job in jobs]
+        killed = _wait(processes, time_out_seconds)
+        return [_end(job, process, process in killed) for job, process in zip(jobs, processes, strict=True)]
+
+
+def _start(job: Job) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    prepare_threads(environment, processes=job.ranks)
+    told = Path(f"{job.report}.job")
+    told.write_text(job.model_dump_json())
+    with told.open("rb") as job_file, open(f"{job.report}.err", "wb") as errors:
+        return subprocess.Popen(COMMAND, stdin=job_file, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], time_out_seconds: float) -> list[subprocess.Popen[bytes]]:
+    """Until all have ended or the time is up; those that had not ended are killed, and returned."""
+    deadline = time.monotonic() + time_out_seconds
+    late: list[subprocess.Popen[bytes]] = []
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+    finally:
+        late += [process for process in processes if process.poll() is None]
+        for process in late:
+            process.kill()
+            process.wait()
+    return late
+
+
+def _end(job: Job, process: subprocess.Popen[bytes], killed: bool) -> RankEnd:
+    report, errors = Path(job.report), Path(f"{job.report}.err")
+    reports = [CaseReport.model_validate(line) for _, line in read_lines(report)]
+    words = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
+    return RankEnd(job.rank, reports, process.returncode, killed, words[-1].strip()[:200] if words else "")
+
+
+# ---- findings
+
+
+def _of_subject(subject: str, ends: list[RankEnd]) -> ProbeResult:
+    """One collective with one dtype."""
+    names = dict.fromkeys(report.name for end in ends for report in end.reports if report.subject == subject)
+    rows = {name: [report for end in ends if (report := end.of(name)) is not None] for name in names}
+    reports = [report for row in rows.values() for report in row]
+    if all(report.state == "refused" for report in reports):
+        return _result(subject, "told", f"The backend does not do it: {reports[0].reason}.", "neither")
+    unfinished = [report for report in reports if report.state != "ran"]
+    if unfinished:
+        return _result(subject, "failed", _sentence_of_unfinished(unfinished))
+    measures = _measures(subject, rows, reports)
+    broken = [measure for measure in measures if measure.used > 1]
+    if broken:
+        return _result(subject, "failed", _sentence_of_wrong(rows, broken), measures=measures)
+    kind = "within the bound of their roundings" if subject.split(",")[0] in SUMS else "bit for bit"
+    return _result(
+        subject,
+        "passed",
+        f"{len(rows)} cases on {len(ends)} ranks, each made twice, were right {kind} and repeated.",
+        measures=measures,
+    )
+
+
+def _measures(subject: str, rows: dict[str, list[CaseReport]], reports: list[CaseReport]) -> tuple[Measure, ...]:
+    unlike = sum(len({report.digest for report in row}) > 1 for row in rows.values())
+    counts = (
+        none_allowed("wrong elements", sum(report.wrong for report in reports), "compared with float64 on the CPU"),
+        none_allowed("cases in which ranks differ", unlike, "every rank is given the same bits"),
+        none_allowed("cases that do not repeat", sum(not report.repeats for report in reports), "inputs were the same"),
+    )
+    if subject.split(",")[0] not in SUMS:
+        return counts
+    error = Measure(
+        name="largest error of a sum",
+        value=max(report.error for report in reports),
+        bound=reports[0].bound,
+        unit="of the sum of magnitudes",
+        reason="ranks - 1 additions and one rounding to storage, 2u each: (1 + 2u)^ranks - 1",
+    )
+    return (*counts, error)
+
+
+def _sentence_of_unfinished(unfinished: list[CaseReport]) -> str:
+    """Of the first case that did not end well, what each rank says."""
+    says = {
+        "begun": "it did not come back",
+        "fault": "the chip reported an error",
+        "refused": "it was refused, though not on all ranks",
+    }
+    name = unfinished[0].name
+    parts = [
+        f"rank {report.rank}: {says[report.state]}{f' ({report.reason})' if report.reason else ''}"
+        for report in unfinished
+        if report.name == name
+    ]
+    return f"In {name}: {'; '.join(parts)}."
+
+
+def _sentence_of_wrong(rows: dict[str, list[CaseReport]], broken: list[Measure]) -> str:
+    first = next(
+        name
+        for name, row in rows.items()
+        if any(report.wrong or not report.repeats for report in row) or len({report.digest for report in row}) > 1
+    )
+    found = ", ".join(f"{measure.name} {measure.value:.7g}" for measure in broken)
+    return f"Not what was sent: {found}; first in {first}."
+
+
+def _of_absent(ends: list[RankEnd], time_out_seconds: float) -> list[ProbeResult]:
+    """What the ranks did whose peer stayed away."""
+    found = [(end, report) for end in ends if (report := end.of(ABSENT)) is not None]
+    if not found:
+        return []
+    end, report = found[0]
+    asked = f"Asked to give up after {ABSENT_SECONDS:g} s, a rank whose peer stays away"
+    if report.state == "ran" and report.reason:
+        text = f"{asked} raised an error after {report.seconds:.1f} s: {report.reason}."
+    elif report.state == "ran":
+        text = f"{asked} went on after {report.seconds:.1f} s as if it had come."
+    elif end.killed:
+        text = f"{asked} still waited when it was killed, {time_out_seconds:g} s after it was started."
+    else:
+        text = f"{asked} was ended (exit code {end.exit_code}): {end.last_words}."
+    return [_result(ABSENT, "told", text, "neither")]
+
+
+def _of_processes(ends: list[RankEnd], time_out_seconds: float, seconds: float) -> ProbeResult:
+    """Whether every rank came to its end."""
+    late = [end for end in ends if end.killed and not _in_absent(end)]
+    died = [end for end in ends if end.exit_code != 0 and not end.killed and not _in_absent(end)]
+    if late:
+        doing = "; ".join(f"rank {end.rank} in {end.last.name if end.last else 'starting'}" for end in late)
+        text = f"Killed after {time_out_seconds:g} s without returning: {doing}."
+    elif died:
+        text = "; ".join(f"Rank {end.rank} ended with exit code {end.exit_code}: {_why(end)}" for end in died) + "."
+    else:
+        text = f"All {len(ends)} ranks came to their end."
+    return _result("processes", "failed" if late or died else "passed", text, seconds=seconds)
+
+
+def _in_absent(end: RankEnd) -> bool:
+    """Whether it ended where a peer stays away on purpose: all cases were made before."""
+    return end.last is not None and end.last.subject == ABSENT
+
+
+def _why(end: RankEnd) -> str:
+    return (end.last.reason if end.last is not None and end.last.state == "fault" else "") or end.last_words
+
+
+def _too_few(name: str, devices: int, ranks: int) -> ProbeResult:
+    return _result(
+        "devices", "told", f"Collectives need {ranks} devices and {name} has {devices} here: not tried.", "neither"
+    )
+
+
+def _result(
+    subject: str,
+    outcome: str,
+    summary: str,
+    rules_out: str = "train",
+    *,
+    measures: tuple[Measure, ...] = (),
+    seconds: float = 0.0,
+) -> ProbeResult:
+    return ProbeResult.model_validate(
+        {
+            "probe": "collectives",
+            "subject": subject,
+            "outcome": outcome,
+            "rules_out": rules_out,
+            "summary": summary,
+            "measures": measures,
+            "seconds": seconds,
+        }
+    )

@@ -1,0 +1,36 @@
+"""A certificate on disk: signed JSON, and where its page and its JUnit report go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from beringia.errors import Inconclusive, Refusal
+from beringia.records.certificate import Certificate
+from beringia.records.signature import SignedCertificate, load_or_create_key, sign, write_signed
+
+
+@dataclass(frozen=True)
+class Issued:
+    """What was written, and where the rest belongs."""
+
+    signed: SignedCertificate
+    paths: dict[str, str]
+    """`certificate`, `page`, `junit`."""
+
+
+def issue(certificate: Certificate, directory: Path, key: Path | None = None) -> Issued:
+    """Sign a certificate and write it; its name is that of chip and model."""
+    stem = f"{certificate.chip}-{certificate.model.name}".replace(":", "-").replace("/", "-").replace("@", "-")
+    signed = sign(certificate, load_or_create_key(key))
+    write_signed(directory / f"{stem}.json", signed)
+    parts = {"certificate": "json", "page": "html", "junit": "xml"}
+    return Issued(signed, {part: str(directory / f"{stem}.{suffix}") for part, suffix in parts.items()})
+
+
+def exit_code(certificate: Certificate, use: str) -> int:
+    """0 where the chip may be used so, 3 where it may not, 4 where that is open."""
+    if certificate.verdict == "inconclusive":
+        return Inconclusive.exit_code
+    allowed = certificate.verdict == "train" or certificate.verdict == use
+    return 0 if allowed else Refusal.exit_code

@@ -1,0 +1,398 @@
+"""How far a sound chip may be from float64 in each operator: elementwise, from unit roundoff and numbers of terms.
+
+A sound chip computes in float32 inside an operator (float64 for float64) and rounds the result once. What it may lose
+before that rounding follows from what the operator adds up: for an operator that is linear in its inputs, a rounding a
+term times the same operator on magnitudes (Higham, Accuracy and Stability, section 3.1); for elementary functions, the
+largest error that any maker documents. An operator that is not known here is measured: the same call on the CPU in
+float32 says what its roundings cost.
+
+Every rule returns one tensor for each result: the absolute error allowed before the result is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.qualify.operators.float64 import Attention, evaluate
+from beringia.qualify.operators.watch import Call, changed, tensors_in
+
+ELEMENTARY_ULPS = 8.0
+"""Largest error of an elementary function in float32, in units in the last place. Documented: CUDA at most 2, HIP at
+most 4 (erff, AMD's own document), LLVM's table for both at most 3; some kernels are compositions of two (silu, gelu,
+softplus), hence twice the largest."""
+ARITHMETIC_ROUNDINGS = 4.0
+"""Roundings in one elementwise operator of a few operations (addcmul, lerp): at most one for each of four."""
+TRUNCATION = 2.0
+"""A truncation costs up to two unit roundoffs, and matrix units truncate."""
+TERMS_AT_WORST = 2.0
+"""Times a product's terms: units that align a block's products to the largest one cut every term and the accumulator
+(V100: 23 bits below the largest exponent, which is up to one bit above the largest product)."""
+RANDOM_WALK = 6.0
+"""Errors of rounding to nearest add up as a random walk: six standard deviations, less than one in 10^8 sums (Higham
+and Mary 2019; Ipsen and Zhou, arXiv 1906.10465). For sums on vector units, which round to nearest on every chip."""
+MEASURED_ALLOWED = 4.0
+"""Times the CPU's own error where an operator has no rule: as between two sound chips in the guard's replay."""
+
+_F32 = UNIT_ROUNDOFF[torch.float32]
+
+Allowed = list[torch.Tensor]
+Rule = Callable[["Operation"], Allowed]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call and what it should have given."""
+
+    call: Call
+    exact: tuple[torch.Tensor, ...]
+    args: tuple[Any, ...]
+    """Arguments in float64."""
+    kwargs: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Without namespace, overload and the signs of in-place and list forms: `_foreach_add_` is `add`."""
+        name: str = self.call.func.overloadpacket.__name__
+        return name.removeprefix("_foreach_").rstrip("_")
+
+    def on_magnitudes(self) -> tuple[torch.Tensor, ...]:
+        """The operator applied to the magnitudes of its floating arguments."""
+        args, kwargs = (changed(value, _magnitude) for value in (self.args, dict(self.kwargs)))
+        return evaluate(self.call.func, args, kwargs)
+
+    def wide(self, place: int) -> torch.Tensor:
+        """A tensor argument in float64."""
+        tensor = self.args[place]
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
+
+    @property
+    def storing(self) -> float:
+        """Unit roundoff of the first floating result."""
+        first = next((tensor for tensor in self.call.results if tensor.is_floating_point()), None)
+        return 0.0 if first is None else UNIT_ROUNDOFF.get(first.dtype, 2.0**-3)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What each result may be off by before it is stored, and why."""
+
+    allowed: Allowed
+    basis: str
+    terms: int
+    """Terms in its longest sum; 1 where it adds nothing up."""
+    rounds: bool
+    """Whether it computes: an operator that only moves numbers must keep every bit."""
+    inner: tuple[torch.Tensor, ...] = ()
+    """Results with the roundings that a sound chip makes inside; empty where it makes none but in sums."""
+
+
+def bound_of(call: Call, exact: tuple[torch.Tensor, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bound:
+    """The bound of a call whose float64 arguments and results are given."""
+    operation = Operation(call, exact, args, kwargs)
+    name = operation.name
+    if name in _MOVES or (name in _CASTS and not _narrows(call)):
+        return Bound([torch.zeros(()) for _ in exact], "moves numbers: every bit", 1, False)
+    if name in _CASTS:
+        return Bound([torch.zeros(()) for _ in exact], "one rounding to the result's dtype", 1, True)
+    attention = Attention.of(call)
+    if attention is not None:
+        return _attention(attention, operation)
+    for names, rule, basis, terms in _RULES:
+        if name in names:
+            return Bound(rule(operation), basis, terms(operation), True)
+    return Bound(_measured(operation), "measured: the same call on the CPU in float32", 1, True)
+
+
+def _narrows(call: Call) -> bool:
+    source = next(tensors_in(call.args[1:] if call.func.overloadpacket.__name__ == "copy_" else call.args), None)
+    target = call.results[0]
+    return source is not None and source.dtype != target.dtype and target.dtype in _FEWER_BITS
+
+
+_FEWER_BITS = {dtype for dtype in UNIT_ROUNDOFF if dtype != torch.float64}
+
+
+def _magnitude(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.abs() if tensor.is_floating_point() else tensor
+
+
+# ---- rules
+
+
+def _arithmetic(operation: Operation) -> Allowed:
+    """Sums and products of a few numbers: roundings of each relative to the magnitudes that meet."""
+    if operation.name in ("sub", "rsub"):
+        first, second = operation.args[:2]
+        factor = abs(operation.kwargs.get("alpha", 1))
+        return _pairwise(first, second, lambda a, b: _abs(a) + factor * _abs(b), operation.exact)
+    args = [_abs(value) if isinstance(value, int | float) else changed(value, _magnitude) for value in operation.args]
+    kwargs = {name: _abs(value) for name, value in operation.kwargs.items() if name in ("alpha", "value")}
+    sizes = evaluate(operation.call.func, tuple(args), kwargs)
+    return [ARITHMETIC_ROUNDINGS * _F32 * size for size in sizes]
+
+
+def _pairwise(first: Any, second: Any, combine: Callable[[Any, Any], Any], exact: tuple[torch.Tensor, ...]) -> Allowed:
+    """For tensors, or lists of them."""
+    if isinstance(first, list | tuple):
+        seconds = second if isinstance(second, list | tuple) else [second] * len(first)
+        return [ARITHMETIC_ROUNDINGS * _F32 * combine(a, b) for a, b in zip(first, seconds, strict=True)]
+    return [ARITHMETIC_ROUNDINGS * _F32 * combine(first, second)] * len(exact)
+
+
+def _abs(value: Any) -> Any:
+    return value.abs() if isinstance(value, torch.Tensor) else abs(value)
+
+
+def _relative(operation: Operation) -> Allowed:
+    """Operations whose error is relative to the result."""
+    return [ARITHMETIC_ROUNDINGS * _F32 * exact.abs() for exact in operation.exact]
+
+
+def _elementary(operation: Operation) -> Allowed:
+    return [ELEMENTARY_ULPS * 2.0 * _F32 * exact.abs() for exact in operation.exact]
+
+
+def _gated(operation: Operation) -> Allowed:
+    """x times a function of x that may be computed as one minus something: relative to x."""
+    x = operation.wide(0)
+    return [ELEMENTARY_ULPS * 2.0 * _F32 * (exact.abs() + x.abs()) for exact in operation.exact]
+
+
+def _gated_backward(operation: Operation) -> Allowed:
+    grad, x = operation.wide(0), operation.wide(1)
+    return [ELEMENTARY_ULPS * 2.0 * _F32 * (exact.abs() + grad.abs() * (1 + x.abs())) for exact in operation.exact]
+
+
+def _sigmoid_backward(operation: Operation) -> Allowed:
+    """g y (1 - y): one minus y is off by a rounding of one."""
+    grad, y = operation.wide(0), operation.wide(1)
+    return [2 * ARITHMETIC_ROUNDINGS * _F32 * grad.abs() * y.abs() for _ in operation.exact]
+
+
+def _added_up(operation: Operation) -> Allowed:
+    """Linear in its inputs: a random walk of roundings over the terms, relative to the sum of magnitudes."""
+    roundings = min(float(terms_of(operation)), RANDOM_WALK * math.sqrt(terms_of(operation))) + ARITHMETIC_ROUNDINGS
+    return [roundings * _F32 * size.abs() for size in operation.on_magnitudes()]
+
+
+def _norm(operation: Operation) -> Allowed:
+    terms = terms_of(operation)
+    roundings = min(float(terms), RANDOM_WALK * math.sqrt(terms)) + ARITHMETIC_ROUNDINGS
+    return [roundings * _F32 * exact.abs() for exact in operation.exact]
+
+
+def _product(operation: Operation) -> Allowed:
+    """The matrix unit: every term may be cut, and every block's sum truncated."""
+    roundings = TERMS_AT_WORST * TRUNCATION * terms_of(operation) + ARITHMETIC_ROUNDINGS
+    # float64 magnitudes would cost as much as the product itself; float32 ones are good to seven digits.
+    args = changed(operation.args, lambda tensor: tensor.abs().float() if tensor.is_floating_point() else tensor)
+    kwargs = {name: value for name, value in operation.kwargs.items() if not isinstance(value, torch.dtype)}
+    func = operation.call.func
+    packet = func.overloadpacket
+    sizes = getattr(packet, "default", func)(*args[: _FACTORS.get(operation.name, len(args))], **kwargs)
+    return [roundings * _F32 * size.double() for size in tensors_in(sizes)]
+
+
+_FACTORS = {"mm": 2, "bmm": 2}
+
+
+def _softmax(operation: Operation) -> Allowed:
+    """exp(x - max): the difference is rounded, which its exponential magnifies to a relative error of that size."""
+    x, dim = operation.wide(0), operation.args[1]
+    exact = operation.exact[0]
+    depth = (x - x.amax(dim, keepdim=True)).abs().nan_to_num(0.0, posinf=0.0)
+    relative = 2.0 * depth + 4.0 * ELEMENTARY_ULPS + RANDOM_WALK * math.sqrt(x.shape[dim])
+    return [_F32 * relative * exact]
+
+
+def _log_softmax(operation: Operation) -> Allowed:
+    x, dim = operation.wide(0), operation.args[1]
+    largest = x.amax(dim, keepdim=True).abs()
+    walk = RANDOM_WALK * math.sqrt(x.shape[dim]) + 2.0 * ELEMENTARY_ULPS
+    return [_F32 * (ARITHMETIC_ROUNDINGS * (x.abs() + largest + operation.exact[0].abs()) + walk)]
+
+
+def _softmax_backward(operation: Operation) -> Allowed:
+    """y (g - sum of g y)."""
+    grad, y, dim = operation.wide(0), operation.wide(1), operation.args[2]
+    walk = RANDOM_WALK * math.sqrt(y.shape[dim]) + ARITHMETIC_ROUNDINGS
+    total = (grad * y).abs().sum(dim, keepdim=True)
+    return [_F32 * walk * y.abs() * (grad.abs() + total)]
+
+
+def _log_softmax_backward(operation: Operation) -> Allowed:
+    """g - exp(y) times the sum of g."""
+    grad, y, dim = operation.wide(0), operation.wide(1), operation.args[2]
+    walk = RANDOM_WALK * math.sqrt(y.shape[dim]) + 2.0 * ELEMENTARY_ULPS
+    total = grad.abs().sum(dim, keepdim=True)
+    return [_F32 * (grad.abs() + y.exp() * total * (walk + y.abs().nan_to_num(0.0, posinf=0.0)))]
+
+
+def _adamw(operation: Operation) -> Allowed:
+    """Parameters, gradients, moments, as `torch.optim.AdamW` documents them; what is written is bounded, in the order
+    of the arguments."""
+    parameters, gradients, first, second, _, steps = operation.args[:6]
+    options = dict(operation.kwargs)
+    rate, (beta1, beta2) = float(options["lr"]), (options["beta1"], options["beta2"])
+    allowed: dict[int, Allowed] = {0: [], 2: [], 3: []}
+    written = operation.exact
+    count = len(parameters)
+    for parameter, gradient, moment, square, step in zip(parameters, gradients, first, second, steps, strict=True):
+        number = float(step) + 1.0
+        moment_size = (beta1 * moment).abs() + ((1 - beta1) * gradient).abs()
+        square_size = (beta2 * square).abs() + (1 - beta2) * gradient.square()
+        denominator = (square_size / (1 - beta2**number)).sqrt() + options["eps"]
+        update = rate / (1 - beta1**number) * moment_size / denominator
+        size = parameter.abs() * (1 + rate * options["weight_decay"]) + ELEMENTARY_ULPS * update
+        allowed[0].append(ARITHMETIC_ROUNDINGS * _F32 * size)
+        allowed[2].append(ARITHMETIC_ROUNDINGS * _F32 * moment_size)
+        allowed[3].append(ARITHMETIC_ROUNDINGS * _F32 * square_size)
+    # Written: parameters, gradients (where they are scaled), both moments, and sometimes the largest second moment.
+    zeros = [torch.zeros(()) for _ in range(len(written) - 3 * count)]
+    return [*allowed[0], *zeros[:count], *allowed[2], *allowed[3], *zeros[count:]]
+
+
+def _attention(attention: Attention, operation: Operation) -> Bound:
+    """Two products around a softmax, whose weights are stored in the operands' dtype between them."""
+    storing = 2.0 * operation.storing
+    computing = TERMS_AT_WORST * TRUNCATION * _F32
+    make = attention.forward_allowed if attention.grad_BHTV is None else attention.gradients_allowed
+    allowed = list(make(storing, computing))
+    basis = "two products and a softmax, weights stored between them"
+    return Bound(allowed, basis, attention.k_BHSD.shape[-2], True, attention.stored(operation.call.results[0].dtype))
+
+
+def _measured(operation: Operation) -> Allowed:
+    """From the error of the same call on the CPU, in float32."""
+    narrow = changed(operation.args, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    kwargs = changed(dict(operation.kwargs), lambda t: t.float() if t.is_floating_point() else t)
+    results = list(tensors_in(operation.call.func(*narrow, **kwargs)))
+    allowed = []
+    for index, exact in enumerate(operation.exact):
+        found = results[index].double() if index < len(results) and exact.is_floating_point() else exact
+        scale = exact.square().mean().sqrt() if exact.is_floating_point() and exact.numel() else torch.zeros(())
+        largest = (found - exact).abs().amax() if exact.is_floating_point() and exact.numel() else torch.zeros(())
+        allowed.append(MEASURED_ALLOWED * largest + ELEMENTARY_ULPS * 2.0 * _F32 * (scale + exact.abs()))
+    return allowed
+
+
+# ---- how many terms
+
+
+def terms_of(operation: Operation) -> int:
+    """Terms in an operator's longest sum."""
+    name, args = operation.name, operation.args
+    if name in _PRODUCTS:
+        return int(args[1].shape[-1] if name in ("addmm", "baddbmm", "addmv", "addbmm") else args[0].shape[-1])
+    if name in ("sum", "mean", "linalg_vector_norm", "norm"):
+        sizes = [tensor.numel() for tensor in tensors_in(args)]
+        results = [max(1, tensor.numel()) for tensor in operation.exact]
+        return max(1, max((a // b for a, b in zip(sizes, results, strict=False)), default=1))
+    if name == "nll_loss_forward":
+        return int(args[0].shape[0])
+    if name == "cumsum":
+        return int(args[0].shape[args[1]]) if args[0].dim() else 1
+    return _most_hits(operation)
+
+
+def _most_hits(operation: Operation) -> int:
+    """For operators that add rows up by index: how often the commonest index occurs."""
+    indices = [
+        tensor
+        for tensor in tensors_in((operation.call.args, dict(operation.call.kwargs)))
+        if not tensor.is_floating_point()
+    ]
+    if not indices or indices[0].numel() == 0:
+        return 2
+    return int(indices[0].flatten().bincount().max()) + 1
+
+
+def _one(operation: Operation) -> int:
+    return 1
+
+
+def _last(operation: Operation) -> int:
+    return int(operation.wide(0).shape[-1]) if operation.wide(0).dim() else 1
+
+
+# ---- which rule is whose
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_MOVES = _names(
+    """
+    clone cat stack index_select gather index embedding slice_backward select_backward where masked_fill triu
+    tril neg abs fill zero zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full arange
+    sign topk sort max min amax amin argmax argmin constant_pad_nd flip roll repeat split_with_sizes_copy relu
+    clamp clamp_min clamp_max eq ne lt le gt ge isnan isfinite bitwise_and bitwise_or bitwise_not bitwise_xor
+    logical_and logical_or logical_not scatter unsafe_view _unsafe_view reshape_copy expand_copy floor ceil
+    trunc round argsort one_hot nonzero masked_select repeat_interleave remainder floor_divide unique bincount
+    threshold_backward
+    """
+)
+_CASTS = frozenset({"_to_copy", "to", "copy", "_copy_from"})
+_ARITHMETIC = _names(
+    """
+    add sub rsub addcmul addcdiv lerp
+    """
+)
+_RELATIVE = _names(
+    """
+    mul div sqrt reciprocal square true_divide nll_loss_backward
+    """
+)
+_ELEMENTARY = _names(
+    """
+    exp exp2 expm1 log log2 log10 log1p pow rsqrt erf erfc sin cos tan asin acos atan sinh cosh tanh sigmoid
+    tanh_backward
+    """
+)
+_GATED = _names(
+    """
+    silu gelu mish softplus hardswish elu leaky_relu
+    """
+)
+_GATED_BACKWARD = _names(
+    """
+    silu_backward gelu_backward mish_backward softplus_backward
+    """
+)
+_ADDED_UP = _names(
+    """
+    sum mean cumsum scatter_add index_add embedding_dense_backward index_put _index_put_impl scatter_reduce
+    nll_loss_forward
+    """
+)
+_NORMS = frozenset({"linalg_vector_norm", "norm"})
+_PRODUCTS = _names(
+    """
+    mm bmm addmm baddbmm mv addmv dot vdot addbmm
+    """
+)
+
+_RULES: tuple[tuple[frozenset[str], Rule, str, Callable[[Operation], int]], ...] = (
+    (_ARITHMETIC, _arithmetic, "a few roundings, relative to the numbers that meet", _one),
+    (_RELATIVE, _relative, "a few roundings, relative to the result", _one),
+    (_ELEMENTARY, _elementary, "an elementary function", _one),
+    (_GATED, _gated, "an elementary function, relative to its argument", _one),
+    (_GATED_BACKWARD, _gated_backward, "an elementary function, relative to its argument", _one),
+    (frozenset({"sigmoid_backward"}), _sigmoid_backward, "a few roundings of one", _one),
+    (_ADDED_UP, _added_up, "a rounding a term, as a random walk", terms_of),
+    (_NORMS, _norm, "a rounding a term, as a random walk", terms_of),
+    (_PRODUCTS, _product, "a product: every term cut, every block's sum truncated", terms_of),
+    (frozenset({"_softmax"}), _softmax, "an exponential of a rounded difference", _last),
+    (frozenset({"_log_softmax"}), _log_softmax, "an exponential of a rounded difference", _last),
+    (frozenset({"_softmax_backward_data"}), _softmax_backward, "a sum of products", _last),
+    (frozenset({"_log_softmax_backward_data"}), _log_softmax_backward, "a sum and an exponential", _last),
+    (frozenset({"_fused_adamw"}), _adamw, "AdamW: a few roundings of what meets", _one),
+)

@@ -1,0 +1,305 @@
+"""One operator call held against float64: how much of its bound the chip's result uses.
+
+Five measures, each blind to what the others see:
+
+- the worst element, against a bound that holds for every element: gross and local errors
+- the root mean square error, against what storing and adding up cost, twice: errors everywhere, each within its bound
+- the signed error: rounding to nearest cancels in it, truncation and wrong factors add up
+- small numbers that became zero
+- infinities and NaN where float64 has none, or the other way round
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+from beringia.numerics.metrics import accumulation_floor, independent_rows, rounding_floor
+from beringia.qualify.operators.bounds import ELEMENTARY_ULPS, Bound, bound_of
+from beringia.qualify.operators.float64 import in_float64
+from beringia.qualify.operators.watch import Call, Refused, changed, tensors_in
+from beringia.records.certificate import Measure, OperatorCheck
+
+RMS_ALLOWED = 1.25
+"""Root mean square error over that of a sound chip, which with the same inputs is the rounding of the result and little
+else: on emulated chips of four makers it is 1.00 to 1.02. (PyTorch's accuracy check and msprobe allow 2, for errors of
+results whose inputs differ.)"""
+SIGNED_DEVIATIONS = 6.0
+"""Standard deviations that the mean of independent rounding errors may lie from zero: once in 10^9."""
+SMALL_SHARE = 0.5
+"""Share of the numbers below the smallest normal number of their dtype that may become zero. A chip that keeps
+subnormals loses none; one that flushes, all."""
+SMALL_COUNT = 8
+"""Fewer small numbers than these say nothing: one beside the limit may be rounded to zero."""
+_BASIS_SMALL = "subnormal results that became zero; a chip that keeps them loses none"
+_BASIS_FINITE = "as in float64 rounded to the dtype"
+
+_TIES = frozenset({"argsort", "max", "min", "argmax", "argmin"})
+"""Operators that name places: of equal numbers any may be named, so these are not compared."""
+
+
+@dataclass(frozen=True)
+class _Worst:
+    element: tuple[int, ...]
+    found: float
+    expected: float
+    error: float
+    allowed: float
+
+    share: float = 0.0
+    first: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
+    factor: float | None = None
+
+    @property
+    def used(self) -> float:
+        return self.error / self.allowed
+
+
+def check(call: Call) -> OperatorCheck | None:
+    """The call judged; None where it has no number to judge. Raises NotKnown."""
+    if not call.results:
+        return None
+    exact = in_float64(call)
+    if call.func.overloadpacket.__name__ in ("topk", "sort") and len(exact) == 2:
+        exact = (exact[0], exact[0])
+    args = changed(call.args, _wide)
+    kwargs = changed(dict(call.kwargs), _wide)
+    bound = bound_of(call, exact, args, kwargs)
+    results = _named_places(call)
+    judged = [
+        judge_tensor(found, reference, allowed, bound, inner)
+        for found, reference, allowed, inner in zip_longest(
+            results[: len(exact)], exact, bound.allowed, bound.inner[: len(exact)]
+        )
+        if found is not None and allowed is not None and _comparable(call, found, reference)
+    ]
+    measures, worst, error = _largest([one for one in judged if one is not None])
+    if not measures:
+        return None
+    first = next((result for result in call.results if result.is_floating_point()), call.results[0])
+    return OperatorCheck(
+        **_place(call),
+        shapes=tuple(tuple(tensor.shape) for tensor in tensors_in((call.args, dict(call.kwargs)))),
+        dtype=str(first.dtype).removeprefix("torch."),
+        attributes=_attributes(call),
+        basis=bound.basis,
+        error=error if error is not None and math.isfinite(error) else None,
+        measures=measures,
+        worst_element=worst.element if worst else (),
+        found=_finite(worst.found) if worst else None,
+        expected=_finite(worst.expected) if worst else None,
+        wrong_share=worst.share if worst else 0.0,
+        wrong_from=worst.first if worst else (),
+        wrong_to=worst.last if worst else (),
+        factor=worst.factor if worst else None,
+    )
+
+
+def refused(call: Refused) -> OperatorCheck:
+    """An operator that the chip does not have is a finding."""
+    place = call.place
+    return OperatorCheck(
+        module=place.module,
+        operator=place.operator,
+        direction=place.direction,
+        ordinal=place.ordinal,
+        position=place.position,
+        shapes=call.shapes,
+        dtype="",
+        basis="",
+        error=None,
+        measures=(),
+        refused=call.words,
+    )
+
+
+def _named_places(call: Call) -> tuple[torch.Tensor, ...]:
+    """The results, with the values in place of the indices that an operator names beside them: the indices must lead
+    to the values (of equal ones any may be named)."""
+    if call.func.overloadpacket.__name__ not in ("topk", "sort") or len(call.results) != 2:
+        return call.results
+    dim = _argument(call, "dim", -1)
+    source = call.args[0]
+    return call.results[0], source.gather(dim, call.results[1].clamp(0, source.shape[dim] - 1))
+
+
+def _argument(call: Call, name: str, default: Any) -> Any:
+    names = [argument.name for argument in call.func._schema.arguments]
+    return dict(zip(names, call.args, strict=False)).get(name, call.kwargs.get(name, default))
+
+
+def _comparable(call: Call, found: torch.Tensor, reference: torch.Tensor) -> bool:
+    if found.shape != reference.shape or found.numel() == 0:
+        return False
+    return found.is_floating_point() or call.func.overloadpacket.__name__ not in _TIES
+
+
+Judged = tuple[tuple[Measure, ...], _Worst | None, float | None]
+
+
+def judge_tensor(
+    found: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor, bound: Bound, stored: torch.Tensor | None
+) -> Judged | None:
+    """One result held against float64: its measures, its worst element and its relative error.
+
+    `allowed` is the absolute error allowed before the result is stored, `stored` the float64 result with the roundings
+    that a sound chip makes inside (None: none).
+    """
+    if not found.is_floating_point() or not exact.is_floating_point():
+        return _judge_integers(found, exact)
+    rounded = exact.to(found.dtype).double()
+    wide = found.double()
+    finite = rounded.isfinite() & wide.isfinite()
+    measures = [_not_finite(wide, rounded)]
+    if not bool(finite.all()):
+        wide, exact, rounded = (torch.where(finite, tensor, 0.0) for tensor in (wide, exact, rounded))
+        allowed = torch.where(finite, allowed, 1.0)
+    allowed = _with_storage(allowed.broadcast_to(exact.shape), exact, found.dtype, bound.rounds)
+    worst = _worst_of(wide, exact, allowed)
+    measures.append(Measure(name="worst element", value=worst.error, bound=worst.allowed, reason=bound.basis))
+    size = float(exact.square().mean().sqrt())
+    error = float((wide - exact).square().mean().sqrt())
+    if bound.rounds and size > 0.0:
+        inside = (
+            0.0 if stored is None else float(torch.where(finite, stored - exact, 0.0).square().mean().sqrt()) / size
+        )
+        measures += _rms_and_sign(wide, exact, rounded, error, size, bound, inside)
+    small = _small(wide, exact, rounded, found.dtype)
+    measures += [small] if small is not None else []
+    return tuple(measures), worst, error / size if size else error
+
+
+def _with_storage(allowed: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, rounds: bool) -> torch.Tensor:
+    """The absolute error allowed in each element. Numbers below the smallest normal one may be flushed: that has a
+    measure of its own."""
+    smallest = torch.finfo(dtype).tiny
+    storing = rounding_floor(dtype) * exact.abs() if rounds and dtype != torch.float64 else 0.0
+    return (allowed + storing).clamp_min(smallest)
+
+
+def _worst_of(wide: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> _Worst:
+    error = (wide - exact).abs()
+    used = error / allowed
+    place = int(used.argmax())
+    element = tuple(int(index) for index in torch.unravel_index(torch.tensor(place), exact.shape))
+    here, there, off, limit = (float(tensor.flatten()[place]) for tensor in (wide, exact, error, allowed))
+    if not off > limit:
+        return _Worst(element, here, there, off, limit)
+    wrong = (used > 1.0).nonzero()
+    first, last = (tuple(int(index) for index in bound) for bound in (wrong.amin(0), wrong.amax(0)))
+    size = float(exact.square().sum())
+    factor = float((wide * exact).sum()) / size if size else math.nan
+    return _Worst(element, here, there, off, limit, len(wrong) / exact.numel(), first, last, _finite(factor))
+
+
+def _rms_and_sign(
+    wide: torch.Tensor,
+    exact: torch.Tensor,
+    rounded: torch.Tensor,
+    error: float,
+    size: float,
+    bound: Bound,
+    inside: float,
+) -> list[Measure]:
+    storing = math.hypot(float((rounded - exact).square().mean().sqrt()) / size, inside)
+    inner = _inner_floor(bound)
+    relative = RMS_ALLOWED * (storing + inner)
+    excess = wide - rounded
+    total = float(exact.abs().sum())
+    gain = float((excess * exact.sign()).sum()) / total
+    spread = float(excess.square().mean().sqrt()) / size
+    signed = inner + SIGNED_DEVIATIONS * spread / math.sqrt(independent_rows(exact) if exact.dim() > 1 else 1.0)
+    return [
+        Measure(
+            name="root mean square error",
+            value=error / size,
+            bound=max(relative, 1e-30),
+            reason=f"{RMS_ALLOWED:g} times storing and adding up",
+        ),
+        Measure(
+            name="signed error",
+            value=abs(gain),
+            bound=max(signed, 1e-30),
+            reason="adding up, and what is left of random errors",
+        ),
+    ]
+
+
+def _inner_floor(bound: Bound) -> float:
+    """Relative error before storing: the worst sound accumulator over the terms, or an elementary function's."""
+    return accumulation_floor(bound.terms) + ELEMENTARY_ULPS * rounding_floor(torch.float32)
+
+
+def _not_finite(wide: torch.Tensor, rounded: torch.Tensor) -> Measure:
+    """Elements that are infinite or NaN on one side only, or differently."""
+    differ = (wide.isnan() != rounded.isnan()) | (wide.isinf() != rounded.isinf())
+    differ |= wide.isinf() & rounded.isinf() & (wide != rounded)
+    count = int(differ.sum())
+    return Measure(name="not finite on one side", value=float(count), bound=0.5, unit="elements", reason=_BASIS_FINITE)
+
+
+def _small(wide: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype) -> Measure | None:
+    small = (exact.abs() < torch.finfo(dtype).tiny) & (rounded != 0)
+    if int(small.sum()) < SMALL_COUNT:
+        return None
+    lost = float((wide[small] == 0).double().mean())
+    return Measure(name="small numbers lost", value=lost, bound=SMALL_SHARE, reason=_BASIS_SMALL)
+
+
+def _judge_integers(found: torch.Tensor, exact: torch.Tensor) -> Judged:
+    differ = found != exact.to(found.dtype)
+    count = float(differ.sum())
+    worst = None
+    if count:
+        place = int(differ.flatten().to(torch.int8).argmax())
+        element = tuple(int(index) for index in torch.unravel_index(torch.tensor(place), exact.shape))
+        values = float(found.flatten()[place]), float(exact.flatten()[place])
+        worst = _Worst(element, *values, abs(values[0] - values[1]), 0.5)
+    measure = Measure(name="other integers", value=count, bound=0.5, unit="elements", reason="integers are exact")
+    return (measure,), worst, None
+
+
+def _largest(judged: list[Judged]) -> Judged:
+    """Of several results, for each measure the one that used most of its bound."""
+    best: dict[str, Measure] = {}
+    worst: _Worst | None = None
+    error: float | None = None
+    for measures, element, relative in judged:
+        for measure in measures:
+            if measure.name not in best or measure.used > best[measure.name].used:
+                best[measure.name] = measure
+        if element is not None and (worst is None or element.used > worst.used):
+            worst = element
+        if relative is not None and (error is None or not relative <= error):
+            error = relative
+    return tuple(best.values()), worst, error
+
+
+def _place(call: Call) -> dict[str, Any]:
+    place = call.place
+    return {
+        "module": place.module,
+        "operator": place.operator,
+        "direction": place.direction,
+        "ordinal": place.ordinal,
+        "position": place.position,
+    }
+
+
+def _attributes(call: Call) -> str:
+    names = [argument.name for argument in call.func._schema.arguments]
+    given = [*zip(names, call.args, strict=False), *call.kwargs.items()]
+    return ", ".join(f"{name}={value}" for name, value in given if not any(True for _ in tensors_in(value)))[:200]
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

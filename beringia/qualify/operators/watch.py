@@ -1,0 +1,251 @@
+"""Sees every operator call of a model on a chip, and says where it belongs: module, direction, which call.
+
+A call below autograd has no module of its own. In the forward pass hooks know which module is running. In the backward
+pass autograd's current node has the sequence number that it got in the forward pass, where it was noted which module
+was running at that number. So both passes are attributed, whatever the chip makes of a module's operators.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from beringia.records.certificate import Direction
+
+_NOT_COMPUTED = (
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_local_scalar_dense",
+    "resize_",
+    "set_",
+)
+"""Operators whose results are no numbers, or no new ones."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call belongs."""
+
+    module: str
+    operator: str
+    direction: Direction
+    ordinal: int
+    """Which call of this operator in this module and direction, from 0."""
+    position: int
+    """Which call of all."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call, on the CPU: arguments as they were before it, results as they were after it."""
+
+    place: Place
+    func: OpOverload
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    results: tuple[torch.Tensor, ...]
+    """First what it wrote in place, then what it returned, lists laid flat."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A call that the chip did not carry out."""
+
+    place: Place
+    func: OpOverload
+    shapes: tuple[tuple[int, ...], ...]
+    words: str
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class hook is untyped
+    """Inside, every operator call with a tensor of the device is handed to `take`; no number of the run changes.
+
+    >>> with Watch(model, chip.device, take) as watch, watch.direction("forward"):
+    ...     model(tokens).backward()
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, take: Callable[[Call], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self.refused: Refused | None = None
+        """The first call that raised; the error goes on to the caller, who knows the chip's words."""
+        self._take = take
+        self._problem: Exception | None = None
+        self._device = device
+        self._stack = [""]
+        self._phase: Direction = "forward"
+        self._noted: list[tuple[int, str]] = []
+        self._counts: Counter[tuple[str, str, str]] = Counter()
+        self._position = 0
+        self._named = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._parameters = dict(model.named_parameters())
+        self._handles = [handle for name, module in model.named_modules() for handle in self._hook(name, module)]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # untyped in torch
+        if self._problem is not None and error is None:
+            raise self._problem
+
+    @contextmanager
+    def direction(self, phase: Direction) -> Iterator[None]:
+        """What calls outside the backward pass are."""
+        before, self._phase = self._phase, phase
+        if phase == "optimizer":
+            # Gradients have no names of their own: those of their parameters.
+            for name, parameter in self._parameters.items():
+                if parameter.grad is not None:
+                    self._named[id(parameter.grad)] = name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        backward = torch._C._current_graph_task_id() != -1
+        if not backward and torch.is_grad_enabled():
+            self._noted.append((torch._C._autograd._get_sequence_nr(), self._stack[-1]))
+        if func.is_view or func.namespace not in ("aten", "c10d") or _packet(func) in _NOT_COMPUTED:
+            return func(*args, **kwargs)
+        writes = written_arguments(func)
+        kept = tuple(_copied(value) if place in writes else value for place, value in enumerate(args))
+        kept_kwargs = {name: _copied(value) if name in writes else value for name, value in kwargs.items()}
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError as error:  # NotImplementedError is one
+            self._refuse(func, args, backward, error)
+            raise
+        written = [
+            args[place] if isinstance(place, int) else kwargs[place] for place in writes if _given(place, args, kwargs)
+        ]
+        results = [
+            *tensors_in(written),
+            *(t for t in tensors_in(result) if not any(t is w for w in tensors_in(written))),
+        ]
+        if any(tensor.device.type == self._device.type for tensor in (*tensors_in((args, kwargs)), *results)):
+            place = self._place(func, args, backward)
+            self._hand_on(Call(place, func, _to_cpu(kept), _to_cpu(kept_kwargs), tuple(_to_cpu(results))), backward)
+        return result
+
+    def _hand_on(self, call: Call, backward: bool) -> None:
+        try:
+            self._take(call)
+        except Exception as problem:
+            # Raised below autograd on a device made in Python, it would end the process without a word.
+            if not backward:
+                raise
+            self._problem = self._problem or problem
+
+    def _refuse(self, func: OpOverload, args: tuple[Any, ...], backward: bool, error: Exception) -> None:
+        if self.refused is None:
+            shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(args))
+            self.refused = Refused(self._place(func, args, backward), func, shapes, str(error).splitlines()[0][:300])
+
+    def _place(self, func: OpOverload, args: tuple[Any, ...], backward: bool) -> Place:
+        direction: Direction = "backward" if backward else self._phase
+        module = self._module_of_node() if backward else self._stack[-1]
+        if direction == "optimizer":
+            module = self._parameter(args) or module
+        key = (module, str(func), direction)
+        ordinal = self._counts[key]
+        self._counts[key] += 1
+        self._position += 1
+        return Place(module, str(func), direction, ordinal, self._position - 1)
+
+    def _parameter(self, args: tuple[Any, ...]) -> str:
+        tensor = next(tensors_in(args), None)
+        return "" if tensor is None else self._named.get(id(tensor), "")
+
+    def _module_of_node(self) -> str:
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return ""
+        variable = getattr(node, "variable", None)
+        if variable is not None:  # the node that adds up a parameter's gradient
+            return self._named.get(id(variable), "").rpartition(".")[0]
+        # A node gets its number before its operator runs, which then finds the next number due.
+        index = bisect.bisect_left(self._noted, (node._sequence_nr() + 1, ""))
+        return self._noted[min(index, len(self._noted) - 1)][1] if self._noted else ""
+
+    def _hook(self, name: str, module: nn.Module) -> list[Any]:
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self._stack.append(name)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._stack.pop()
+
+        return [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+
+
+def written_arguments(func: OpOverload) -> tuple[int | str, ...]:
+    """Arguments that an operator writes: position, or name if keyword-only."""
+    places = enumerate(func._schema.arguments)
+    return tuple(
+        argument.name if argument.kwarg_only else place
+        for place, argument in places
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same nesting with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)([changed(item, change) for item in value])
+    if isinstance(value, dict):
+        return {name: changed(item, change) for name, item in value.items()}
+    return value
+
+
+def _given(place: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return place < len(args) if isinstance(place, int) else place in kwargs
+
+
+def _packet(func: OpOverload) -> str:
+    name: str = func.overloadpacket.__name__
+    return name
+
+
+def _to_cpu(value: Any) -> Any:
+    return changed(value, lambda tensor: tensor.detach().cpu())
+
+
+def _copied(value: Any) -> Any:
+    return changed(value, lambda tensor: tensor.detach().cpu().clone())

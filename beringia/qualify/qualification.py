@@ -1,0 +1,224 @@
+"""Qualifies a chip for a model: a bundle (given, or made on this machine), the probes in the chip's own process, the
+verdict, the signed certificate.
+
+Two chips are two processes, also on one machine: the reference's writes a bundle, the candidate's reads it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from beringia import __version__
+from beringia.errors import InputError
+from beringia.model import PRESETS
+from beringia.qualify.arithmetic.indices import probe_indices
+from beringia.qualify.bundle import BundleManifest, read_manifest
+from beringia.qualify.effects import power_of
+from beringia.qualify.evidence import Job, Unrepeatable
+from beringia.qualify.hardware.collectives import probe_collectives
+from beringia.qualify.locate import first_wrong, locate
+from beringia.qualify.probing import Evidence, Interpreter, run_job
+from beringia.qualify.subject import DecoderSubject
+from beringia.qualify.verdict import judge
+from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
+
+REFERENCE = "cpu"
+_KEPT_BEYOND = 200
+"""Calls beyond their bounds that a certificate lists; of the others, for each module and operator the worst."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be qualified, and how."""
+
+    chip: str
+    model: str
+    faults: str | None = None
+    seed: int = 0
+    layers: int | None = None
+    compute_dtype: str | None = None
+    batches: int = 6
+    steps: int = 6
+    samples: int = 4
+    tokens: int = 64
+    longest: int = 8200
+    memory_bytes: int = 64 * 2**20
+    soak_seconds: float = 0.0
+    speed: bool = False
+    collectives: bool = True
+    patience_seconds: float = 900.0
+    interpreter: Interpreter = Interpreter()
+
+    def job(self, task: Literal["describe", "reference", "candidate"], directory: Path, bundle: Path) -> Job:
+        """The order to the process."""
+        reference = task == "reference"
+        return Job(
+            task=task,
+            chip=self.chip,
+            faults=None if reference else self.faults,
+            model=self.model,
+            seed=self.seed,
+            samples=self.samples,
+            tokens=self.tokens,
+            layers=self.layers,
+            compute_dtype=self.compute_dtype,
+            bundle=str(bundle),
+            evidence=str(directory / f"{task}.jsonl"),
+            batches=self.batches,
+            steps=self.steps,
+            longest=self.longest,
+            memory_bytes=self.memory_bytes,
+            soak_seconds=self.soak_seconds,
+            speed=self.speed,
+        )
+
+
+Say = Callable[[str], None]
+
+
+def record_reference(request: Request, bundle: Path, limit_bytes: int, say: Say = lambda text: None) -> BundleManifest:
+    """`beringia reference`: record the request's chip into a bundle."""
+    with tempfile.TemporaryDirectory(prefix="beringia-") as directory:
+        job = request.job("reference", Path(directory), bundle.absolute())
+        job = job.model_copy(update={"limit_bytes": limit_bytes})
+        run_job(job, request.interpreter, patience_seconds=request.patience_seconds, say=say)
+    return read_manifest(bundle)
+
+
+def qualify(request: Request, against: Path | None = None, say: Say = lambda text: None) -> Certificate:
+    """The certificate of a chip, not signed yet.
+
+    `against` is a bundle from another machine; None makes one here, on the CPU. Raises an InputError where the user has
+    to change something: a model that does not fit, a bundle of another model.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="beringia-") as name:
+        directory = Path(name)
+        bundle = against if against is not None else _reference_here(request, directory, say)
+        manifest = read_manifest(bundle)
+        request = _as_recorded(request, manifest, bundle)
+        say("probing the chip")
+        job = request.job("candidate", directory, bundle.absolute())
+        evidence = run_job(job, request.interpreter, patience_seconds=request.patience_seconds, say=say)
+        assert evidence.opened is not None
+        probes = [*evidence.probes, *_in_processes_of_their_own(request, evidence, say)]
+    return _certificate(request, manifest, evidence, probes, time.perf_counter() - began)
+
+
+def _reference_here(request: Request, directory: Path, say: Say) -> Path:
+    """A bundle of the CPU, in the dtype that the candidate computes in."""
+    dtype = request.compute_dtype
+    if dtype is None:
+        described = run_job(request.job("describe", directory, directory), request.interpreter)
+        assert described.opened is not None
+        dtype = described.opened.compute_dtype
+    say("recording the reference")
+    bundle = directory / "reference.bundle"
+    job = request.job("reference", directory, bundle)
+    run_job(job.model_copy(update={"chip": REFERENCE, "compute_dtype": dtype}), Interpreter(), say=say)
+    return bundle
+
+
+def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Request:
+    """The request with what the bundle fixes. Raises InputError where the bundle is of another model."""
+    same = {
+        "seed": manifest.seed,
+        "samples": manifest.samples,
+        "tokens": manifest.tokens,
+        "layers": manifest.layers,
+        "compute_dtype": manifest.compute_dtype,
+        "batches": manifest.batches,
+        "steps": manifest.steps,
+    }
+    request = replace(request, **same)  # type: ignore[arg-type]  # fields of the same names and types
+    own = DecoderSubject(request.model, request.seed, layers=request.layers).fingerprint()
+    if (own.configuration, own.weights) != (manifest.model.configuration, manifest.model.weights):
+        what = "weights" if own.configuration == manifest.model.configuration else "configuration"
+        raise InputError(
+            f"The bundle {bundle} is of {manifest.model.name}, and --model {request.model} has another {what}: "
+            "give the model that the bundle was made of, or make a bundle of this one."
+        )
+    return request
+
+
+def _in_processes_of_their_own(request: Request, evidence: Evidence, say: Say) -> list[ProbeResult]:
+    """Probes that may break a process: several ranks, indices out of range. Only on a chip that got through the rest,
+    and not through a launch prefix."""
+    if not evidence.complete or request.interpreter.launch:
+        return []
+    say("indices")
+    results = probe_indices(request.chip, faults=request.faults)
+    if request.collectives:
+        say("collectives")
+        results += probe_collectives(request.chip, faults=request.faults, seed=request.seed)
+    return results
+
+
+def _certificate(
+    request: Request, manifest: BundleManifest, evidence: Evidence, probes: list[ProbeResult], seconds: float
+) -> Certificate:
+    opened = evidence.opened
+    assert opened is not None
+    power = power_of(manifest.batches)
+    located = located_in(evidence)
+    judgement = judge(probes, located, power)
+    return Certificate(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        beringia=__version__,
+        chip=opened.name,
+        identity=opened.identity,
+        identity_hash=opened.identity.hash,
+        reference=manifest.reference,
+        model=manifest.model.model_copy(
+            update={"name": request.model if request.model in PRESETS else Path(request.model).name}
+        ),
+        compute_dtype=manifest.compute_dtype,
+        seed=request.seed,
+        verdict=judgement.verdict,
+        reasons=judgement.reasons,
+        mitigations=judgement.mitigations,
+        power=power,
+        first_wrong=located,
+        probes=tuple(probes),
+        operators=_worth_keeping(evidence.checks),
+        seconds=seconds,
+    )
+
+
+def located_in(evidence: Evidence) -> Located | None:
+    """The first wrong operator of the evidence, or else the first that does not repeat itself."""
+    check = first_wrong(evidence.checks)
+    if check is not None:
+        return locate(check, repeatable=evidence.unrepeatable is None)
+    if evidence.unrepeatable is None or not evidence.unrepeatable.operator:
+        return None
+    return locate(_of_place(evidence.unrepeatable, evidence.checks), repeatable=False)
+
+
+def _of_place(place: Unrepeatable, checks: list[OperatorCheck]) -> OperatorCheck:
+    key = (place.module, place.operator, place.direction, place.ordinal)
+    seen = [check for check in checks if (check.module, check.operator, check.direction, check.ordinal) == key]
+    if seen:
+        return seen[0]
+    return OperatorCheck.model_validate(
+        place.model_dump(exclude={"kind"})
+        | {"position": 0, "shapes": (), "dtype": "", "basis": "the same bits every time", "error": None, "measures": ()}
+    )
+
+
+def _worth_keeping(checks: list[OperatorCheck]) -> tuple[OperatorCheck, ...]:
+    """For each module, operator and direction the worst call, and those beyond their bounds, in order."""
+    worst: dict[tuple[str, str, str], OperatorCheck] = {}
+    for check in checks:
+        key = (check.module, check.operator, check.direction)
+        if key not in worst or check.used > worst[key].used:
+            worst[key] = check
+    beyond = [check for check in checks if check.used > 1.0][:_KEPT_BEYOND]
+    kept = {id(check) for check in (*worst.values(), *beyond)}
+    return tuple(check for check in checks if id(check) in kept)

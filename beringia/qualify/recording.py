@@ -1,0 +1,262 @@
+"""All that one chip does with a model, seen and judged where it can be judged alone: what evidence is made of.
+
+The same on the reference and on the candidate. Order matters: planted and real faults may depend on what ran before,
+so the training steps that are watched come first and are those of training.
+
+1. two training steps, every operator call held against float64 (`operators/`); weights and moments must not change
+   between the steps
+2. a step of decoding, likewise
+3. the trace (`trace.py`), not watched
+4. the first pass of the trace again: the same bits
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from beringia.chips.chip import Chip
+from beringia.qualify.operators.check import check, refused
+from beringia.qualify.operators.float64 import NotKnown
+from beringia.qualify.operators.watch import Call, Place, Watch, tensors_in
+from beringia.qualify.subject import Batch, Subject, on_device
+from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optimizer
+from beringia.records.certificate import Measure, OperatorCheck
+
+WATCHED_STEPS = 2
+AT_REST = "memory at rest"
+"""Stands for an operator where numbers changed that nothing wrote."""
+
+
+@dataclass
+class Recording:
+    """What was seen on one chip."""
+
+    checks: list[OperatorCheck] = field(default_factory=list)
+    """In the order of execution; the first refused operator is the last of them."""
+    not_judged: dict[str, str] = field(default_factory=dict)
+    """Operators without a float64 form, and why."""
+    trace: Trace | None = None
+    unrepeatable: tuple[str, ...] = ()
+    """Sketches that had other bits the second time."""
+    first_unrepeatable: Place | None = None
+    """The first operator that gave other bits from the same arguments."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By part."""
+
+
+class Recorder:
+    """Makes the recording of one subject on one chip."""
+
+    def __init__(
+        self, subject: Subject, chip: Chip, dtype: torch.dtype, *, also: Callable[[Call], None] | None = None
+    ) -> None:
+        """`also` is handed every watched call, too."""
+        self._also = also
+        self._subject = subject
+        self._chip = chip
+        self._dtype = dtype
+        self._step = 0
+        self._recording = Recording()
+
+    def record(self, tracer: Tracer, routes: ChosenRoutes) -> Recording:
+        """Everything; where the chip refuses an operator, what came before it."""
+        found = self._recording
+        with self._timed("operators"):
+            complete = self._watch_training() and self._watch_decoding()
+        if not complete:
+            return found
+        with self._timed("trace"):
+            found.trace = tracer.on_chip(self._chip, self._dtype, routes, begin_step=self._begin_step)
+        with self._timed("repeat"):
+            found.unrepeatable = self._repeat(tracer, routes, found.trace)
+            if found.unrepeatable:
+                found.first_unrepeatable = self._first_unrepeatable()
+        return found
+
+    def watch_again(self, passes: int) -> list[OperatorCheck]:
+        """Further passes of a training step, watched until one has a wrong call: for faults that come and go.
+
+        Returns the wrong calls, in the order of execution.
+        """
+        for number in range(passes):
+            seen = len(self._recording.checks)
+            model = self._model()
+            self._begin_step()
+            with Watch(model, self._chip.device, self._take):
+                loss = self._subject.loss(model, self._batch(number))
+                loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            wrong = [check for check in self._recording.checks[seen:] if check.used > 1.0]
+            if wrong:
+                return wrong
+        return []
+
+    # Watching
+
+    def _watch_training(self) -> bool:
+        model = self._model()
+        optimizer = make_optimizer(model, fused=self._chip.capabilities.fused_optimizer)
+        before: Mapping[str, torch.Tensor] = {}
+        with Watch(model, self._chip.device, self._take) as watch:
+            for number in range(WATCHED_STEPS):
+                self._begin_step()
+                self._compare_at_rest(before, model, optimizer)
+                try:
+                    self._training_step(watch, model, optimizer, self._batch(number))
+                except RuntimeError:
+                    if not self._was_refused(watch):
+                        raise
+                    return False
+                before = _state(model, optimizer)
+        return True
+
+    def _training_step(self, watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+        with watch.direction("forward"):
+            loss = self._subject.loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        with watch.direction("optimizer"):
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self._subject.after_update(model)
+
+    def _watch_decoding(self) -> bool:
+        model = self._model()
+        self._begin_step()
+        with Watch(model, self._chip.device, self._take) as watch, watch.direction("decode"), torch.no_grad():
+            try:
+                self._subject.decode(model, self._batch(0))
+            except RuntimeError:
+                if not self._was_refused(watch):
+                    raise
+                return False
+        return True
+
+    def _was_refused(self, watch: Watch) -> bool:
+        """Whether an operator is missing on the chip: a finding. A fault of the chip goes on to the caller."""
+        if watch.refused is None:
+            return False
+        self._recording.checks.append(refused(watch.refused))
+        return True
+
+    def _take(self, call: Call) -> None:
+        if self._also is not None:
+            self._also(call)
+        try:
+            judged = check(call)
+        except NotKnown as reason:
+            self._recording.not_judged[str(call.func)] = str(reason).splitlines()[0]
+            return
+        if judged is not None:
+            self._recording.checks.append(judged)
+
+    def _compare_at_rest(
+        self, before: Mapping[str, torch.Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        now = _state(model, optimizer) if before else {}
+        for name, tensor in before.items():
+            if not torch.equal(tensor, now[name]):
+                self._recording.checks.append(_changed_at_rest(name, tensor, now[name], len(self._recording.checks)))
+
+    # Repeating
+
+    def _repeat(self, tracer: Tracer, routes: ChosenRoutes, first: Trace) -> tuple[str, ...]:
+        again = tracer.first_pass(self._chip, self._dtype, routes, begin_step=self._begin_step)
+        return tuple(name for name, sketch in again.items() if not _same(sketch, first.sketches[name]))
+
+    def _first_unrepeatable(self) -> Place | None:
+        """Two runs of a step from the same state: the first call whose results differ while its arguments do not."""
+        first, second = self._hashes(), self._hashes()
+        for (place, arguments, results), (_, same_arguments, other_results) in zip(first, second, strict=False):
+            if arguments == same_arguments and results != other_results:
+                return place
+        return None
+
+    def _hashes(self) -> list[tuple[Place, bytes, bytes]]:
+        seen: list[tuple[Place, bytes, bytes]] = []
+        model = self._model()
+
+        def take(call: Call) -> None:
+            seen.append((call.place, _digest((call.args, dict(call.kwargs))), _digest(call.results)))
+
+        self._begin_step()
+        with Watch(model, self._chip.device, take):
+            loss = self._subject.loss(model, self._batch(0))
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        return seen
+
+    # Small parts
+
+    def _model(self) -> nn.Module:
+        return self._subject.place(self._subject.build(), self._chip.device, self._dtype)
+
+    def _batch(self, number: int) -> Batch:
+        return on_device(self._subject.batch(number), self._chip.device)
+
+    def _begin_step(self) -> None:
+        self._step += 1
+        self._chip.begin_step(self._step)
+
+    def _timed(self, part: str) -> _Timer:
+        return _Timer(self._recording.seconds, part)
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], part: str) -> None:
+        self._seconds = seconds
+        self._part = part
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._part] = self._seconds.get(self._part, 0.0) + time.perf_counter() - self._started
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Weights and moments, copied to the CPU, under names."""
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state[name] = parameter.detach().cpu().clone()
+        for moment, tensor in optimizer.state[parameter].items():
+            if isinstance(tensor, torch.Tensor):
+                state[f"optimizer.{moment}.{name}"] = tensor.detach().cpu().clone()
+    return state
+
+
+def _changed_at_rest(name: str, before: torch.Tensor, now: torch.Tensor, position: int) -> OperatorCheck:
+    differ = before != now
+    place = int(differ.flatten().to(torch.int8).argmax())
+    element = tuple(int(index) for index in torch.unravel_index(torch.tensor(place), before.shape))
+    count = float(differ.sum())
+    return OperatorCheck(
+        module=name,
+        operator=AT_REST,
+        direction="optimizer",
+        ordinal=0,
+        position=position,
+        shapes=(tuple(before.shape),),
+        dtype=str(before.dtype).removeprefix("torch."),
+        basis="numbers that nothing wrote to keep every bit",
+        error=None,
+        measures=(Measure(name="changed", value=count, bound=0.5, unit="elements", reason="memory keeps every bit"),),
+        worst_element=element,
+        found=float(now.flatten()[place]),
+        expected=float(before.flatten()[place]),
+    )
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.nan_to_num(nan=1.5e300), other.nan_to_num(nan=1.5e300))
+
+
+def _digest(value: object) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors_in(value):
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()

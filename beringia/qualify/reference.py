@@ -1,0 +1,70 @@
+"""Makes a bundle: float64, the reference chip, its noise, its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from beringia.chips.chip import Chip
+from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, error_key, write_bundle
+from beringia.qualify.capture import Capture
+from beringia.qualify.effects import Noise
+from beringia.qualify.recording import Recorder
+from beringia.qualify.subject import DecoderSubject
+from beringia.qualify.trace import Plan, Tracer, one_ulp
+
+DRAWS = 4
+"""Traces from moved weights: with six batches each, 24 distances for every gradient."""
+
+
+def make_bundle(
+    subject: DecoderSubject,
+    chip: Chip,
+    dtype: torch.dtype,
+    path: Path,
+    *,
+    plan: Plan,
+    limit_bytes: int = DEFAULT_LIMIT_BYTES,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Record `subject` on `chip` into a bundle at `path`; `say` hears what is being done."""
+    tracer = Tracer(subject, plan)
+    say("float64 on the CPU")
+    exact, routes = tracer.in_float64()
+    say("the reference's operators")
+    capture = Capture(limit_bytes)
+    recording = Recorder(subject, chip, dtype, also=capture.take).record(tracer, routes)
+    assert recording.trace is not None, "a reference has every operator"
+    draws = []
+    for seed in range(DRAWS):
+        say(f"noise, draw {seed + 1} of {DRAWS}")
+        change = one_ulp(seed, dtype)
+        draws.append(tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change))
+    errors = {
+        error_key(check.module, check.operator, check.direction, check.ordinal): check.error
+        for check in recording.checks
+        if check.error is not None
+    }
+    say("writing the bundle")
+    write_bundle(
+        path,
+        {
+            "source": subject.name,
+            "seed": subject.seed,
+            "samples": subject.samples,
+            "tokens": subject.tokens,
+            "layers": subject.layers,
+            "model": subject.fingerprint(),
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "batches": plan.batches,
+            "steps": plan.steps,
+            "reference": chip.identity,
+            "errors": errors,
+            "calls_left_out": capture.left_out,
+        },
+        Noise.of(exact, recording.trace, draws),
+        routes,
+        capture.calls,
+    )

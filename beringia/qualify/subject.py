@@ -1,0 +1,284 @@
+"""What a chip is qualified for: a model with its weights, its data, one training step and one step of decoding.
+
+`DecoderSubject` is a model of our families, by preset or Hugging Face directory. Anything else that is an `nn.Module`
+is qualified through a `Subject` of the caller's own (see `ModuleSubject`).
+
+B samples, T tokens, V vocabulary, K experts a token, M = B T rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from beringia.data import Tokenizer, load_tokenizer, make_task
+from beringia.errors import ModelError
+from beringia.model import (
+    PRESETS,
+    Decoder,
+    KeyValueCache,
+    forcing_routes,
+    load_model,
+    recording_routes,
+    update_router_biases,
+)
+from beringia.model.experts import MixtureOfExperts
+from beringia.numerics.state_hash import hash_state
+from beringia.records.certificate import ModelFingerprint
+from beringia.records.model_source import configuration_hash
+
+Batch = Mapping[str, torch.Tensor]
+"""Tensors on the CPU, by name."""
+Routes = Mapping[str, torch.Tensor]
+"""The experts that a pass chose, M K, by layer."""
+
+MTP_WEIGHT = 0.1
+"""As in training recipes by default."""
+ROUTER_BIAS_SPEED = 1e-3
+_DIGITS = 10
+
+
+class Subject(ABC):
+    """A model and what is done with it. Everything random comes from the CPU."""
+
+    name: str
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The model with its weights, float32, on the CPU. The same every time."""
+
+    @abstractmethod
+    def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The model on a device, computing in `dtype`: float64 throughout, or float32 masters."""
+
+    @abstractmethod
+    def batch(self, number: int) -> Batch:
+        """Batch `number` of the training data, on the CPU."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of a training step, a scalar. The batch is on the model's device."""
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """What inference gives for a batch."""
+
+    @abstractmethod
+    def fingerprint(self) -> ModelFingerprint:
+        """Which model this is."""
+
+    def decode(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """What one step of decoding gives; a model that has none gives its outputs."""
+        return self.outputs(model, batch)
+
+    def after_update(self, model: nn.Module) -> None:  # noqa: B027 (most models do nothing there)
+        """What a training step does after its optimizer."""
+
+    @contextmanager
+    def recording_routes(self, model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+        """Inside, discrete choices are noted; the dictionary is filled when the context ends."""
+        yield {}
+
+    @contextmanager
+    def forcing_routes(self, model: nn.Module, routes: Routes) -> Iterator[None]:
+        """Inside, these choices are made: near a tie another one is no error of arithmetic."""
+        yield
+
+
+@dataclass(frozen=True)
+class DecoderSubject(Subject):
+    """A decoder of our families."""
+
+    source: str
+    """A preset or a Hugging Face directory."""
+    seed: int = 0
+    samples: int = 4
+    tokens: int = 64
+    layers: int | None = None
+    """Only so many of its layers; None: all."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # a property where the base has a plain attribute
+        """The preset, or the directory's last part."""
+        return Path(self.source).name
+
+    def build(self) -> Decoder:
+        decoder = load_model(self.source, seed=self.seed)
+        return decoder if self.layers is None else _first_layers(decoder, self.layers)
+
+    def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        assert isinstance(model, Decoder)
+        if dtype == torch.float64:
+            model.double()
+        model.set_compute_dtype(dtype)
+        return model.to(device).train()
+
+    def batch(self, number: int) -> Batch:
+        rows = [self._row(number * self.samples + sample) for sample in range(self.samples)]
+        tokens = torch.tensor(rows)
+        return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        losses = model(batch["tokens"], batch["labels"])
+        targets = batch["labels"].numel()
+        ahead = max(1, targets - len(batch["labels"]))
+        loss: torch.Tensor = losses.main_sum / targets + MTP_WEIGHT * losses.mtp_sum / ahead
+        return loss
+
+    def outputs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = model(batch["tokens"])
+        return logits
+
+    def decode(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Logits of the last token, after a prompt of all before it went through the cache."""
+        assert isinstance(model, Decoder)
+        cache = KeyValueCache(model.config.num_hidden_layers)
+        tokens_BT = batch["tokens"]
+        model.logits(tokens_BT[:, :-1], cache)
+        return model.logits(tokens_BT[:, -1:], cache)
+
+    def after_update(self, model: nn.Module) -> None:
+        assert isinstance(model, Decoder)
+        counts = model.expert_counts()
+        if counts:
+            update_router_biases(model, counts, ROUTER_BIAS_SPEED)
+
+    def fingerprint(self) -> ModelFingerprint:
+        model = self.build()
+        preset = self.source if self.source in PRESETS else None
+        return ModelFingerprint(
+            name=self.name,
+            configuration=configuration_hash(preset, None if preset else self.source),
+            weights=hash_state(model.state_dict(), {"layers": self.layers}),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+
+    @contextmanager
+    def recording_routes(self, model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+        routes: dict[str, torch.Tensor] = {}
+        layers = _sparse_layers(model)
+        with ExitStack() as stack:
+            for layer in layers.values():
+                stack.enter_context(recording_routes(layer))
+            yield routes
+            chosen = {name: layer.get_submodule("mlp").chosen for name, layer in layers.items()}
+        routes |= {name: tensor.cpu() for name, tensor in chosen.items() if isinstance(tensor, torch.Tensor)}
+
+    @contextmanager
+    def forcing_routes(self, model: nn.Module, routes: Routes) -> Iterator[None]:
+        device = next(model.parameters()).device
+        with ExitStack() as stack:
+            for name, layer in _sparse_layers(model).items():
+                stack.enter_context(forcing_routes(layer, routes[name].to(device)))
+            yield
+
+    def _row(self, number: int) -> list[int]:
+        """T + 1 tokens: solved sums for a preset, text for a model that has read some."""
+        if self.source in PRESETS:
+            return _sums(self.seed, number, self.tokens + 1)
+        return _text(load_tokenizer(self.source), number, self.tokens + 1)
+
+
+@dataclass(frozen=True)
+class ModuleSubject(Subject):
+    """Any module, from functions: for the Python interface."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    """Builds the module with its weights, float32, on the CPU; the same every time."""
+    batches: Callable[[int], Batch]
+    compute_loss: Callable[[nn.Module, Batch], torch.Tensor]
+    compute_outputs: Callable[[nn.Module, Batch], torch.Tensor]
+
+    def build(self) -> nn.Module:
+        return self.make()
+
+    def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Weights and activations in `dtype`: a module of one's own casts nothing by itself."""
+        return model.to(device, dtype).train()
+
+    def batch(self, number: int) -> Batch:
+        return self.batches(number)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return self.compute_loss(model, batch)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return self.compute_outputs(model, batch)
+
+    def fingerprint(self) -> ModelFingerprint:
+        model = self.build()
+        return ModelFingerprint(
+            name=self.name,
+            configuration=hashlib.sha256(repr(model).encode()).hexdigest(),
+            weights=hash_state(model.state_dict(), {}),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch where the model is."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name.removesuffix(".mlp"): model.get_submodule(name.removesuffix(".mlp"))
+        for name, module in model.named_modules()
+        if isinstance(module, MixtureOfExperts)
+    }
+
+
+def _first_layers(decoder: Decoder, count: int) -> Decoder:
+    """The decoder with only its first layers (and its multi-token layer)."""
+    if not 1 <= count <= decoder.config.num_hidden_layers:
+        raise ModelError(
+            f"--layers {count} was asked for; the model has {decoder.config.num_hidden_layers}: give 1 to that many."
+        )
+    from dataclasses import replace
+
+    smaller = Decoder(replace(decoder.config, num_hidden_layers=count))
+    kept: Sequence[nn.Module] = [*decoder.layers[:count], *([decoder.mtp] if decoder.mtp is not None else [])]
+    smaller.model.layers = nn.ModuleList(kept)
+    smaller.model.embed_tokens, smaller.model.norm = decoder.model.embed_tokens, decoder.model.norm
+    smaller.lm_head = decoder.lm_head
+    return smaller
+
+
+def _sums(seed: int, number: int, tokens: int) -> list[int]:
+    """Solved digit sums, one after another."""
+    task = make_task("digit-sum", digits=_DIGITS, seed=seed)
+    row: list[int] = []
+    for question in task.questions(number * 8, 8, "train"):
+        row += [*question.tolist(), *task.gold(question, long=True)]
+    while len(row) < tokens:
+        row += row
+    return row[:tokens]
+
+
+def _text(tokenizer: Tokenizer, number: int, tokens: int) -> list[int]:
+    """A stretch of text that begins at another word each time."""
+    words = _TEXT.split()
+    start = number * 37 % len(words)
+    text = " ".join((words[start:] + words[:start]) * (1 + tokens // len(words)))
+    encoded = tokenizer.encode(text)
+    return encoded[:tokens]
+
+
+_TEXT = """During the last ice age the sea stood more than a hundred metres lower than it does today, and what is now
+the floor of a shallow strait was a wide and grassy plain. Herds of horses, bison and mammoths grazed there
+in summer, and people followed them. They carried needles of bone, blades of obsidian and the knowledge of
+how to make fire in the wind. Nobody among them thought of crossing from one continent to another: they
+walked a day's distance, pitched their tents, hunted, mended their clothes and walked on. When the ice
+melted the water came back, 12,000 years ago or so, and the two shores have been strangers since. A program
+that runs on one machine and is carried to another makes the same kind of journey. It computes x = a * b +
+c a billion times; if one result in a million is off by 0.1 %, will anyone notice before the end? The
+engineers who build such machines answer with tables of numbers: precision, bandwidth, energy per
+operation. Those who use them ask a simpler question, namely whether the answer is right."""

@@ -1,0 +1,221 @@
+"""What a chip makes of a model, small enough to travel: losses, outputs, gradients and updates, as sketches.
+
+A trace has two parts. From the same weights, each of several batches gives its loss, its outputs and its gradients; so
+forward and backward pass are seen without what an optimizer makes of them. Then training steps from those weights give
+losses and the update of the weights.
+
+Two traces are compared by distances between their sketches. A sketch of a tensor with more than `WIDTH` elements adds
+its elements up, with random signs, in `WIDTH` places: sketches of differences are differences of sketches, and their
+norms are those of the tensors within sqrt(2 / WIDTH), 4 % (Charikar, Chen and Farach-Colton 2002).
+
+Discrete choices (which experts) are taken from float64 in all traces: near a tie another one is no error of arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from beringia.chips.chip import Chip
+from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.qualify.subject import Routes, Subject, on_device
+
+WIDTH = 1024
+LEARNING_RATE = 1e-3
+CLIP = 1.0
+
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much a trace holds."""
+
+    batches: int = 6
+    steps: int = 6
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Sketches by name (`outputs/0`, `gradient/0/model.norm.weight`, `decode`, `update/model.norm.weight`); losses."""
+
+    sketches: Mapping[str, torch.Tensor]
+    losses_K: torch.Tensor
+    """Of the batches, float64."""
+    losses_N: torch.Tensor
+    """Of the training steps, float64."""
+
+
+@dataclass(frozen=True)
+class ChosenRoutes:
+    """Which experts float64 chose, in the batches and in the training steps."""
+
+    batches: tuple[Routes, ...]
+    steps: tuple[Routes, ...]
+
+
+class Tracer:
+    """Makes traces of one subject."""
+
+    def __init__(self, subject: Subject, plan: Plan) -> None:
+        self._subject = subject
+        self._plan = plan
+        self._batches = [subject.batch(number) for number in range(max(plan.batches, plan.steps))]
+
+    def in_float64(self) -> tuple[Trace, ChosenRoutes]:
+        """On the CPU, and the routes for all others."""
+        model = self._subject.place(self._subject.build(), torch.device("cpu"), torch.float64)
+        return self._run(model, fused=False, routes=None, begin_step=lambda: None)
+
+    def on_chip(
+        self,
+        chip: Chip,
+        dtype: torch.dtype,
+        routes: ChosenRoutes,
+        *,
+        begin_step: Callable[[], None],
+        change: Change | None = None,
+    ) -> Trace:
+        """On a chip in `dtype`; `begin_step` is called before each pass, `change` alters the weights first."""
+        model = self._subject.build()
+        if change is not None:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(change(name, parameter))
+        model = self._subject.place(model, chip.device, dtype)
+        fused = chip.capabilities.fused_optimizer
+        return self._run(model, fused=fused, routes=routes, begin_step=begin_step)[0]
+
+    def first_pass(
+        self, chip: Chip, dtype: torch.dtype, routes: ChosenRoutes, *, begin_step: Callable[[], None]
+    ) -> dict[str, torch.Tensor]:
+        """The sketches of a trace's first batch once more."""
+        model = self._subject.place(self._subject.build(), chip.device, dtype)
+        return self._pass(model, 0, routes, begin_step)[0]
+
+    def _run(
+        self, model: nn.Module, *, fused: bool, routes: ChosenRoutes | None, begin_step: Callable[[], None]
+    ) -> tuple[Trace, ChosenRoutes]:
+        sketches: dict[str, torch.Tensor] = {}
+        losses: list[float] = []
+        chosen: list[Routes] = []
+        for number in range(self._plan.batches):
+            found, loss, own = self._pass(model, number, routes, begin_step)
+            sketches |= found
+            losses.append(loss)
+            chosen.append(own)
+        begin_step()
+        with torch.no_grad():
+            batch = on_device(self._batches[0], _device(model))
+            sketches["decode"] = sketch("decode", self._subject.decode(model, batch))
+        training, chosen_steps, updates = self._train(model, fused, routes, begin_step)
+        return (
+            Trace(sketches | updates, torch.tensor(losses).double(), torch.tensor(training).double()),
+            ChosenRoutes(tuple(chosen), tuple(chosen_steps)),
+        )
+
+    def _pass(
+        self, model: nn.Module, number: int, routes: ChosenRoutes | None, begin_step: Callable[[], None]
+    ) -> tuple[dict[str, torch.Tensor], float, Routes]:
+        """Gradients, loss and outputs of one batch, and the routes taken."""
+        begin_step()
+        loss, own = self._backward(model, number, None if routes is None else routes.batches[number])
+        sketches = {f"gradient/{number}/{name}": sketch(name, grad) for name, grad in _gradients(model)}
+        model.zero_grad(set_to_none=True)
+        sketches[f"outputs/{number}"] = sketch("outputs", self._outputs(model, number, own))
+        return sketches, loss, own
+
+    def _backward(self, model: nn.Module, number: int, routes: Routes | None) -> tuple[float, Routes]:
+        """Forward and backward pass; the loss, and the routes taken."""
+        batch = on_device(self._batches[number], _device(model))
+        if routes is None:
+            with self._subject.recording_routes(model) as own:
+                loss = self._subject.loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            return float(loss.detach()), own
+        with self._subject.forcing_routes(model, routes):
+            loss = self._subject.loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        return float(loss.detach()), routes
+
+    def _outputs(self, model: nn.Module, number: int, routes: Routes) -> torch.Tensor:
+        with torch.no_grad(), self._subject.forcing_routes(model, routes):
+            return self._subject.outputs(model, on_device(self._batches[number], _device(model)))
+
+    def _train(
+        self, model: nn.Module, fused: bool, routes: ChosenRoutes | None, begin_step: Callable[[], None]
+    ) -> tuple[list[float], list[Routes], dict[str, torch.Tensor]]:
+        before = {name: parameter.detach().cpu().double().clone() for name, parameter in model.named_parameters()}
+        optimizer = make_optimizer(model, fused=fused)
+        losses: list[float] = []
+        chosen: list[Routes] = []
+        for number in range(self._plan.steps):
+            begin_step()
+            loss, own = self._backward(model, number, None if routes is None else routes.steps[number])
+            losses.append(loss)
+            chosen.append(own)
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        begin_step()
+        updates = {
+            f"update/{name}": sketch(name, parameter.detach().cpu().double() - before[name])
+            for name, parameter in model.named_parameters()
+        }
+        return losses, chosen, updates
+
+
+def make_optimizer(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
+    """AdamW as training has it."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        fused=fused,
+        foreach=None if fused else True,
+    )
+
+
+def sketch(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where it is small, else its elements added up with signs drawn from its name; float64."""
+    flat = tensor.detach().cpu().double().flatten()
+    if flat.numel() <= WIDTH:
+        return flat
+    signed = flat * _signs(name, flat.numel())
+    missing = -flat.numel() % WIDTH
+    return torch.nn.functional.pad(signed, (0, missing)).view(-1, WIDTH).sum(0)
+
+
+def one_ulp(seed: int, dtype: torch.dtype) -> Change:
+    """A change of weights by up to a unit in the last place of `dtype`, drawn on the CPU."""
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        draw = torch.empty(weight.shape, dtype=torch.float64).uniform_(
+            -1.0, 1.0, generator=_generator(f"{seed}/{name}")
+        )
+        # A unit in the last place is two roundoffs.
+        return (weight.double() * (1.0 + 2.0 * UNIT_ROUNDOFF[dtype] * draw)).to(weight.dtype)
+
+    return change
+
+
+def _signs(name: str, count: int) -> torch.Tensor:
+    return torch.randint(0, 2, (count,), generator=_generator(name), dtype=torch.int8).mul_(2).sub_(1)
+
+
+def _generator(name: str) -> torch.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _gradients(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,63 @@
+"""From evidence to a verdict: a pure function.
+
+Every probe says what its failure rules out. What rules out inference (outputs, decoding, operators that are missing in
+the forward pass) makes the chip unfit; what rules out training alone (gradients, updates, collectives) leaves
+inference; what rules out neither is told. Where nothing failed, a probe that could not decide, or too little power,
+leaves the verdict open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from beringia.qualify.effects import POWER_NEEDED
+from beringia.records.certificate import Located, ProbeResult, Verdict
+
+_REASONS = 4
+"""As many probes are named; the page has them all."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict and its reasons, the gravest first."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    mitigations: tuple[str, ...]
+
+
+def judge(probes: Sequence[ProbeResult], located: Located | None, power: float) -> Judgement:
+    """What the evidence amounts to."""
+    against_inference = _ruling_out(probes, "failed", "infer")
+    against_training = _ruling_out(probes, "failed", "train")
+    open_questions = _ruling_out(probes, "inconclusive", "infer") + _ruling_out(probes, "inconclusive", "train")
+    mitigations = located.mitigations if located is not None else ()
+    if against_inference:
+        return Judgement("unfit", _reasons(against_inference + against_training, located), mitigations)
+    if against_training:
+        return Judgement("infer", _reasons(against_training, located), mitigations)
+    if open_questions or power < POWER_NEEDED:
+        too_few = f"the evidence is thin: power {power:.0%}, needed {POWER_NEEDED:.0%}; give it more batches"
+        return Judgement(
+            "inconclusive", (*_reasons(open_questions, None), *([too_few] if power < POWER_NEEDED else [])), ()
+        )
+    return Judgement("train", (_sound(probes),), mitigations)
+
+
+def _ruling_out(probes: Sequence[ProbeResult], outcome: str, use: str) -> list[ProbeResult]:
+    found = [probe for probe in probes if probe.outcome == outcome and probe.rules_out == use]
+    return sorted(found, key=lambda probe: max((measure.used for measure in probe.measures), default=0.0), reverse=True)
+
+
+def _reasons(probes: Sequence[ProbeResult], located: Located | None) -> tuple[str, ...]:
+    first = [] if located is None else [f"the first wrong operator is {located.check.name}"]
+    named = [probe.summary for probe in probes[:_REASONS]]
+    more = len(probes) - len(named)
+    return (*first, *named, *([f"and {more} more like these"] if more > 0 else []))
+
+
+def _sound(probes: Sequence[ProbeResult]) -> str:
+    held = [measure.used for probe in probes if probe.outcome == "passed" for measure in probe.measures]
+    largest = max(held, default=0.0)
+    return f"{len(held)} bounds hold; the most that one is used is {largest:.0%}"

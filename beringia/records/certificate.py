@@ -1,0 +1,165 @@
+"""The result of qualifying a chip for a model: evidence, verdict, reasons. What `certificates/*.json` hold.
+
+A certificate is for one chip identity and one model; `records/signature.py` signs it. Numbers that were not finite are
+written as null.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from beringia.records.identity import ChipIdentity
+from beringia.records.record import Record
+
+CERTIFICATE_SCHEMA = 1
+
+Verdict = Literal["train", "infer", "unfit", "inconclusive"]
+"""train: training and inference; infer: inference only; unfit: neither; inconclusive: too little evidence."""
+
+Use = Literal["train", "infer", "neither"]
+"""What a probe that failed rules out: `train` rules out training, `infer` rules out both, `neither` is only told."""
+
+Direction = Literal["forward", "backward", "optimizer", "decode"]
+
+
+class Measure(Record):
+    """One measured quantity beside its bound."""
+
+    name: str
+    value: float | None
+    """None: not a finite number, which no bound allows."""
+    bound: float
+    """The largest value that a sound chip has."""
+    unit: str = ""
+    reason: str
+    """Where the bound comes from."""
+
+    @property
+    def used(self) -> float:
+        """Share of the bound; above 1 it is broken. Infinite where the value is not a number."""
+        return float("inf") if self.value is None else abs(self.value) / self.bound
+
+
+class ProbeResult(Record):
+    """What one probe found."""
+
+    probe: str
+    """`arithmetic`, `operators`, `lengths`, `layers`, `repeat`, `lockstep`, `collectives`, `memory`, `soak` or
+    `speed`."""
+    subject: str
+    """What was looked at: a layer, a collective, a length, a dtype."""
+    outcome: Literal["passed", "failed", "inconclusive", "told"]
+    """told: a fact without a bound (a speed, a capacity)."""
+    rules_out: Use = "neither"
+    """What it rules out when it failed, or leaves open when it was inconclusive."""
+    summary: str
+    """One sentence for a reader."""
+    measures: tuple[Measure, ...] = ()
+    seconds: float = 0.0
+
+
+class OperatorCheck(Record):
+    """One operator call on the candidate, held against float64 with the inputs that it really had."""
+
+    module: str
+    """Path of the module that called it; empty outside any module."""
+    operator: str
+    """`aten.mm.default`."""
+    direction: Direction
+    ordinal: int
+    """Which call of this operator in this module and direction, from 0."""
+    position: int
+    """Place in the order of execution."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the tensors among its arguments."""
+    dtype: str
+    """Of its first result that is a tensor."""
+    attributes: str = ""
+    """Its other arguments, as text."""
+    basis: str
+    """How its bound is derived."""
+    error: float | None
+    """Root mean square of the error over that of the float64 result."""
+    reference_error: float | None = None
+    """The same on the reference chip, where it made the same call."""
+    measures: tuple[Measure, ...]
+    worst_element: tuple[int, ...] = ()
+    """Index of the element that used most of its bound."""
+    found: float | None = None
+    """The element's value on the chip."""
+    expected: float | None = None
+    """The element's value in float64."""
+    wrong_share: float = 0.0
+    """Share of the elements beyond their bound."""
+    wrong_from: tuple[int, ...] = ()
+    """Lowest index of such an element, in each dimension."""
+    wrong_to: tuple[int, ...] = ()
+    """Highest index of such an element, in each dimension."""
+    factor: float | None = None
+    """What the float64 result has to be multiplied with to be nearest to the chip's; only where the bound is broken."""
+    refused: str = ""
+    """The chip's words where it could not carry out the operator."""
+
+    @property
+    def used(self) -> float:
+        """The largest share of a bound."""
+        return float("inf") if self.refused else max((measure.used for measure in self.measures), default=0.0)
+
+    @property
+    def name(self) -> str:
+        """For a reader: `model.layers.0.mlp: aten.mm.default (backward, call 2)`."""
+        return f"{self.module or 'outside the modules'}: {self.operator} ({self.direction}, call {self.ordinal})"
+
+
+class Located(Record):
+    """The first operator that is wrong."""
+
+    check: OperatorCheck
+    consistent_with: tuple[str, ...] = ()
+    """Known faults that leave such traces."""
+    mitigations: tuple[str, ...] = ()
+
+
+class ModelFingerprint(Record):
+    """Which model the evidence is about."""
+
+    name: str
+    """As the user named it: a preset, a directory's last part, a class."""
+    configuration: str
+    """SHA-256 of the configuration."""
+    weights: str
+    """Hash of names, shapes and values of all weights."""
+    parameters: int
+
+
+class Certificate(Record):
+    """All of it, to be signed."""
+
+    schema_version: int = CERTIFICATE_SCHEMA
+    created: str
+    """UTC, ISO 8601."""
+    beringia: str
+    chip: str
+    """As the user named it, `auto` resolved."""
+    identity: ChipIdentity
+    identity_hash: str
+    reference: ChipIdentity
+    """The chip whose numbers it was compared with, beside float64."""
+    model: ModelFingerprint
+    compute_dtype: str
+    seed: int
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    mitigations: tuple[str, ...]
+    power: float = Field(ge=0, le=1)
+    """Probability that a harmful difference would have been seen in training; below 0.8 the verdict is open."""
+    first_wrong: Located | None
+    probes: tuple[ProbeResult, ...]
+    operators: tuple[OperatorCheck, ...]
+    seconds: float
+
+    def allows(self, use: Literal["train", "infer"]) -> bool:
+        """Whether the chip may be used so."""
+        return self.verdict == "train" or self.verdict == use

@@ -1,0 +1,86 @@
+"""Whether a chip may train: what the run directory's certificates say of the chip that a worker has opened.
+
+A certificate counts when its signature holds, its chip identity is the opened chip's and its model's configuration is
+the recipe's. Of several the newest with a verdict counts: a later `unfit` overrules an earlier `train`, a later
+`inconclusive` does not. Anybody's key will do: who may sign is not asked here.
+
+Reads files; decides nothing about the run (`decide.py` does) and imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from beringia.errors import InputError, ModelError, Refusal
+from beringia.records.certificate import Certificate, Verdict
+from beringia.records.events import ChipOpened, Fallback, Unqualified
+from beringia.records.model_source import configuration_hash
+from beringia.records.recipe import ModelSection, Recipe
+from beringia.records.run_directory import RunDirectory
+from beringia.records.signature import read_signed, verify
+
+
+def admission(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> Fallback | Unqualified | None:
+    """None for a chip that is qualified to train; otherwise the event to tell: a Fallback where the recipe lets it
+    train all the same, Unqualified where it must not."""
+    evidence = _evidence(opened, recipe.model, run)
+    if evidence.verdict == "train":
+        return None
+    found = "none" if evidence.verdict is None else f"verdict {evidence.verdict}"
+    refused = evidence.verdict is not None
+    if recipe.qualify.unqualified == "allow" or (refused and recipe.qualify.on_refusal == "try"):
+        return Fallback(what="qualification", asked="certificate", used=found, reason=evidence.words)
+    return Unqualified(used=opened.used, identity_hash=opened.identity_hash, found=found, reason=evidence.words)
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """The verdict that counts, None without any, and where it comes from."""
+
+    verdict: Verdict | None
+    words: str
+
+
+def _evidence(opened: ChipOpened, model: ModelSection, run: RunDirectory) -> _Evidence:
+    try:
+        configuration = configuration_hash(model.preset, model.path)
+    except ModelError as problem:
+        return _Evidence(None, f"no certificate can be compared with the model. {problem}".rstrip("."))
+    fitting: list[tuple[str, Certificate]] = []
+    others: list[str] = []
+    for path in sorted(run.certificates.glob("*.json")):
+        try:
+            signed = read_signed(path)
+            verify(signed)
+        except (InputError, Refusal) as problem:
+            others.append(f"{path.name} does not count: {str(problem).rstrip('.')}")
+            continue
+        why_not = _mismatch(signed.certificate, opened, configuration)
+        if why_not is None:
+            fitting.append((path.name, signed.certificate))
+        else:
+            others.append(f"{path.name} {why_not}")
+    if not fitting:
+        missing = f"no certificate for {opened.used} ({opened.identity_hash[:12]}) and {model.preset or model.path}"
+        return _Evidence(None, "; ".join([f"{missing} lies in {run.certificates}", *others]))
+    return _newest(fitting)
+
+
+def _mismatch(certificate: Certificate, opened: ChipOpened, configuration: str) -> str | None:
+    """Why a valid certificate says nothing about this chip or model."""
+    if certificate.identity_hash != opened.identity_hash:
+        changed = certificate.identity.differences(opened.identity)
+        if "sku" in changed or not changed:
+            return f"is for another chip, {certificate.identity.sku} ({certificate.identity_hash[:12]})"
+        words = ", ".join(f"{name} {there}, here {here}" for name, (there, here) in changed.items())
+        return f"is for another identity of this chip ({words})"
+    if certificate.model.configuration != configuration:
+        return f"is for another model, {certificate.model.name}"
+    return None
+
+
+def _newest(fitting: list[tuple[str, Certificate]]) -> _Evidence:
+    conclusive = [pair for pair in fitting if pair[1].verdict != "inconclusive"]
+    name, certificate = max(conclusive or fitting, key=lambda pair: pair[1].created)
+    because = f": {certificate.reasons[0].rstrip('.')}" if certificate.reasons else ""
+    return _Evidence(certificate.verdict, f"{name} has the verdict {certificate.verdict}{because}")
