@@ -6,12 +6,12 @@ Every case is one defect inside an emulated chip (`qualify_cases.py`), qualified
 `beringia qualify` uses: watched steps, trace, lengths, verdict. Results go to the store one by one, so an interrupted
 benchmark goes on.
 
-**Harm is measured apart from the qualification.** On other batches, with whole tensors: outputs, gradients by layer and
-updates of four training steps of the faulty chip against the same chip without the fault, over a noise floor (the sound
-chip with weights moved by up to one unit in the last place of bfloat16, three draws, root mean square). Beyond `HARM`
-times the floor a defect is harmful: to inference where it is the outputs (also of sequences of 600 and 2,100 tokens for
-defects of lengths), else to training. Below `HARMLESS` everywhere it is harmless. Between the two nothing is asked; such
-cases are counted.
+**Harm is measured apart from the qualification.** With whole tensors, on the qualification's batches and on others:
+outputs, each parameter's gradient and each layer's update over four training steps, of the faulty chip against the
+same chip without the fault, over a noise floor (the sound chip with weights moved by up to one unit in the last place
+of bfloat16, three draws, root mean square); the worst batch counts. Beyond `HARM` times the floor a defect is harmful:
+to inference where it is the outputs (for defects of lengths those of attention over 600 and 2,100 tokens, too), else to
+training. Below `HARMLESS` everywhere it is harmless. Between the two nothing is asked; such cases are counted.
 
 **The right verdict** is unfit, infer or train accordingly (where outputs lie between the two, infer or unfit). **The
 right first operator** is the first watched call that the fault changed by more than half of its rounding error; the
@@ -42,10 +42,10 @@ from qualify_peers import PER_CALL, WHOLE_RUN, Key, Rules, RunSummary, key_of, l
 from scipy import stats
 
 HARM = 2.0
-HARMLESS = 0.7
-"""Together with rounding, 0.7 of a noise floor adds a quarter to it."""
+HARMLESS = 1.0
+"""No batch moves anything by more than the noise."""
 DRAWS = 3
-HARM_BATCHES = (1000, 1001)
+HARM_BATCHES = (0, 1, 2, 3, 4, 5, 1000, 1001)
 HARM_STEPS = 4
 REQUIRED = {"verdict": 0.98, "operator": 0.95}
 CLEAN_CHIPS = ("emulated:h100", "emulated:a100", "emulated:mi300x", "cpu")
@@ -93,7 +93,7 @@ class World:
         ]
         chip.close()
         self.errors = {
-            error_key(c.module, c.operator, c.direction, c.ordinal): c.error
+            error_key(c.module, c.operator, c.direction, c.ordinal): (c.error, c.used)
             for c in recording.checks
             if c.error is not None
         }
@@ -136,6 +136,8 @@ class Harm:
                 if parameter.grad is not None:
                     self.gradients[f"{number}/{name}"] = parameter.grad.detach().cpu().double()
             model.zero_grad(set_to_none=True)
+            step += 1
+            chip.begin_step(step)
             with torch.no_grad(), subject.forcing_routes(model, own):
                 self.outputs[str(number)] = subject.outputs(model, batch).cpu().double()
             self.routes.append(own)
@@ -173,19 +175,20 @@ class Harm:
             return subject.loss(model, batch), routes
 
 
+def by_batch(found: Tensors, reference: Tensors) -> dict[str, float]:
+    """Norms of differences, each tensor by itself; names begin with the batch."""
+    norms = {name: float((found[name] - tensor).norm()) for name, tensor in reference.items()}
+    return {name: _number(norm) for name, norm in norms.items()}
+
+
 def by_layer(found: Tensors, reference: Tensors) -> dict[str, float]:
-    """Norms of differences, gradients of a layer together."""
+    """Norms of differences, parameters of a layer together."""
     squares: dict[str, float] = defaultdict(float)
     for name, tensor in reference.items():
-        match = re.match(r"(?:\d+/)?(.*?\.\d+)\.", name)
-        layer = match[1] if match else re.sub(r"^\d+/", "", name)
+        match = re.match(r"(.*?\.\d+)\.", name)
+        layer = match[1] if match else name
         squares[layer] += float((found[name] - tensor).square().sum())
     return {layer: math.sqrt(square) if square == square else math.inf for layer, square in squares.items()}
-
-
-def whole(found: Tensors, reference: Tensors) -> float:
-    square = sum(float((found[name] - tensor).square().sum()) for name, tensor in reference.items())
-    return math.sqrt(square) if square == square else math.inf
 
 
 def long_outputs(world: World, chip: Any, lengths: tuple[int, ...]) -> Tensors:
@@ -214,8 +217,8 @@ class Sound:
         draws = [
             Harm(world, chip, change=one_ulp(100 + draw, world.dtype), routes=self.harm.routes) for draw in range(DRAWS)
         ]
-        self.output_floor = _rms([whole(draw.outputs, self.harm.outputs) for draw in draws])
-        self.gradient_floor = _rms_by([by_layer(draw.gradients, self.harm.gradients) for draw in draws])
+        self.output_floor = _pooled([by_batch(draw.outputs, self.harm.outputs) for draw in draws])
+        self.gradient_floor = _pooled([by_batch(draw.gradients, self.harm.gradients) for draw in draws])
         self.update_floor = _rms_by([by_layer(draw.updates, self.harm.updates) for draw in draws])
         self.long = long_outputs(world, chip, self.LENGTHS)
         self.summary = RunSummary()
@@ -226,14 +229,14 @@ class Sound:
     def compare(self, world: World, chip: Any, *, lengths: bool) -> dict[str, float]:
         """The harm of a chip with a fault: to outputs, and to training."""
         found = Harm(world, chip, change=None, routes=self.harm.routes)
-        output = whole(found.outputs, self.harm.outputs) / self.output_floor
+        output = _worst(by_batch(found.outputs, self.harm.outputs), self.output_floor)
         if lengths:
             for name, tensor in long_outputs(world, chip, self.LENGTHS).items():
                 noise = float((self.long[name].to(world.dtype).double() - self.long[name]).norm()) + 2.0**-9 * float(
                     self.long[name].norm()
                 )
                 output = max(output, _number(float((tensor - self.long[name]).norm())) / noise)
-        gradient = max(v / self.gradient_floor[k] for k, v in by_layer(found.gradients, self.harm.gradients).items())
+        gradient = _worst(by_batch(found.gradients, self.harm.gradients), self.gradient_floor)
         update = max(v / self.update_floor[k] for k, v in by_layer(found.updates, self.harm.updates).items())
         return {"output": _number(output), "training": _number(max(gradient, update))}
 
@@ -244,6 +247,19 @@ def _number(value: float) -> float:
 
 def _rms(values: list[float]) -> float:
     return math.sqrt(sum(value * value for value in values) / len(values))
+
+
+def _pooled(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Root mean square over draws and batches, by what follows the batch in the name."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            values[name.partition("/")[2]].append(value)
+    return {name: _rms(found) for name, found in values.items()}
+
+
+def _worst(distances: dict[str, float], floors: dict[str, float]) -> float:
+    return max(distance / floors[name.partition("/")[2]] for name, distance in distances.items())
 
 
 def _rms_by(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -309,7 +325,7 @@ def qualified(world: World, chip: Any, *, also: Callable[[Any], None] | None = N
         checks += [line.check for line in _look_again(recorder, checks, effects) if isinstance(line, Checked)]
     heads, longest = heads_of(world.subject.build())
     lengths = tuple(length for length in LENGTHS if length <= longest)
-    for result, check in probe_lengths(chip, world.dtype, heads, lengths, 0):
+    for result, check in probe_lengths(chip, world.dtype, heads, lengths, 0, begin_step=recorder.begin_step):
         probes.append(result)
         checks += [] if check is None else [check]
     first = first_wrong(checks)
@@ -337,7 +353,7 @@ def run_case(case: Case, world: World, directory: Path) -> dict[str, Any]:
     sound = world.sound(case.chip)
     script = case.write(directory)
     chip = open_chip(case.chip, script)
-    harm = sound.compare(world, chip, lengths="mask" in case.kind)
+    harm = sound.compare(world, chip, lengths="far_out" in case.kind)
     chip.close()
     chip = open_chip(case.chip, script)
     truth, rules, summary = Truth(chip), Rules(), RunSummary()

@@ -1,8 +1,8 @@
 """The rules of others, on the same operator calls and the same losses.
 
 Each rule sees what its tool would see: calls one by one with the same inputs (assert_close, a fixed tolerance,
-torch._dynamo's `same`, msprobe's benchmark method), tensors of two free runs (msprobe's first-difference rule, hashes as
-DebugMode keeps them), or the loss alone. `refuses` says whether the rule would refuse the chip, `first` what it would
+torch._dynamo's `same`, msprobe's benchmark method), tensors of two free runs (msprobe's first-difference rule, hashes
+as DebugMode keeps them), or the loss alone. `refuses` says whether the rule would refuse the chip, `first` what it would
 name. The reference of per-call rules is the CPU in the same dtype, golden results are float64's.
 """
 

@@ -4,6 +4,7 @@
 >>> chip = beringia.chip("emulated:ascend-910b")         # Chip: .device, .identity, .capabilities, ...
 >>> model = beringia.load("a/hugging-face/dir", chip)    # nn.Module: logits_BTV = model(tokens_BT)
 >>> beringia.save(model, "another/dir")                  # Hugging Face form
+>>> certificate = beringia.certify("emulated:ascend-910b", "a/hugging-face/dir")
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from beringia.threads import prepare_threads
 if TYPE_CHECKING:
     from beringia.chips.chip import Chip
     from beringia.model import Decoder
+    from beringia.qualify.subject import Subject
+    from beringia.records.certificate import Certificate
 
 __version__ = "0.1.0"
 
-__all__ = ["chip", "load", "save"]
+__all__ = ["certify", "chip", "load", "save"]
 
 # Before anything imports torch: OpenMP reads its settings once, when it is loaded.
 prepare_threads()
@@ -51,3 +54,23 @@ def save(model: Decoder, directory: str | Path) -> None:
     from beringia.model import save_model
 
     save_model(model, Path(directory))
+
+
+def certify(
+    chip: str | Chip, model: str | Path | Subject, *, against: str | Path | None = None, seed: int = 0
+) -> Certificate:
+    """Whether a chip is fit to train a model, to serve it, or neither: evidence and a verdict.
+
+    A model by preset or Hugging Face directory is qualified in processes of its own, on the chip of that name, against
+    a bundle (`against`) or the CPU of this machine. A `Subject` (`beringia.qualify.subject.ModuleSubject` makes one of
+    any `nn.Module`) is qualified in this process, on a chip opened here. Raises InputError.
+    """
+    from beringia.qualify import qualification
+
+    if isinstance(model, str | Path):
+        name = chip if isinstance(chip, str) else chip.name
+        request = qualification.Request(name, str(model), seed=seed)
+        return qualification.qualify(request, None if against is None else Path(against))
+    from beringia.chips.open import open_chip
+
+    return qualification.qualify_here(open_chip(chip) if isinstance(chip, str) else chip, model)

@@ -23,6 +23,7 @@ from beringia.records.events import (
     Exported,
     Fallback,
     Fault,
+    Qualified,
     RunFinished,
     StepDone,
     Unqualified,
@@ -84,6 +85,9 @@ def describe(event: AnyEvent) -> str | None:
             return f"step {event.step}: held-out loss {loss}{accuracy}"
         case Fallback():
             return f"{event.what}: {event.used} instead of {event.asked}: {event.reason}"
+        case Qualified():
+            wrong = f"; first wrong: {event.first_wrong}" if event.first_wrong else ""
+            return f"{event.chip} qualified in {event.seconds:.0f} s: {event.verdict}{wrong}"
         case Unqualified():
             return f"{event.chip} may not train: {event.reason}"
         case CheckpointRejected():

@@ -18,7 +18,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is insta
 class Elements(HTMLParser):
     """Every element with its attributes, every id, and whether what was opened was closed."""
 
-    VOID = frozenset({"meta", "link", "br", "wbr"})
+    VOID = frozenset({"meta", "link", "br", "wbr", "col"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,9 +71,13 @@ boxes.forEach(([one, a], index) => boxes.slice(index + 1).forEach(([two, b]) => 
 }));
 const fit = [...document.querySelectorAll("dt, dd")].filter(shown)
   .filter(element => element.scrollWidth > element.clientWidth + 1).map(element => element.textContent.trim());
+const short = [...document.querySelectorAll("table.fit tr")].filter(shown)
+  .filter(row => !row.closest(".unseen") && row.clientWidth < 0.9 * row.closest("table").clientWidth)
+  .map(row => row.textContent.trim().slice(0, 40));
 const report = document.createElement("pre");
 report.id = "measured";
-report.textContent = JSON.stringify({late, over, fit, scroll: document.documentElement.scrollWidth - width, width});
+const scroll = document.documentElement.scrollWidth - width;
+report.textContent = JSON.stringify({late, over, fit, short, scroll, width});
 document.body.append(report);
 </script>
 """

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 
 from beringia.campaign.export import compare_with_transformers, export
+from beringia.campaign.qualification import qualify_chips
 from beringia.errors import Refusal
 from beringia.records.events import AnyEvent, Exported, RunFinished
 from beringia.records.recipe import Recipe
@@ -21,11 +22,14 @@ from beringia.supervise.supervisor import supervise
 def run_campaign(
     recipe: Recipe, recipe_text: str, run: RunDirectory, *, on_event: Callable[[AnyEvent], None] | None = None
 ) -> Summary:
-    """Train with crossings as needed, export, compare, report. Going on after an interruption is the same call.
+    """Qualify the chips, train with crossings as needed, export, compare, report.
+
+    Going on after an interruption is the same call.
 
     Raises Refusal when the run was given up or the export is not the model that was trained; the page is written first.
     """
     try:
+        qualify_chips(recipe, recipe_text, run, on_event)
         finished = supervise(recipe, recipe_text, run, on_event=on_event)
         if finished.status == "done":
             _hand_on(run, finished, on_event)

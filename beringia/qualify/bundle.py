@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 
 from beringia import __version__
 from beringia.errors import InputError
-from beringia.qualify.effects import Group, Noise
+from beringia.qualify.effects import Cell, Noise
 from beringia.qualify.operators.watch import Call, Place
 from beringia.qualify.trace import ChosenRoutes, Plan, Trace
 from beringia.records.certificate import ModelFingerprint
@@ -72,9 +72,10 @@ class BundleManifest(Record):
     steps: int
     reference: ChipIdentity
     distances: list[dict[str, float]]
-    """Of the reference's trace from float64 and then of each draw's, by group, `kind|name`."""
-    errors: dict[str, float]
-    """The reference's own relative error in each call, by `module|operator|direction|ordinal`."""
+    """Of the reference's trace from float64 and then of each draw's, by cell, `kind|name|batch`."""
+    errors: dict[str, tuple[float, float]]
+    """Of the reference in each call, by `module|operator|direction|ordinal`: its relative error, and how much of its
+    bound it used."""
     calls: list[CallEntry]
     calls_left_out: int
     """Distinct calls that did not fit."""
@@ -104,7 +105,7 @@ def write_bundle(path: Path, manifest: dict[str, Any], noise: Noise, routes: Cho
     whole = BundleManifest(
         **manifest,
         beringia=__version__,
-        distances=[{"|".join(group): far for group, far in one.items()} for one in (noise.own, *noise.drawn)],
+        distances=[{"|".join(cell): far for cell, far in one.items()} for one in (noise.own, *noise.drawn)],
         calls=entries,
         tensors_sha256=hashlib.sha256(content).hexdigest(),
     )
@@ -119,7 +120,7 @@ def read_bundle(path: Path) -> Bundle:
     if hashlib.sha256(content).hexdigest() != manifest.tensors_sha256:
         raise InputError(f"The bundle {path} is damaged: its tensors have another hash than it says. Copy it again.")
     tensors = load(content)
-    draws = [{_group(name): far for name, far in one.items()} for one in manifest.distances]
+    draws = [{_cell(name): far for name, far in one.items()} for one in manifest.distances]
     sketches = {name.removeprefix("sketch."): tensor for name, tensor in tensors.items() if name.startswith("sketch.")}
     exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
     noise = Noise(exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"])
@@ -215,9 +216,9 @@ def _routes(tensors: Mapping[str, torch.Tensor], manifest: BundleManifest) -> Ch
     )
 
 
-def _group(name: str) -> Group:
-    kind, _, rest = name.partition("|")
-    return kind, rest
+def _cell(text: str) -> Cell:
+    kind, name, batch = text.split("|")
+    return kind, name, batch
 
 
 # ---- calls

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from beringia.qualify.hardware.speed import probe_speed
 from beringia.qualify.lengths import LENGTHS, Heads, probe_lengths
 from beringia.qualify.operators.check import RMS_ALLOWED
 from beringia.qualify.recording import Recorder, Recording
-from beringia.qualify.subject import DecoderSubject
+from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import Tracer
 from beringia.records.certificate import Measure, OperatorCheck, ProbeResult, Use
 
@@ -40,7 +40,7 @@ class Extent:
     speed: bool
 
 
-def probe_candidate(chip: Chip, subject: DecoderSubject, bundle: Bundle, extent: Extent) -> Iterator[Line]:
+def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Iterator[Line]:
     """The evidence, in the order in which it is found."""
     dtype = getattr(torch, bundle.manifest.compute_dtype)
     yield Begun(probe="arithmetic")
@@ -60,26 +60,26 @@ def probe_candidate(chip: Chip, subject: DecoderSubject, bundle: Bundle, extent:
     yield Begun(probe="replay")
     yield from _replay(chip, bundle)
     yield Begun(probe="lengths")
-    yield from _lengths(chip, subject, dtype, extent)
+    yield from _lengths(chip, subject, dtype, extent, recorder.begin_step)
     yield from _hardware(chip, extent)
 
 
-def beside_reference(check: OperatorCheck, errors: dict[str, float]) -> OperatorCheck:
-    """With the reference's own error in the same call; a chip may be as far off as a sound reference is."""
-    error = errors.get(error_key(check.module, check.operator, check.direction, check.ordinal))
-    if error is None:
+def beside_reference(check: OperatorCheck, errors: Mapping[str, tuple[float, float]]) -> OperatorCheck:
+    """With the reference's own error in the same call; a chip may be as far off as the reference is."""
+    own = errors.get(error_key(check.module, check.operator, check.direction, check.ordinal))
+    if own is None:
         return check
-
-    def loosened(measure: Measure) -> Measure:
-        allowed = RMS_ALLOWED * error
-        if measure.name != "root mean square error" or measure.bound >= allowed:
-            return measure
-        return measure.model_copy(
-            update={"bound": allowed, "reason": f"{RMS_ALLOWED:g} times the reference's own error"}
-        )
-
-    measures = tuple(loosened(measure) for measure in check.measures)
+    error, used = own
+    times = RMS_ALLOWED * used
+    measures = check.measures if times <= 1.0 else tuple(_loosened(measure, times) for measure in check.measures)
     return check.model_copy(update={"reference_error": error, "measures": measures})
+
+
+def _loosened(measure: Measure, times: float) -> Measure:
+    reason = (
+        f"{measure.reason}; {times:.3g} times that, since the reference itself used {times / RMS_ALLOWED:.3g} of it"
+    )
+    return measure.model_copy(update={"bound": times * measure.bound, "reason": reason})
 
 
 def judge_operators(checks: list[OperatorCheck], recording: Recording) -> list[ProbeResult]:
@@ -195,10 +195,14 @@ def _replay(chip: Chip, bundle: Bundle) -> Iterator[Line]:
         )
 
 
-def _lengths(chip: Chip, subject: DecoderSubject, dtype: torch.dtype, extent: Extent) -> Iterator[Line]:
+def _lengths(
+    chip: Chip, subject: Subject, dtype: torch.dtype, extent: Extent, begin_step: Callable[[], None]
+) -> Iterator[Line]:
+    if not isinstance(subject, DecoderSubject):
+        return  # what attention a module of one's own has, only its own calls can tell
     heads, longest = heads_of(subject.build())
     lengths = tuple(length for length in LENGTHS if length <= min(longest, extent.longest))
-    for result, check in probe_lengths(chip, dtype, heads, lengths, subject.seed):
+    for result, check in probe_lengths(chip, dtype, heads, lengths, subject.seed, begin_step=begin_step):
         yield Probed(result=result)
         if check is not None:
             yield Checked(check=check)

@@ -7,7 +7,7 @@ kept is bounded: calls that do not fit are counted, and the certificate says how
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from beringia.chips.chip import Chip
 from beringia.qualify.operators.check import check
 from beringia.qualify.operators.float64 import NotKnown
-from beringia.qualify.operators.watch import Call, changed, tensors_in, written_arguments
+from beringia.qualify.operators.watch import Call, changed, tensors_in, written_values
 from beringia.records.certificate import OperatorCheck
 
 
@@ -41,7 +41,9 @@ class Capture:
             self.left_out += 1
             return
         self._bytes += size
-        self.calls.append(call)
+        # Copies: on the CPU the arguments are the model's own tensors, which the next step changes.
+        args, kwargs = changed(call.args, torch.clone), changed(dict(call.kwargs), torch.clone)
+        self.calls.append(replace(call, args=args, kwargs=kwargs))
 
 
 def signature(call: Call) -> str:
@@ -70,11 +72,7 @@ def replay(call: Call, chip: Chip) -> OperatorCheck | None:
 
     args, kwargs = changed(call.args, there), changed(dict(call.kwargs), there)
     result = call.func(*args, **_on(kwargs, chip))
-    written = [
-        args[place] if isinstance(place, int) else kwargs.get(place)
-        for place in written_arguments(call.func)
-        if not isinstance(place, int) or place < len(args)
-    ]
+    written = written_values(call.func, args, kwargs)
     first = list(tensors_in(written))
     results = [*first, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in first))]
     try:

@@ -35,6 +35,8 @@ POWER_NEEDED = 0.8
 
 Group = tuple[str, str]
 """Kind (outputs, decode, gradient, update), and the parameter or layer."""
+Cell = tuple[str, str, str]
+"""A group in one batch; the batch is empty where there is only one."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class Noise:
     """What the reference machine knows of rounding: float64, and how far the reference and its draws are from it."""
 
     exact: Trace
-    own: Mapping[Group, float]
+    own: Mapping[Cell, float]
     """Distances of the reference chip's trace."""
-    drawn: tuple[Mapping[Group, float], ...]
+    drawn: tuple[Mapping[Cell, float], ...]
     """Distances of each draw's trace."""
     losses_PK: torch.Tensor
     """Differences of the draws' losses from float64, by batch."""
@@ -63,15 +65,17 @@ class Noise:
         )
 
     def floors(self) -> dict[Group, float]:
-        """Root mean square distance of the draws, and not less than the reference's own."""
-        return {group: max(_rms([one[group] for one in self.drawn]), own) for group, own in self.own.items()}
+        """Root mean square distance over draws and batches, and not less than the reference's own."""
+        drawn, own = (_pooled(traces) for traces in (self.drawn, (self.own,)))
+        return {group: max(_rms(drawn[group]), _rms(values)) for group, values in own.items()}
 
 
 def judge_trace(noise: Noise, found: Trace) -> list[ProbeResult]:
     """All that the trace says: outputs, decoding, gradients, updates, losses."""
-    sizes, far = _sizes(noise.exact), distances(found, noise.exact)
+    sizes = _pooled((_norms(noise.exact.sketches),))
+    far = _pooled((distances(found, noise.exact),))
     results = [
-        _judge_group(group, far.get(group, math.inf), max(floor, _rounding(sizes[group])))
+        _judge_group(group, max(far[group]), max(floor, _rounding(max(sizes[group]))))
         for group, floor in noise.floors().items()
     ]
     return [*results, _judge_losses(noise, found), _judge_training(noise, found)]
@@ -94,12 +98,13 @@ _WHAT = {
 }
 
 
-def group_of(name: str) -> Group:
-    """Where a sketch belongs: outputs of all batches together, gradients by parameter, updates by layer."""
+def cell_of(name: str) -> Cell:
+    """Where a sketch belongs: outputs by batch, gradients by parameter and batch, updates by layer."""
     kind, _, rest = name.partition("/")
     if kind == "gradient":
-        return kind, rest.partition("/")[2]
-    return kind, layer_of(rest) if kind == "update" else ""
+        batch, _, parameter = rest.partition("/")
+        return kind, parameter, batch
+    return (kind, layer_of(rest), "") if kind == "update" else (kind, "", rest)
 
 
 def layer_of(parameter: str) -> str:
@@ -116,7 +121,7 @@ def _judge_group(group: Group, distance: float, floor: float) -> ProbeResult:
         value=effect if math.isfinite(effect) else None,
         bound=EFFECT_ALLOWED,
         unit="noise floors",
-        reason="distance from float64, over that of the reference with weights moved by one unit in the last place",
+        reason="distance from float64 in the worst batch, over the reference's with weights moved by one last place",
     )
     failed = not effect <= EFFECT_ALLOWED
     of = f" of {name}" if name else ""
@@ -194,20 +199,29 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def distances(found: Trace, exact: Trace) -> dict[Group, float]:
-    """Norms of the differences between two traces, by group; infinite where one is not finite."""
-    squares: dict[Group, float] = defaultdict(float)
-    for name, sketch in exact.sketches.items():
-        other = found.sketches.get(name)
-        squares[group_of(name)] += math.inf if other is None else float((other - sketch).square().sum())
-    return {group: math.sqrt(square) if square == square else math.inf for group, square in squares.items()}
+def distances(found: Trace, exact: Trace) -> dict[Cell, float]:
+    """Norms of the differences between two traces, by cell; infinite where one is not finite, or is missing."""
+    differences = {
+        name: other - sketch if (other := found.sketches.get(name)) is not None else torch.full((1,), math.inf)
+        for name, sketch in exact.sketches.items()
+    }
+    return _norms(differences)
 
 
-def _sizes(exact: Trace) -> dict[Group, float]:
-    squares: dict[Group, float] = defaultdict(float)
-    for name, sketch in exact.sketches.items():
-        squares[group_of(name)] += float(sketch.square().sum())
-    return {group: math.sqrt(square) for group, square in squares.items()}
+def _norms(sketches: Mapping[str, torch.Tensor]) -> dict[Cell, float]:
+    squares: dict[Cell, float] = defaultdict(float)
+    for name, sketch in sketches.items():
+        squares[cell_of(name)] += float(sketch.square().sum())
+    return {cell: math.sqrt(square) if square == square else math.inf for cell, square in squares.items()}
+
+
+def _pooled(traces: Sequence[Mapping[Cell, float]]) -> dict[Group, list[float]]:
+    """All values of a group, over traces and batches."""
+    values: dict[Group, list[float]] = defaultdict(list)
+    for trace in traces:
+        for (kind, name, _), value in trace.items():
+            values[kind, name].append(value)
+    return values
 
 
 def _rounding(size: float) -> float:

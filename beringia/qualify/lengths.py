@@ -10,7 +10,7 @@ Letters: H heads, T queries and keys, R rows compared, D head size, V value head
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,11 +49,18 @@ class _Pass:
 
 
 def probe_lengths(
-    chip: Chip, dtype: torch.dtype, heads: Heads, lengths: tuple[int, ...], seed: int
+    chip: Chip,
+    dtype: torch.dtype,
+    heads: Heads,
+    lengths: tuple[int, ...],
+    seed: int,
+    *,
+    begin_step: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[ProbeResult, OperatorCheck | None]]:
     """One result a length and direction; with a check where it is wrong."""
     for length in lengths:
         began = time.perf_counter()
+        begin_step()
         rows = rows_compared(length)
         done = _on_chip(chip, dtype, heads, length, rows, seed)
         yield from _judged(done, rows, length, began)

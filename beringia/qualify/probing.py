@@ -44,6 +44,22 @@ class Evidence:
     unrepeatable: Unrepeatable | None = None
     complete: bool = False
 
+    def take(self, line: Line) -> None:
+        """Add one fact."""
+        match line:
+            case Opened():
+                self.opened = line
+            case Probed():
+                self.probes.append(line.result)
+            case Checked():
+                self.checks.append(line.check)
+            case Unrepeatable():
+                self.unrepeatable = line
+            case Ended():
+                self.complete = True
+            case Begun() | Failed():
+                pass
+
 
 @dataclass(frozen=True)
 class Interpreter:
@@ -129,22 +145,12 @@ class _Follower:
         return self._offset > before
 
     def _take(self, line: Line) -> None:
-        match line:
-            case Opened():
-                self._evidence.opened = line
-            case Begun():
-                self._begun = line.probe
-                self._say(line.probe)
-            case Probed():
-                self._evidence.probes.append(line.result)
-            case Checked():
-                self._evidence.checks.append(line.check)
-            case Unrepeatable():
-                self._evidence.unrepeatable = line
-            case Failed():
-                raise _error_called(line.error, line.message)
-            case Ended():
-                self._evidence.complete = True
+        self._evidence.take(line)
+        if isinstance(line, Begun):
+            self._begun = line.probe
+            self._say(line.probe)
+        elif isinstance(line, Failed):
+            raise _error_called(line.error, line.message)
 
     def _close(self, status: int) -> Evidence:
         if self._evidence.opened is None:

@@ -15,20 +15,26 @@ from pathlib import Path
 from typing import Literal
 
 from beringia import __version__
+from beringia.chips.chip import Chip
+from beringia.chips.cpu import Cpu
 from beringia.errors import InputError
 from beringia.model import PRESETS
 from beringia.qualify.arithmetic.indices import probe_indices
-from beringia.qualify.bundle import BundleManifest, read_manifest
+from beringia.qualify.bundle import BundleManifest, read_bundle, read_manifest
+from beringia.qualify.candidate import Extent, probe_candidate
 from beringia.qualify.effects import power_of
-from beringia.qualify.evidence import Job, Unrepeatable
+from beringia.qualify.evidence import Job, Opened, Unrepeatable
 from beringia.qualify.hardware.collectives import probe_collectives
 from beringia.qualify.locate import first_wrong, locate
 from beringia.qualify.probing import Evidence, Interpreter, run_job
-from beringia.qualify.subject import DecoderSubject
+from beringia.qualify.reference import make_bundle
+from beringia.qualify.subject import DecoderSubject, Subject
+from beringia.qualify.trace import Plan
 from beringia.qualify.verdict import judge
 from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
 
 REFERENCE = "cpu"
+PLAN = Plan()
 _KEPT_BEYOND = 200
 """Calls beyond their bounds that a certificate lists; of the others, for each module and operator the worst."""
 
@@ -100,7 +106,7 @@ def qualify(request: Request, against: Path | None = None, say: Say = lambda tex
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="beringia-") as name:
         directory = Path(name)
-        bundle = against if against is not None else _reference_here(request, directory, say)
+        bundle = against if against is not None else reference_for(request, directory, say)
         manifest = read_manifest(bundle)
         request = _as_recorded(request, manifest, bundle)
         say("probing the chip")
@@ -111,15 +117,36 @@ def qualify(request: Request, against: Path | None = None, say: Say = lambda tex
     return _certificate(request, manifest, evidence, probes, time.perf_counter() - began)
 
 
-def _reference_here(request: Request, directory: Path, say: Say) -> Path:
-    """A bundle of the CPU, in the dtype that the candidate computes in."""
+def qualify_here(chip: Chip, subject: Subject, plan: Plan = PLAN, say: Say = lambda text: None) -> Certificate:
+    """The certificate of an opened chip for a model of the caller's own, in this process.
+
+    The reference is the CPU in the chip's compute dtype. Without the probes that need processes of their own.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="beringia-") as name:
+        path = Path(name) / "reference.bundle"
+        make_bundle(subject, Cpu(), chip.capabilities.compute_dtype, path, plan=plan, say=say)
+        bundle = read_bundle(path)
+    dtype = bundle.manifest.compute_dtype
+    evidence = Evidence(opened=Opened(name=chip.name, identity=chip.identity, compute_dtype=dtype), complete=True)
+    for line in probe_candidate(chip, subject, bundle, Extent(0, 0, 0.0, False)):
+        evidence.take(line)
+    request = Request(chip.name, subject.name, seed=subject.seed)
+    return _certificate(request, bundle.manifest, evidence, evidence.probes, time.perf_counter() - began)
+
+
+def reference_for(request: Request, directory: Path, say: Say = lambda text: None) -> Path:
+    """A bundle of the CPU, in the dtype that the candidate computes in; made in `directory` unless it lies there."""
+    directory.mkdir(parents=True, exist_ok=True)
     dtype = request.compute_dtype
     if dtype is None:
         described = run_job(request.job("describe", directory, directory), request.interpreter)
         assert described.opened is not None
         dtype = described.opened.compute_dtype
+    bundle = directory / f"reference-{dtype}.bundle"
+    if bundle.exists():
+        return bundle
     say("recording the reference")
-    bundle = directory / "reference.bundle"
     job = request.job("reference", directory, bundle)
     run_job(job.model_copy(update={"chip": REFERENCE, "compute_dtype": dtype}), Interpreter(), say=say)
     return bundle

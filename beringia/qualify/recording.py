@@ -72,7 +72,7 @@ class Recorder:
         if not complete:
             return found
         with self._timed("trace"):
-            found.trace = tracer.on_chip(self._chip, self._dtype, routes, begin_step=self._begin_step)
+            found.trace = tracer.on_chip(self._chip, self._dtype, routes, begin_step=self.begin_step)
         with self._timed("repeat"):
             found.unrepeatable = self._repeat(tracer, routes, found.trace)
             if found.unrepeatable:
@@ -87,7 +87,7 @@ class Recorder:
         for number in range(passes):
             seen = len(self._recording.checks)
             model = self._model()
-            self._begin_step()
+            self.begin_step()
             with Watch(model, self._chip.device, self._take):
                 loss = self._subject.loss(model, self._batch(number))
                 loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -104,7 +104,7 @@ class Recorder:
         before: Mapping[str, torch.Tensor] = {}
         with Watch(model, self._chip.device, self._take) as watch:
             for number in range(WATCHED_STEPS):
-                self._begin_step()
+                self.begin_step()
                 self._compare_at_rest(before, model, optimizer)
                 try:
                     self._training_step(watch, model, optimizer, self._batch(number))
@@ -127,7 +127,7 @@ class Recorder:
 
     def _watch_decoding(self) -> bool:
         model = self._model()
-        self._begin_step()
+        self.begin_step()
         with Watch(model, self._chip.device, self._take) as watch, watch.direction("decode"), torch.no_grad():
             try:
                 self._subject.decode(model, self._batch(0))
@@ -166,7 +166,7 @@ class Recorder:
     # Repeating
 
     def _repeat(self, tracer: Tracer, routes: ChosenRoutes, first: Trace) -> tuple[str, ...]:
-        again = tracer.first_pass(self._chip, self._dtype, routes, begin_step=self._begin_step)
+        again = tracer.first_pass(self._chip, self._dtype, routes, begin_step=self.begin_step)
         return tuple(name for name, sketch in again.items() if not _same(sketch, first.sketches[name]))
 
     def _first_unrepeatable(self) -> Place | None:
@@ -184,7 +184,7 @@ class Recorder:
         def take(call: Call) -> None:
             seen.append((call.place, _digest((call.args, dict(call.kwargs))), _digest(call.results)))
 
-        self._begin_step()
+        self.begin_step()
         with Watch(model, self._chip.device, take):
             loss = self._subject.loss(model, self._batch(0))
             loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -198,7 +198,8 @@ class Recorder:
     def _batch(self, number: int) -> Batch:
         return on_device(self._subject.batch(number), self._chip.device)
 
-    def _begin_step(self) -> None:
+    def begin_step(self) -> None:
+        """Tell the chip that a step begins."""
         self._step += 1
         self._chip.begin_step(self._step)
 

@@ -12,7 +12,7 @@ from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, error_key, write_bundle
 from beringia.qualify.capture import Capture
 from beringia.qualify.effects import Noise
 from beringia.qualify.recording import Recorder
-from beringia.qualify.subject import DecoderSubject
+from beringia.qualify.subject import Subject
 from beringia.qualify.trace import Plan, Tracer, one_ulp
 
 DRAWS = 4
@@ -20,7 +20,7 @@ DRAWS = 4
 
 
 def make_bundle(
-    subject: DecoderSubject,
+    subject: Subject,
     chip: Chip,
     dtype: torch.dtype,
     path: Path,
@@ -43,7 +43,7 @@ def make_bundle(
         change = one_ulp(seed, dtype)
         draws.append(tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change))
     errors = {
-        error_key(check.module, check.operator, check.direction, check.ordinal): check.error
+        error_key(check.module, check.operator, check.direction, check.ordinal): (check.error, check.used)
         for check in recording.checks
         if check.error is not None
     }

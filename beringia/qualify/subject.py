@@ -49,6 +49,12 @@ class Subject(ABC):
     """A model and what is done with it. Everything random comes from the CPU."""
 
     name: str
+    seed: int = 0
+    samples: int = 0
+    """In a batch; 0 where the subject's maker decides."""
+    tokens: int = 0
+    """In a sample; 0 likewise."""
+    layers: int | None = None
 
     @abstractmethod
     def build(self) -> nn.Module:

@@ -126,6 +126,7 @@ class Tracer:
         loss, own = self._backward(model, number, None if routes is None else routes.batches[number])
         sketches = {f"gradient/{number}/{name}": sketch(name, grad) for name, grad in _gradients(model)}
         model.zero_grad(set_to_none=True)
+        begin_step()
         sketches[f"outputs/{number}"] = sketch("outputs", self._outputs(model, number, own))
         return sketches, loss, own
 

@@ -257,6 +257,22 @@ class Fallback(Event):
     reason: str
 
 
+class Qualified(Event):
+    """A chip was qualified for the run's model; `certificate` has the evidence."""
+
+    kind: Literal["qualified"] = "qualified"
+    used: str
+    """As the chip is named, `auto` resolved."""
+    identity_hash: str
+    verdict: Literal["train", "infer", "unfit", "inconclusive"]
+    reasons: tuple[str, ...]
+    first_wrong: str | None
+    """The first operator that is wrong."""
+    certificate: str
+    """Relative to the run directory."""
+    seconds: float
+
+
 class Unqualified(Event):
     """A chip was opened that may not train: no certificate says that it can train this model. It is sent no state."""
 
@@ -295,6 +311,7 @@ AnyEvent = Annotated[
     | Crossing
     | Exported
     | Fallback
+    | Qualified
     | Unqualified
     | RunFinished,
     Field(discriminator="kind"),

@@ -195,6 +195,16 @@ def examples() -> dict[str, Event]:
             used="eager",
             reason="there is no C++ compiler on this machine",
         ),
+        events.Qualified(
+            chip="preferred",
+            used="emulated:ascend-910b",
+            identity_hash=_IDENTITY.hash,
+            verdict="infer",
+            reasons=("the gradient of model.layers.3 differs from float64 by 22 times what rounding explains",),
+            first_wrong="model.layers.3.self_attn: attention backward (backward, call 0)",
+            certificate="certificates/preferred.json",
+            seconds=14.2,
+        ),
         events.Unqualified(
             chip="preferred",
             used="emulated:ascend-910b",

@@ -79,8 +79,9 @@ def both_widths(draw: Callable[[int], Markup]) -> Markup:
 
 
 def breakable(words: object) -> Markup:
-    """Words whose long names may be broken after a dot or an underscore, and nowhere else."""
-    return Markup(re.sub(r"(?<=\w)(?<!\baten)([._])(?=\w)", r"\1<wbr>", str(escape(words))))
+    """Words whose long names may be broken after a dot or an underscore, and whose numbers keep their per cent."""
+    words = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", str(words))
+    return Markup(re.sub(r"(?<=\w)(?<!\baten)([._])(?=[A-Za-z_])", r"\1<wbr>", str(escape(words))))
 
 
 def _inline(name: str) -> Markup:

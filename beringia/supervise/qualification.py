@@ -10,12 +10,13 @@ Reads files; decides nothing about the run (`decide.py` does) and imports no tor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from beringia.errors import InputError, ModelError, Refusal
 from beringia.records.certificate import Certificate, Verdict
 from beringia.records.events import ChipOpened, Fallback, Unqualified
 from beringia.records.model_source import configuration_hash
-from beringia.records.recipe import ModelSection, Recipe
+from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.records.signature import read_signed, verify
 
@@ -23,7 +24,7 @@ from beringia.records.signature import read_signed, verify
 def admission(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> Fallback | Unqualified | None:
     """None for a chip that is qualified to train; otherwise the event to tell: a Fallback where the recipe lets it
     train all the same, Unqualified where it must not."""
-    evidence = _evidence(opened, recipe.model, run)
+    evidence = _evidence(opened, recipe, run)
     if evidence.verdict == "train":
         return None
     found = "none" if evidence.verdict is None else f"verdict {evidence.verdict}"
@@ -41,14 +42,15 @@ class _Evidence:
     words: str
 
 
-def _evidence(opened: ChipOpened, model: ModelSection, run: RunDirectory) -> _Evidence:
+def _evidence(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> _Evidence:
+    model = recipe.model
     try:
         configuration = configuration_hash(model.preset, model.path)
     except ModelError as problem:
         return _Evidence(None, f"no certificate can be compared with the model. {problem}".rstrip("."))
     fitting: list[tuple[str, Certificate]] = []
     others: list[str] = []
-    for path in sorted(run.certificates.glob("*.json")):
+    for path in _about(opened.chip, recipe, run):
         try:
             signed = read_signed(path)
             verify(signed)
@@ -64,6 +66,16 @@ def _evidence(opened: ChipOpened, model: ModelSection, run: RunDirectory) -> _Ev
         missing = f"no certificate for {opened.used} ({opened.identity_hash[:12]}) and {model.preset or model.path}"
         return _Evidence(None, "; ".join([f"{missing} lies in {run.certificates}", *others]))
     return _newest(fitting)
+
+
+def _about(label: str | None, recipe: Recipe, run: RunDirectory) -> list[Path]:
+    """The certificates that may be about the chip under this label: its own, if it has one; else all but those of other
+    labels. Two lots of one part have one identity."""
+    own = run.certificates / f"{label}.json"
+    if label is not None and own.exists():
+        return [own]
+    others = {f"{other}.json" for other in recipe.chips if other != label}
+    return sorted(path for path in run.certificates.glob("*.json") if path.name not in others)
 
 
 def _mismatch(certificate: Certificate, opened: ChipOpened, configuration: str) -> str | None:

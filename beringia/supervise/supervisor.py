@@ -117,7 +117,7 @@ class Supervisor:
         done = self._finished_before()
         if done is not None:
             return done
-        if not self._log.history:
+        if not any(isinstance(event, RunStarted) for event in self._log.history):
             greet_later_chips(self._recipe, self._run)
         self._append(
             RunStarted(

@@ -26,6 +26,7 @@ from beringia.chips.emulated import faults as planted
 from beringia.chips.emulated.fault_script import read_script
 from beringia.errors import ChipUnavailable
 from beringia.records.identity import ChipIdentity
+from beringia.records.record import canonical_hash
 
 _GIBIBYTE = 2**30
 _DTYPES: dict[Format, torch.dtype | None] = {
@@ -88,7 +89,7 @@ class EmulatedChip(Chip):
         device.install(
             kernels.kernels_of(profile, fidelity), [*kernels.results_of(profile), *self._faults.interposers()]
         )
-        self._identity = _identity(profile, fidelity)
+        self._identity = _identity(profile, fidelity, faults)
         EmulatedChip._open = self
 
     @property
@@ -170,7 +171,7 @@ def register_device(
     return chip
 
 
-def _identity(profile: Profile, fidelity: str) -> ChipIdentity:
+def _identity(profile: Profile, fidelity: str, faults: str | None) -> ChipIdentity:
     overall, order = profile.float32_products, profile.reduction
     units = {
         f"unit.{name}": f"{unit.scheme}, {unit.result_bits} bits, {unit.final}" for name, unit in profile.units.items()
@@ -185,6 +186,8 @@ def _identity(profile: Profile, fidelity: str) -> ChipIdentity:
         plugin="none",
         switches={
             "fidelity": fidelity,
+            # Two lots of a part are two chips as far as evidence goes.
+            "lot": "sound" if faults is None else canonical_hash(read_script(faults))[:12],
             "profile": profile.hash,
             "arithmetic": profile.arithmetic,
             "float32_products": f"{overall.format}, {overall.input_rounding}",

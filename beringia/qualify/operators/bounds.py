@@ -3,8 +3,8 @@
 A sound chip computes in float32 inside an operator (float64 for float64) and rounds the result once. What it may lose
 before that rounding follows from what the operator adds up: for an operator that is linear in its inputs, a rounding a
 term times the same operator on magnitudes (Higham, Accuracy and Stability, section 3.1); for elementary functions, the
-largest error that any maker documents. An operator that is not known here is measured: the same call on the CPU in
-float32 says what its roundings cost.
+largest error that any maker documents. An operator that is not known here is measured: the same call on the CPU says
+what its roundings cost.
 
 Every rule returns one tensor for each result: the absolute error allowed before the result is stored.
 """
@@ -20,7 +20,7 @@ import torch
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.qualify.operators.float64 import Attention, evaluate
-from beringia.qualify.operators.watch import Call, changed, tensors_in
+from beringia.qualify.operators.watch import Call, changed, tensors_in, written_values
 
 ELEMENTARY_ULPS = 8.0
 """Largest error of an elementary function in float32, in units in the last place. Documented: CUDA at most 2, HIP at
@@ -107,7 +107,7 @@ def bound_of(call: Call, exact: tuple[torch.Tensor, ...], args: tuple[Any, ...],
     for names, rule, basis, terms in _RULES:
         if name in names:
             return Bound(rule(operation), basis, terms(operation), True)
-    return Bound(_measured(operation), "measured: the same call on the CPU in float32", 1, True)
+    return Bound(_measured(operation), "measured: the same call on the CPU", 1, True)
 
 
 def _narrows(call: Call) -> bool:
@@ -270,16 +270,18 @@ def _attention(attention: Attention, operation: Operation) -> Bound:
 
 
 def _measured(operation: Operation) -> Allowed:
-    """From the error of the same call on the CPU, in float32."""
-    narrow = changed(operation.args, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    kwargs = changed(dict(operation.kwargs), lambda t: t.float() if t.is_floating_point() else t)
-    results = list(tensors_in(operation.call.func(*narrow, **kwargs)))
+    """From the error of the same call on the CPU, in its own dtypes: its largest, for every element."""
+    call = operation.call
+    args, kwargs = (changed(value, torch.Tensor.clone) for value in (call.args, dict(call.kwargs)))
+    results = [*tensors_in(written_values(call.func, args, kwargs)), *tensors_in(call.func(*args, **kwargs))]
     allowed = []
     for index, exact in enumerate(operation.exact):
-        found = results[index].double() if index < len(results) and exact.is_floating_point() else exact
-        scale = exact.square().mean().sqrt() if exact.is_floating_point() and exact.numel() else torch.zeros(())
-        largest = (found - exact).abs().amax() if exact.is_floating_point() and exact.numel() else torch.zeros(())
-        allowed.append(MEASURED_ALLOWED * largest + ELEMENTARY_ULPS * 2.0 * _F32 * (scale + exact.abs()))
+        if not exact.is_floating_point() or exact.numel() == 0 or index >= len(results):
+            allowed.append(torch.zeros(()))
+            continue
+        error = (results[index].double() - exact).abs().amax()
+        scale = exact.square().mean().sqrt()
+        allowed.append(MEASURED_ALLOWED * error + ELEMENTARY_ULPS * 2.0 * _F32 * (scale + exact.abs()))
     return allowed
 
 
@@ -336,8 +338,7 @@ _MOVES = _names(
     sign topk sort max min amax amin argmax argmin constant_pad_nd flip roll repeat split_with_sizes_copy relu
     clamp clamp_min clamp_max eq ne lt le gt ge isnan isfinite bitwise_and bitwise_or bitwise_not bitwise_xor
     logical_and logical_or logical_not scatter unsafe_view _unsafe_view reshape_copy expand_copy floor ceil
-    trunc round argsort one_hot nonzero masked_select repeat_interleave remainder floor_divide unique bincount
-    threshold_backward
+    trunc round argsort one_hot nonzero masked_select repeat_interleave unique bincount threshold_backward
     """
 )
 _CASTS = frozenset({"_to_copy", "to", "copy", "_copy_from"})

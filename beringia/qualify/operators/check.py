@@ -153,6 +153,8 @@ def judge_tensor(
     if not found.is_floating_point() or not exact.is_floating_point():
         return _judge_integers(found, exact)
     rounded = exact.to(found.dtype).double()
+    if not bound.rounds:
+        exact = rounded  # a constant among the arguments (`fill_(0.1)`) has no form in the dtype but its rounding
     wide = found.double()
     finite = rounded.isfinite() & wide.isfinite()
     measures = [_not_finite(wide, rounded)]

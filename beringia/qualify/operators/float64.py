@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from beringia.qualify.operators.watch import Call, changed, tensors_in, written_arguments
+from beringia.qualify.operators.watch import Call, changed, tensors_in, written_values
 
 _WIDE = torch.float64
 
@@ -27,11 +27,14 @@ class NotKnown(Exception):
 def in_float64(call: Call) -> tuple[torch.Tensor, ...]:
     """The results in float64 (integers and truth values as they are), in the order of `call.results`.
 
-    Raises NotKnown for an operator that the CPU does not have and whose definition is not known here.
+    Raises NotKnown for an operator that draws random numbers, or that the CPU does not have and whose definition is not
+    known here.
     """
     attention = Attention.of(call)
     if attention is not None:
         return attention.gradients() if attention.grad_BHTV is not None else attention.forward()
+    if torch.Tag.nondeterministic_seeded in call.func.tags:
+        raise NotKnown("it draws random numbers")
     return evaluate(call.func, call.args, call.kwargs)
 
 
@@ -47,12 +50,7 @@ def evaluate(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         result = func(*wide_args, **wide_kwargs)
     except NotImplementedError as error:
         raise NotKnown(str(error)) from error
-    places = written_arguments(func)
-    written = [
-        wide_args[place] if isinstance(place, int) else wide_kwargs[place]
-        for place in places
-        if (place < len(wide_args) if isinstance(place, int) else place in wide_kwargs)
-    ]
+    written = written_values(func, wide_args, wide_kwargs)
     first = list(tensors_in(written))
     return (*first, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in first)))
 
@@ -141,13 +139,15 @@ class Attention:
 
         weights, logsumexp = self.weights()
         if self.grad_BHTV is None:
-            return rounded(weights) @ self.v_BHSV, logsumexp
+            return rounded(weights) @ self.v_BHSV, logsumexp + rounded(weights).sum(-1).log()
         output = rounded(rounded(weights) @ self.v_BHSV)
         dweights = self._grad @ self.v_BHSV.mT
         dscores = rounded(weights * (dweights - (self._grad * output).sum(-1, keepdim=True)))
         dq = dscores @ self.k_BHSD * self.scale
-        dk = dscores.mT @ self.q_BHTD * self.scale
-        return dq, self.joined(dk), self.joined(rounded(weights).mT @ self._grad)
+        dk, dv = dscores.mT @ self.q_BHTD * self.scale, rounded(weights).mT @ self._grad
+        if self.groups < self.q_BHTD.shape[1]:
+            dk, dv = rounded(dk), rounded(dv)  # a head's, before those that share keys are added up
+        return dq, self.joined(dk), self.joined(dv)
 
     def joined(self, x_BHSD: torch.Tensor) -> torch.Tensor:
         """Added up over the heads that share keys."""
@@ -174,7 +174,8 @@ class Attention:
         scores = self._score_error(computing)
         relative = storing + scores + computing * (4 + weights.shape[-1] ** 0.5)
         out = (weights * relative) @ self.v_BHSV.abs()
-        return out, scores.amax(-1) + computing * (8 + logsumexp.abs())
+        # An error of the log-sum-exp is a relative error of the weights.
+        return out, storing + scores.amax(-1) + computing * (8 + logsumexp.abs())
 
     def gradients_allowed(self, storing: float, computing: float) -> tuple[torch.Tensor, ...]:
         """The same for the gradients of queries, keys and values."""

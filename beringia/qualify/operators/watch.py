@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from beringia.records.certificate import Direction
 
@@ -92,8 +93,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         self._noted: list[tuple[int, str]] = []
         self._counts: Counter[tuple[str, str, str]] = Counter()
         self._position = 0
-        self._named = {id(parameter): name for name, parameter in model.named_parameters()}
         self._parameters = dict(model.named_parameters())
+        self._named = WeakTensorKeyDictionary({parameter: name for name, parameter in model.named_parameters()})
+        # Weak: a gradient is freed in each step, and another tensor may get its place.
         self._handles = [handle for name, module in model.named_modules() for handle in self._hook(name, module)]
 
     def __exit__(
@@ -113,7 +115,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
             # Gradients have no names of their own: those of their parameters.
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
-                    self._named[id(parameter.grad)] = name
+                    self._named[parameter.grad] = name
         try:
             yield
         finally:
@@ -124,7 +126,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
     ) -> Any:
         kwargs = kwargs or {}
         backward = torch._C._current_graph_task_id() != -1
-        if not backward and torch.is_grad_enabled():
+        if not backward:
+            # Also where gradients are off: so runs a custom autograd function's forward, whose node has its number.
             self._noted.append((torch._C._autograd._get_sequence_nr(), self._stack[-1]))
         if func.is_view or func.namespace not in ("aten", "c10d") or _packet(func) in _NOT_COMPUTED:
             return func(*args, **kwargs)
@@ -136,9 +139,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         except RuntimeError as error:  # NotImplementedError is one
             self._refuse(func, args, backward, error)
             raise
-        written = [
-            args[place] if isinstance(place, int) else kwargs[place] for place in writes if _given(place, args, kwargs)
-        ]
+        written = written_values(func, args, kwargs)
         results = [
             *tensors_in(written),
             *(t for t in tensors_in(result) if not any(t is w for w in tensors_in(written))),
@@ -175,7 +176,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
 
     def _parameter(self, args: tuple[Any, ...]) -> str:
         tensor = next(tensors_in(args), None)
-        return "" if tensor is None else self._named.get(id(tensor), "")
+        return "" if tensor is None else self._name_of(tensor)
+
+    def _name_of(self, tensor: torch.Tensor) -> str:
+        return str(self._named.get(tensor, ""))  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _module_of_node(self) -> str:
         node: Any = torch._C._current_autograd_node()
@@ -183,7 +187,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
             return ""
         variable = getattr(node, "variable", None)
         if variable is not None:  # the node that adds up a parameter's gradient
-            return self._named.get(id(variable), "").rpartition(".")[0]
+            return self._name_of(variable).rpartition(".")[0]
         # A node gets its number before its operator runs, which then finds the next number due.
         index = bisect.bisect_left(self._noted, (node._sequence_nr() + 1, ""))
         return self._noted[min(index, len(self._noted) - 1)][1] if self._noted else ""
@@ -211,6 +215,15 @@ def written_arguments(func: OpOverload) -> tuple[int | str, ...]:
     )
 
 
+def written_values(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of a call that its operator writes."""
+    return [
+        args[place] if isinstance(place, int) else kwargs[place]
+        for place in written_arguments(func)
+        if (place < len(args) if isinstance(place, int) else place in kwargs)
+    ]
+
+
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in nested tuples, lists and dicts, in order."""
     if isinstance(value, torch.Tensor):
@@ -232,10 +245,6 @@ def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, dict):
         return {name: changed(item, change) for name, item in value.items()}
     return value
-
-
-def _given(place: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return place < len(args) if isinstance(place, int) else place in kwargs
 
 
 def _packet(func: OpOverload) -> str:

@@ -18,6 +18,7 @@ from beringia.report.words import duration, percent, share_words, significant
 KINDS = (
     "arithmetic",
     "operators",
+    "replay",
     "lengths",
     "layers",
     "repeat",
@@ -64,13 +65,13 @@ class Compared:
 
 def facts_of(certificate: Certificate, model: ModelMap) -> list[Fact]:
     """The few numbers at the top."""
-    calls = sum(cell.beyond for cell in model.cells)
+    beyond = sum(cell.beyond for cell in model.cells)
     outcomes = [probe.outcome for probe in certificate.probes]
     failed, unsure = outcomes.count("failed"), outcomes.count("inconclusive")
     return [
         Fact("Train on it", _allowed(certificate, certificate.allows("train"))),
         Fact("Serve on it", _allowed(certificate, certificate.allows("infer"))),
-        Fact("Operator calls", f"{len(certificate.operators):,}", f"{calls:,} beyond their bound"),
+        Fact("Operator checks", f"{len(certificate.operators):,}", f"{beyond:,} beyond the bound"),
         Fact("Probes", f"{len(outcomes):,}", f"{failed:,} failed" + (f", {unsure:,} undecided" if unsure else "")),
         Fact("Power", percent(certificate.power, 0), f"to see a harmful difference; {percent(POWER_NEEDED, 0)} needed"),
         Fact("Time", duration(certificate.seconds), "for all of it"),
@@ -121,7 +122,7 @@ def error_words(check: OperatorCheck) -> str:
         return "not a number"
     own = check.reference_error
     if own is None:
-        return f"{significant(check.error)}; the reference chip made no such call"
+        return f"{significant(check.error)}; the reference chip's own is not known"
     times = f" (this chip: {significant(check.error / own, 2)} times it)" if own > 0 else ""
     return f"{significant(check.error)}; the reference chip's own is {significant(own)}{times}"
 

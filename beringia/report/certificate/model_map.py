@@ -149,7 +149,7 @@ def model_map(checks: Iterable[OperatorCheck]) -> ModelMap:
     cells = _with_cards(_cells(checks))
     by_module: dict[str, list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: _order(cell.calls[0])):
-        by_module.setdefault(cell.worst.module, []).append(cell)
+        by_module.setdefault(place_of(cell.worst), []).append(cell)
     # A layer stands where its first module ran; loss and optimizer, which belong to no module, stand last.
     names = list(dict.fromkeys(layer_of(module) for module in by_module if module))
     layers = [_layer(name, {m: c for m, c in by_module.items() if m and layer_of(m) == name}) for name in names]
@@ -163,6 +163,14 @@ def layer_of(module: str) -> str:
     """`model.layers.3.mlp` is of `model.layers.3`; what has no numbered layer is its own."""
     numbered = re.match(r"(.*?\.\d+)(\.|$)", module)
     return numbered[1] if numbered else module
+
+
+def place_of(check: OperatorCheck) -> str:
+    """The module in whose block it stands. An optimizer's calls name parameters: they stand with the whole layer."""
+    if check.direction != "optimizer":
+        return check.module
+    layer = layer_of(check.module)
+    return layer if layer != check.module else layer.rpartition(".")[0]
 
 
 def style_of(used: float) -> str:
@@ -192,14 +200,14 @@ def shape_words(check: OperatorCheck, most: int | None = None) -> str:
 
 
 def _order(check: OperatorCheck) -> tuple[bool, int]:
-    # Modules stand in the order of the forward pass; the backward pass has the opposite one.
+    # Modules stand in the order of the forward pass; the backward pass has another one.
     return check.direction != "forward", check.position
 
 
 def _cells(checks: Iterable[OperatorCheck]) -> list[Cell]:
     groups: dict[tuple[str, str, Direction], list[OperatorCheck]] = {}
     for check in checks:
-        groups.setdefault((check.module, check.operator, check.direction), []).append(check)
+        groups.setdefault((place_of(check), check.operator, check.direction), []).append(check)
     return [Cell(tuple(sorted(group, key=lambda check: check.position))) for group in groups.values()]
 
 
@@ -209,7 +217,7 @@ def _with_cards(cells: Sequence[Cell]) -> list[Cell]:
     seen: set[tuple[str, Direction]] = set()
     ranked: list[tuple[bool, bool, int, Cell]] = []
     for cell in graded:
-        place = cell.worst.module, cell.worst.direction
+        place = place_of(cell.worst), cell.worst.direction
         ranked.append((cell.used <= NEAR, place in seen, len(ranked), cell))
         seen.add(place)
     cards = [cell for *_, cell in sorted(ranked, key=lambda one: one[:3]) if cell.used > 0][:MOST_CARDS]

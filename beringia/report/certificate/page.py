@@ -7,6 +7,7 @@ target.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 from markupsafe import Markup
@@ -50,6 +51,7 @@ def render_certificate(signed: SignedCertificate) -> str:
         title=f"{chip_words(certificate.identity)}: certificate for {certificate.model.name}",
         signed=signed,
         certificate=certificate,
+        created=_moment(certificate.created),
         sentence=verdict_sentence(certificate),
         facts=evidence.facts_of(certificate, model),
         model=model,
@@ -64,13 +66,22 @@ def render_certificate(signed: SignedCertificate) -> str:
     )
 
 
+def _moment(created: str) -> str:
+    """`2026-11-25 18:40 UTC`; what is no time is shown as it stands."""
+    try:
+        return f"{datetime.fromisoformat(created).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return created
+
+
 def _map_caption(model: ModelMap) -> str:
     cells = count(len(model.cells), "cell")
     if not model.beyond:
         return f"What to see: none of {cells} is hatched or crossed, so no operator is beyond its bound."
     layers = [layer.name for layer in model.layers if layer.beyond]
     where = ", ".join(layers[:4]) + (f" and {len(layers) - 4:,} more" if len(layers) > 4 else "")
-    return f"What to see: {len(model.beyond):,} of {cells} hatched or crossed, in {where}. They are wrong."
+    few = "is hatched or crossed" if len(model.beyond) == 1 else "are hatched or crossed"
+    return f"What to see: {len(model.beyond):,} of {cells} {few}: beyond the bound or refused, in {where}."
 
 
 def _lockstep(certificate: Certificate) -> Figure | None:

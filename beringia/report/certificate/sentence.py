@@ -73,9 +73,7 @@ def largest_share(probe: ProbeResult) -> float:
 
 def _because(certificate: Certificate) -> str:
     if certificate.verdict == "train":
-        calls, probes = len(certificate.operators), len(certificate.probes)
-        found = f"{count(calls, 'operator call')} and {count(probes, 'probe')} found nothing against it"
-        return f"{found} for {certificate.model.name}"
+        return _why_sound(certificate)
     if certificate.verdict == "inconclusive":
         return _why_open(certificate)
     located = certificate.first_wrong
@@ -83,6 +81,16 @@ def _because(certificate: Certificate) -> str:
         return wrong_words(located.check)
     use: Use = "infer" if certificate.verdict == "unfit" else "train"
     return _summary(certificate, "failed", (use,)) or _first_reason(certificate)
+
+
+def _why_sound(certificate: Certificate) -> str:
+    """An operator beyond its bound rules nothing out by itself, but must not be kept quiet."""
+    probes, located = count(len(certificate.probes), "probe"), certificate.first_wrong
+    wrong = wrong_words(located.check) if located is not None else _summary(certificate, "failed", ("neither",))
+    if wrong:
+        return f"what {probes} found rules nothing out, though {wrong}"
+    checks = count(len(certificate.operators), "operator check")
+    return f"{checks} and {probes} found nothing against it for {certificate.model.name}"
 
 
 def _why_open(certificate: Certificate) -> str:

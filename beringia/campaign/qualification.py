@@ -1,0 +1,89 @@
+"""The campaign's first stage: every chip is qualified, so that one that must not train costs minutes, not a run.
+
+Writes `certificates/<label>.json` with its page and JUnit report into the run directory, and one event a chip. A chip
+that has its certificate already (the campaign was interrupted) is not asked again. Does nothing where the recipe lets
+chips train without certificates.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from beringia.qualify.probing import Interpreter
+from beringia.qualify.qualification import Request, qualify, reference_for
+from beringia.records.certificate import Certificate
+from beringia.records.events import AnyEvent, Qualified
+from beringia.records.recipe import Recipe
+from beringia.records.run_directory import RunDirectory
+from beringia.records.signature import load_or_create_key, sign, write_signed
+from beringia.report.certificate import write_certificate_page, write_junit
+from beringia.supervise.event_log import EventLog
+from beringia.supervise.lock import RunLock
+from beringia.supervise.run_files import prepare_run
+
+_LENGTHS_TIMES = 4
+"""Attention is tried up to so many times the run's sequences: it will not see longer ones."""
+
+
+def qualify_chips(
+    recipe: Recipe, recipe_text: str, run: RunDirectory, on_event: Callable[[AnyEvent], None] | None
+) -> None:
+    """Qualify the chips of `train.prefer` that have no certificate yet."""
+    missing = [label for label in recipe.train.prefer if not (run.certificates / f"{label}.json").exists()]
+    if recipe.qualify.unqualified == "allow" or not missing:
+        return
+    with RunLock(run) as lock:
+        prepare_run(recipe, recipe_text, run)
+        log = EventLog(run, on_event)
+        try:
+            for label in missing:
+                certificate = _qualify(recipe, run, label)
+                log.append(_event(certificate, run, label), epoch=lock.epoch, chip=label)
+        finally:
+            log.close()
+
+
+def _qualify(recipe: Recipe, run: RunDirectory, label: str) -> Certificate:
+    request = request_for(recipe, label)
+    directory = run.root / "qualify"
+    bundle = reference_for(request, directory)
+    certificate = qualify(request, bundle)
+    signed = sign(certificate, load_or_create_key())
+    write_certificate_page(signed, run.certificates / f"{label}.html")
+    write_junit(certificate, run.certificates / f"{label}.xml")
+    # Last: it is what says that the chip has been qualified.
+    write_signed(run.certificates / f"{label}.json", signed)
+    return certificate
+
+
+def request_for(recipe: Recipe, label: str) -> Request:
+    """What the recipe asks of a chip, as a request to qualify it."""
+    section = recipe.chips[label]
+    model = recipe.model.preset or recipe.model.path
+    assert model is not None
+    compute = recipe.train.compute
+    return Request(
+        chip=section.use,
+        model=model,
+        faults=section.faults,
+        seed=recipe.seed,
+        compute_dtype=None if compute == "auto" else compute,
+        longest=max(2056, _LENGTHS_TIMES * recipe.data.sequence_length),
+        collectives=section.ranks > 1,
+        interpreter=Interpreter(section.python or sys.executable, section.launch),
+    )
+
+
+def _event(certificate: Certificate, run: RunDirectory, label: str) -> Qualified:
+    first = certificate.first_wrong
+    return Qualified(
+        used=certificate.chip,
+        identity_hash=certificate.identity_hash,
+        verdict=certificate.verdict,
+        reasons=certificate.reasons,
+        first_wrong=None if first is None else first.check.name,
+        certificate=str(Path(run.certificates.name) / f"{label}.json"),
+        seconds=certificate.seconds,
+    )
