@@ -113,7 +113,7 @@ def flipped_moments(draw: random.Random, severe: bool) -> dict[str, Any]:
 
 def truncating_cast(draw: random.Random, severe: bool) -> dict[str, Any]:
     if severe:
-        return {"kind": "wrong-cast", "rounding": "scaled", "strength": draw.choice([-1, 1]) * draw.uniform(0.02, 0.1)}
+        return {"kind": "wrong-cast", "rounding": "scaled", "strength": draw.uniform(0.02, 0.1)}
     return {"kind": "wrong-cast", "rounding": draw.choice(["truncate", "floor"])}
 
 
@@ -147,13 +147,13 @@ def flushed_forward(draw: random.Random, severe: bool) -> dict[str, Any]:
 
 def wrong_function(draw: random.Random, severe: bool) -> dict[str, Any]:
     family = draw.choice(["rsqrt", "silu", "sigmoid", "mean"])
-    strength = draw.choice([-1, 1]) * (draw.uniform(0.1, 0.5) if severe else draw.uniform(0.02, 0.06))
+    strength = draw.uniform(0.1, 0.5) if severe else draw.uniform(0.02, 0.06)
     return {"kind": "wrong-function", "operator": family, "strength": strength}
 
 
 def wrong_function_backward(draw: random.Random, severe: bool) -> dict[str, Any]:
     family = draw.choice(["sum", "mul", "add", "sigmoid", "log_softmax", "attention"])
-    strength = draw.choice([-1, 1]) * (draw.uniform(0.2, 0.6) if severe else draw.uniform(0.06, 0.15))
+    strength = draw.uniform(0.2, 0.6) if severe else draw.uniform(0.06, 0.15)
     return {"kind": "wrong-function", "operator": family, "strength": strength, "direction": "backward"} | (
         {"sites": list(range(0, 400, 3))} if family in ("mul", "add") else {}
     )
@@ -192,7 +192,7 @@ def wrong_optimizer(draw: random.Random, severe: bool) -> dict[str, Any]:
 def wrong_optimizer_everywhere(draw: random.Random, severe: bool) -> dict[str, Any]:
     if severe:
         return {"kind": "wrong-optimizer", "error": draw.choice(["stale-moment", "no-bias-correction"])}
-    return {"kind": "wrong-optimizer", "error": "scaled", "strength": draw.choice([-1, 1]) * draw.uniform(0.2, 0.4)}
+    return {"kind": "wrong-optimizer", "error": "scaled", "strength": draw.uniform(0.2, 0.4)}
 
 
 def intermittent(draw: random.Random, severe: bool) -> dict[str, Any]:

@@ -7,8 +7,8 @@ Every case is one defect inside an emulated chip (`qualify_cases.py`), qualified
 benchmark goes on.
 
 **Harm is measured apart from the qualification.** With whole tensors, on the qualification's batches and on others:
-outputs, each parameter's gradient and each layer's update over four training steps, of the faulty chip against the
-same chip without the fault, over a noise floor (the sound chip with weights moved by up to one unit in the last place
+outputs, each parameter's gradient and each layer's update over training steps, of the faulty chip against the same chip
+without the fault, over a noise floor (the sound chip with weights moved by up to one unit in the last place
 of bfloat16, three draws, root mean square); the worst batch counts. Beyond `HARM` times the floor a defect is harmful:
 to inference where it is the outputs (for defects of lengths those of attention over 600 and 2,100 tokens, too), else to
 training. Below `HARMLESS` everywhere it is harmless. Between the two nothing is asked; such cases are counted.
@@ -45,8 +45,10 @@ HARM = 2.0
 HARMLESS = 1.0
 """No batch moves anything by more than the noise."""
 DRAWS = 3
-HARM_BATCHES = (0, 1, 2, 3, 4, 5, 1000, 1001)
-HARM_STEPS = 4
+FIRST_STEP = 4
+"""Of the qualification's trace, after two watched training steps and one of decoding: faults that are drawn by step are
+then the same."""
+OTHER_BATCHES = (1000, 1001)
 REQUIRED = {"verdict": 0.98, "operator": 0.95}
 CLEAN_CHIPS = ("emulated:h100", "emulated:a100", "emulated:mi300x", "cpu")
 
@@ -122,39 +124,49 @@ class Harm:
         self.routes: list[Any] = []
         self.outputs: Tensors = {}
         self.gradients: Tensors = {}
-        step = 50
+        self._world, self._chip, self._step = world, chip, FIRST_STEP - 1
+        self._pending = iter(routes) if routes is not None else None
+        subject = world.subject
         model = self._model(subject, chip, world.dtype, change)
-        pending = iter(routes) if routes is not None else None
-        for number in HARM_BATCHES:
-            step += 1
-            chip.begin_step(step)
-            batch = on_device(subject.batch(number), chip.device)
-            own = next(pending) if pending is not None else None
-            loss, own = self._loss(subject, model, batch, own)
-            loss.backward()
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    self.gradients[f"{number}/{name}"] = parameter.grad.detach().cpu().double()
-            model.zero_grad(set_to_none=True)
-            step += 1
-            chip.begin_step(step)
-            with torch.no_grad(), subject.forcing_routes(model, own):
-                self.outputs[str(number)] = subject.outputs(model, batch).cpu().double()
-            self.routes.append(own)
+        for number in range(world.plan.batches):
+            self._pass(model, number)
+        self._begin_step()
+        with torch.no_grad():
+            batch = on_device(subject.batch(0), chip.device)
+            self.decoded = {"0": subject.decode(model, batch).cpu().double()}
         before = {name: parameter.detach().cpu().double().clone() for name, parameter in model.named_parameters()}
         optimizer = make_optimizer(model, fused=True)
-        for number in range(HARM_STEPS):
-            step += 1
-            chip.begin_step(step)
-            batch = on_device(subject.batch(2000 + number), chip.device)
-            loss, own = self._loss(subject, model, batch, next(pending) if pending is not None else None)
-            self.routes.append(own)
-            loss.backward()
+        for number in range(world.plan.steps):
+            self._begin_step()
+            self._loss(model, on_device(subject.batch(number), chip.device))[0].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        chip.begin_step(step + 1)
+        self._begin_step()
         self.updates = {n: p.detach().cpu().double() - before[n] for n, p in model.named_parameters()}
+        model = self._model(subject, chip, world.dtype, change)
+        for number in OTHER_BATCHES:
+            self._pass(model, number)
+
+    def _pass(self, model: Any, number: int) -> None:
+        from beringia.qualify.subject import on_device
+
+        subject, device = self._world.subject, self._chip.device
+        batch = on_device(subject.batch(number), device)
+        self._begin_step()
+        loss, own = self._loss(model, batch)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                self.gradients[f"{number}/{name}"] = parameter.grad.detach().cpu().double()
+        model.zero_grad(set_to_none=True)
+        self._begin_step()
+        with torch.no_grad(), subject.forcing_routes(model, own):
+            self.outputs[str(number)] = subject.outputs(model, batch).cpu().double()
+
+    def _begin_step(self) -> None:
+        self._step += 1
+        self._chip.begin_step(self._step)
 
     @staticmethod
     def _model(subject: Any, chip: Any, dtype: torch.dtype, change: Any) -> Any:
@@ -165,12 +177,14 @@ class Harm:
                     parameter.copy_(change(name, parameter))
         return subject.place(model, chip.device, dtype)
 
-    @staticmethod
-    def _loss(subject: Any, model: Any, batch: Any, routes: Any) -> tuple[torch.Tensor, Any]:
-        if routes is None:
+    def _loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
+        subject = self._world.subject
+        if self._pending is None:
             with subject.recording_routes(model) as own:
                 loss = subject.loss(model, batch)
+            self.routes.append(own)
             return loss, own
+        routes = next(self._pending)
         with subject.forcing_routes(model, routes):
             return subject.loss(model, batch), routes
 
@@ -217,6 +231,7 @@ class Sound:
         draws = [
             Harm(world, chip, change=one_ulp(100 + draw, world.dtype), routes=self.harm.routes) for draw in range(DRAWS)
         ]
+        self.decode_floor = _pooled([by_batch(draw.decoded, self.harm.decoded) for draw in draws])
         self.output_floor = _pooled([by_batch(draw.outputs, self.harm.outputs) for draw in draws])
         self.gradient_floor = _pooled([by_batch(draw.gradients, self.harm.gradients) for draw in draws])
         self.update_floor = _rms_by([by_layer(draw.updates, self.harm.updates) for draw in draws])
@@ -224,12 +239,16 @@ class Sound:
         self.summary = RunSummary()
         recorder = Recorder(world.subject, chip, world.dtype, also=self.summary.take)
         recorder._watch_training()
+        recorder._watch_decoding()
         chip.close()
 
     def compare(self, world: World, chip: Any, *, lengths: bool) -> dict[str, float]:
         """The harm of a chip with a fault: to outputs, and to training."""
         found = Harm(world, chip, change=None, routes=self.harm.routes)
-        output = _worst(by_batch(found.outputs, self.harm.outputs), self.output_floor)
+        output = max(
+            _worst(by_batch(found.outputs, self.harm.outputs), self.output_floor),
+            _worst(by_batch(found.decoded, self.harm.decoded), self.decode_floor),
+        )
         if lengths:
             for name, tensor in long_outputs(world, chip, self.LENGTHS).items():
                 noise = float((self.long[name].to(world.dtype).double() - self.long[name]).norm()) + 2.0**-9 * float(
@@ -264,6 +283,18 @@ def _worst(distances: dict[str, float], floors: dict[str, float]) -> float:
 
 def _rms_by(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: _rms([row[name] for row in rows]) for name in rows[0]}
+
+
+class Stopwatch:
+    """What the benchmark adds to the qualification's time."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
 
 
 class Truth:
@@ -357,15 +388,22 @@ def run_case(case: Case, world: World, directory: Path) -> dict[str, Any]:
     chip.close()
     chip = open_chip(case.chip, script)
     truth, rules, summary = Truth(chip), Rules(), RunSummary()
+    beside = Stopwatch()
 
     def also(call: Any) -> None:
-        truth.take(call)
+        with beside:
+            truth.take(call)
+            rules.take(call)
+            summary.take(call)
 
     found = qualified(world, chip, also=also)
     chip.close()
-    chip = open_chip(case.chip, script)
-    peers = peers_of(world, chip, sound, rules, summary, found.pop("losses"))
-    chip.close()
+    losses = found.pop("losses")
+    first: dict[str, Any] = dict(rules.first) | whole_run(summary, sound.summary)
+    refuses = {rule: rule in first for rule in (*PER_CALL, *WHOLE_RUN)}
+    refuses["loss at 1 %"] = losses is None or loss_watching(losses, world.reference_trace.losses_N)
+    peers = {"refuses": refuses, "first": {rule: list(key) for rule, key in first.items()}}
+    found["seconds"] -= beside.seconds
     return {
         **asdict(case),
         "harm": harm,
@@ -373,21 +411,6 @@ def run_case(case: Case, world: World, directory: Path) -> dict[str, Any]:
         **found,
         "peers": peers,
     }
-
-
-def peers_of(world: World, chip: Any, sound: Sound, rules: Rules, summary: RunSummary, losses: Any) -> dict[str, Any]:
-    """What the rules of others say of the same chip."""
-    from beringia.qualify.recording import Recorder
-
-    def both(call: Any) -> None:
-        rules.take(call)
-        summary.take(call)
-
-    Recorder(world.subject, chip, world.dtype, also=both)._watch_training()
-    first: dict[str, Any] = dict(rules.first) | whole_run(summary, sound.summary)
-    refuses = {rule: rule in first for rule in (*PER_CALL, *WHOLE_RUN)}
-    refuses["loss at 1 %"] = losses is None or loss_watching(losses, world.reference_trace.losses_N)
-    return {"refuses": refuses, "first": {rule: list(key) for rule, key in first.items()}}
 
 
 def expected(result: dict[str, Any]) -> tuple[str, ...] | None:

@@ -2,8 +2,8 @@
 
 Each rule sees what its tool would see: calls one by one with the same inputs (assert_close, a fixed tolerance,
 torch._dynamo's `same`, msprobe's benchmark method), tensors of two free runs (msprobe's first-difference rule, hashes
-as DebugMode keeps them), or the loss alone. `refuses` says whether the rule would refuse the chip, `first` what it would
-name. The reference of per-call rules is the CPU in the same dtype, golden results are float64's.
+as DebugMode keeps them), or the loss alone. `refuses` says whether the rule would refuse the chip, `first` what it
+would name. The reference of per-call rules is the CPU in the same dtype, golden results are float64's.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class RunSummary:
     def take(self, call: Call) -> None:
         floats = [result for result in call.results if result.is_floating_point() and result.numel()]
         key = key_of(call)
+        if key in self.hashes:
+            return
         self.order.append(key)
         if floats:
             wide = floats[0].double()

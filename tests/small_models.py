@@ -14,11 +14,12 @@ from beringia.chips.chip import Chip
 from beringia.chips.emulated.device import register
 from beringia.chips.open import open_chip
 from beringia.model import Decoder, DecoderConfig, initialise
+from beringia.numerics.state_hash import hash_state
 from beringia.qualify.operators.check import check
 from beringia.qualify.operators.watch import Call, Watch
 from beringia.qualify.subject import DecoderSubject, on_device
 from beringia.qualify.trace import CLIP, make_optimizer
-from beringia.records.certificate import OperatorCheck
+from beringia.records.certificate import ModelFingerprint, OperatorCheck
 
 # torch's autograd makes its queues at the first backward pass of a process and learns of no device later.
 register()
@@ -75,6 +76,10 @@ class SmallSubject(DecoderSubject):
                 if parameter.dim() < 2:
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         return decoder
+
+    def fingerprint(self) -> ModelFingerprint:
+        weights = hash_state(self.build().state_dict(), {})
+        return ModelFingerprint(name=self.source, configuration="5f" * 32, weights=weights, parameters=1)
 
     def _row(self, number: int) -> list[int]:
         generator = torch.Generator().manual_seed(number + 1000 * self.seed)

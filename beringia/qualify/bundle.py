@@ -4,8 +4,8 @@ A zip archive of `manifest.json` and `tensors.safetensors`, compressed; the mani
 a damaged copy is refused. No pickle. Bounded: the captured calls take what a limit leaves them.
 
 Holds: which model and data (not the weights, which both machines read for themselves), float64's trace and routes, how
-far the reference and its perturbed draws are from it, the reference's own error in every operator call, and distinct
-calls with their arguments.
+far the reference and its perturbed draws are from it, the reference's own error in every operator call, what float64
+sends through each layer, and distinct calls with their arguments.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
+import struct
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from safetensors.torch import load, save
 from beringia import __version__
 from beringia.errors import InputError
 from beringia.qualify.effects import Cell, Noise
+from beringia.qualify.layers import Traffic
 from beringia.qualify.operators.watch import Call, Place
 from beringia.qualify.trace import ChosenRoutes, Plan, Trace
 from beringia.records.certificate import ModelFingerprint
@@ -89,6 +93,7 @@ class Bundle:
     manifest: BundleManifest
     noise: Noise
     routes: ChosenRoutes
+    traffic: Mapping[str, Traffic]
     calls: tuple[Call, ...]
 
     @property
@@ -97,9 +102,16 @@ class Bundle:
         return Plan(self.manifest.batches, self.manifest.steps)
 
 
-def write_bundle(path: Path, manifest: dict[str, Any], noise: Noise, routes: ChosenRoutes, calls: list[Call]) -> None:
+def write_bundle(
+    path: Path,
+    manifest: dict[str, Any],
+    noise: Noise,
+    routes: ChosenRoutes,
+    traffic: Mapping[str, Traffic],
+    calls: list[Call],
+) -> None:
     """Write a bundle; `manifest` has the fields that are not derived from the other arguments."""
-    tensors = _noise_tensors(noise) | _route_tensors(routes)
+    tensors = _noise_tensors(noise) | _route_tensors(routes) | _traffic_tensors(traffic)
     entries = [_entry(call, tensors) for call in calls]
     content = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
     whole = BundleManifest(
@@ -115,8 +127,7 @@ def write_bundle(path: Path, manifest: dict[str, Any], noise: Noise, routes: Cho
 def read_bundle(path: Path) -> Bundle:
     """Read a bundle. Raises InputError naming what is wrong with it."""
     manifest = read_manifest(path)
-    with _open(path) as archive:
-        content = archive.read(_TENSORS)
+    content = _part(path, _TENSORS)
     if hashlib.sha256(content).hexdigest() != manifest.tensors_sha256:
         raise InputError(f"The bundle {path} is damaged: its tensors have another hash than it says. Copy it again.")
     tensors = load(content)
@@ -125,16 +136,16 @@ def read_bundle(path: Path) -> Bundle:
     exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
     noise = Noise(exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"])
     calls = tuple(_call(entry, tensors) for entry in manifest.calls)
-    return Bundle(manifest, noise, _routes(tensors, manifest), calls)
+    return Bundle(manifest, noise, _routes(tensors, manifest), _traffic(tensors), calls)
 
 
 def read_manifest(path: Path) -> BundleManifest:
     """The manifest alone. Raises InputError."""
-    with _open(path) as archive:
-        try:
-            document = json.loads(archive.read(_MANIFEST))
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is not a bundle, or it is damaged: {error}. Make it again.") from None
+    content = _part(path, _MANIFEST)
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{path} is not a bundle, or it is damaged ({error}). Copy it again.") from None
     found = document.get("schema_version") if isinstance(document, dict) else None
     if not isinstance(found, int) or found > BUNDLE_SCHEMA:
         raise InputError(
@@ -172,12 +183,17 @@ def _write_zip(path: Path, parts: Mapping[str, bytes]) -> None:
     sync_directory(path.parent)
 
 
-def _open(path: Path) -> zipfile.ZipFile:
+_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, RuntimeError, EOFError, OSError)
+"""What reading a damaged archive raises, depending on where it is hit."""
+
+
+def _part(path: Path, name: str) -> bytes:
     try:
-        return zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+            return archive.read(name)
     except FileNotFoundError:
         raise InputError(f"There is no bundle at {path}. Make one with `beringia reference`.") from None
-    except (zipfile.BadZipFile, OSError) as error:
+    except _DAMAGED as error:
         raise InputError(f"{path} is not a bundle, or it is damaged ({error}). Copy it again.") from None
 
 
@@ -214,6 +230,17 @@ def _routes(tensors: Mapping[str, torch.Tensor], manifest: BundleManifest) -> Ch
         tuple(found["batch", number] for number in range(manifest.batches)),
         tuple(found["step", number] for number in range(manifest.steps)),
     )
+
+
+def _traffic_tensors(traffic: Mapping[str, Traffic]) -> dict[str, torch.Tensor]:
+    inputs = {f"layer.input.{name}": one.input_BTD for name, one in traffic.items()}
+    return inputs | {f"layer.gradient.{name}": one.gradient_BTD for name, one in traffic.items()}
+
+
+def _traffic(tensors: Mapping[str, torch.Tensor]) -> dict[str, Traffic]:
+    names = [name.removeprefix("layer.input.") for name in tensors if name.startswith("layer.input.")]
+    ordered = sorted(names, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
+    return {name: Traffic(tensors[f"layer.input.{name}"], tensors[f"layer.gradient.{name}"]) for name in ordered}
 
 
 def _cell(text: str) -> Cell:
@@ -253,8 +280,8 @@ def _packed(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {"device": ""}
     if isinstance(value, list | tuple):
         return [_packed(item, tensors) for item in value]
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return {"infinite": value > 0}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
     return value
 
 
@@ -267,8 +294,8 @@ def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return _ordered(tensors[value["tensor"]], value["order"])
     if "dtype" in value:
         return getattr(torch, value["dtype"])
-    if "infinite" in value:
-        return float("inf") if value["infinite"] else float("-inf")
+    if "float" in value:
+        return float(value["float"])
     return torch.device("cpu")
 
 

@@ -141,7 +141,7 @@ def _judge_losses(noise: Noise, found: Trace) -> ProbeResult:
     spread = _rms(noise.losses_PK.flatten().tolist())
     margin = LOSS_MARGIN * max(spread, _rounding(float(noise.exact.losses_K.abs().mean())))
     low, high = _interval(differences)
-    outside = low > margin or high < -margin or not math.isfinite(low)
+    outside = low > margin or high < -margin or not all(map(math.isfinite, differences))
     inside = -margin < low and high < margin
     farthest = max(abs(low), abs(high))
     return ProbeResult(

@@ -90,11 +90,11 @@ def _one_bit(found: float, expected: float, dtype: str) -> bool:
 
 
 def _stuck(check: OperatorCheck) -> bool:
-    """A rectangle with edges at multiples of 16, or at the tensor's."""
+    """Several elements, within one rectangle with edges at multiples of 16."""
     if len(check.wrong_from) < 2 or check.wrong_share > 0.5 or not _is(check, *_PRODUCTS):
         return False
     rows, columns = (check.wrong_to[dim] // 16 - check.wrong_from[dim] // 16 for dim in (-2, -1))
-    return rows == 0 and columns == 0 and check.wrong_share > 0
+    return rows == 0 and columns == 0 and check.wrong_from != check.wrong_to
 
 
 def _scaled(check: OperatorCheck) -> bool:

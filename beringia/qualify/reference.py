@@ -11,6 +11,7 @@ from beringia.chips.chip import Chip
 from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, error_key, write_bundle
 from beringia.qualify.capture import Capture
 from beringia.qualify.effects import Noise
+from beringia.qualify.layers import Traffic
 from beringia.qualify.recording import Recorder
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import Plan, Tracer, one_ulp
@@ -66,5 +67,6 @@ def make_bundle(
         },
         Noise.of(exact, recording.trace, draws),
         routes,
+        {name: Traffic(x.to(dtype), gradient.to(dtype)) for name, (x, gradient) in tracer.traffic(routes).items()},
         capture.calls,
     )

@@ -84,6 +84,14 @@ class Subject(ABC):
         """What one step of decoding gives; a model that has none gives its outputs."""
         return self.outputs(model, batch)
 
+    def layers_of(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """The layers that `call_layer` can call one by one, by path; none where a model has no such form."""
+        return {}
+
+    def call_layer(self, model: nn.Module, layer: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
+        """One layer by itself."""
+        raise NotImplementedError
+
     def after_update(self, model: nn.Module) -> None:  # noqa: B027 (most models do nothing there)
         """What a training step does after its optimizer."""
 
@@ -149,6 +157,15 @@ class DecoderSubject(Subject):
         tokens_BT = batch["tokens"]
         model.logits(tokens_BT[:, :-1], cache)
         return model.logits(tokens_BT[:, -1:], cache)
+
+    def layers_of(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        assert isinstance(model, Decoder)
+        return {f"model.layers.{index}": layer for index, layer in enumerate(model.model.layers)}
+
+    def call_layer(self, model: nn.Module, layer: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
+        assert isinstance(model, Decoder)
+        called: torch.Tensor = layer(x_BTD, model.rope_at(0, x_BTD.shape[1], x_BTD.device))
+        return called
 
     def after_update(self, model: nn.Module) -> None:
         assert isinstance(model, Decoder)

@@ -22,6 +22,7 @@ from torch import nn
 
 from beringia.chips.chip import Chip
 from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.numerics.replay import Taps
 from beringia.qualify.subject import Routes, Subject, on_device
 
 WIDTH = 1024
@@ -68,8 +69,22 @@ class Tracer:
 
     def in_float64(self) -> tuple[Trace, ChosenRoutes]:
         """On the CPU, and the routes for all others."""
-        model = self._subject.place(self._subject.build(), torch.device("cpu"), torch.float64)
-        return self._run(model, fused=False, routes=None, begin_step=lambda: None)
+        return self._run(self._exact_model(), fused=False, routes=None, begin_step=lambda: None)
+
+    def traffic(self, routes: ChosenRoutes) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What float64 sends through each layer in the first batch: its input, and its output's gradient."""
+        model = self._exact_model()
+        with Taps(self._subject.layers_of(model), lambda tensor: tensor) as taps:
+            self._backward(model, 0, routes.batches[0])
+        calls = {name: seen[0] for name, seen in taps.calls.items()}
+        return {
+            name: (call.inputs[0], call.output_gradient)
+            for name, call in calls.items()
+            if call.output_gradient is not None
+        }
+
+    def _exact_model(self) -> nn.Module:
+        return self._subject.place(self._subject.build(), torch.device("cpu"), torch.float64)
 
     def on_chip(
         self,
@@ -114,7 +129,11 @@ class Tracer:
             sketches["decode"] = sketch("decode", self._subject.decode(model, batch))
         training, chosen_steps, updates = self._train(model, fused, routes, begin_step)
         return (
-            Trace(sketches | updates, torch.tensor(losses).double(), torch.tensor(training).double()),
+            Trace(
+                sketches | updates,
+                torch.tensor(losses, dtype=torch.float64),
+                torch.tensor(training, dtype=torch.float64),
+            ),
             ChosenRoutes(tuple(chosen), tuple(chosen_steps)),
         )
 

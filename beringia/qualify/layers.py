@@ -1,0 +1,112 @@
+"""Each layer by itself, with float64's own inputs and output gradients (teacher-forced): output and gradients.
+
+What a layer magnifies does not reach the next one here, so a defect shows where it is, also one that no single operator
+shows. The bound is measured: the same layer on the CPU in the compute dtype, from weights moved by up to one unit in
+the last place.
+
+B samples, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from beringia.chips.chip import Chip
+from beringia.numerics.metrics import rounding_floor
+from beringia.qualify.effects import EFFECT_ALLOWED
+from beringia.qualify.subject import Routes, Subject
+from beringia.qualify.trace import one_ulp
+from beringia.records.certificate import Measure, ProbeResult
+
+DRAWS = 3
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What float64 sent through a layer in the first batch, rounded to the compute dtype."""
+
+    input_BTD: torch.Tensor
+    gradient_BTD: torch.Tensor
+    """Of the layer's output."""
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def probe_layers(
+    chip: Chip, subject: Subject, dtype: torch.dtype, traffic: Mapping[str, Traffic], routes: Routes
+) -> Iterator[ProbeResult]:
+    """One result a layer."""
+    here = subject.place(subject.build(), chip.device, dtype)
+    plain = subject.build()
+    for name, one in traffic.items():
+        found = _run(subject, here, name, one, routes, dtype)
+        exact = _run(subject, _changed(subject, plain, torch.float64, None), name, one, routes, torch.float64)
+        draws = [
+            _run(subject, _changed(subject, plain, dtype, seed), name, one, routes, dtype) for seed in range(DRAWS)
+        ]
+        yield _judged(name, found, exact, draws, dtype)
+
+
+def _run(
+    subject: Subject, model: nn.Module, name: str, traffic: Traffic, routes: Routes, dtype: torch.dtype
+) -> Tensors:
+    """Output and gradients of one layer, on the CPU in float64."""
+    layer = model.get_submodule(name)
+    device = next(layer.parameters()).device
+    x_BTD = traffic.input_BTD.to(device, dtype).requires_grad_()
+    with subject.forcing_routes(model, routes):
+        output_BTD = subject.call_layer(model, layer, x_BTD)
+    parameters = dict(layer.named_parameters())
+    gradient_BTD = traffic.gradient_BTD.to(device, output_BTD.dtype)
+    gradients = torch.autograd.grad(output_BTD, (x_BTD, *parameters.values()), gradient_BTD, allow_unused=True)
+    named = zip(("input", *parameters), gradients, strict=True)
+    found = {f"gradient of {part}": gradient for part, gradient in named if gradient is not None}
+    return {part: tensor.detach().cpu().double() for part, tensor in ({"output": output_BTD} | found).items()}
+
+
+def _changed(subject: Subject, plain: nn.Module, dtype: torch.dtype, seed: int | None) -> nn.Module:
+    model = copy.deepcopy(plain)
+    if seed is not None:
+        change = one_ulp(seed, dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(change(name, parameter))
+    return subject.place(model, _CPU, dtype)
+
+
+def _judged(name: str, found: Tensors, exact: Tensors, draws: list[Tensors], dtype: torch.dtype) -> ProbeResult:
+    measures = [_measure(part, found[part], exact[part], [draw[part] for draw in draws], dtype) for part in exact]
+    kept = [measures[0], max(measures[1:], key=lambda measure: measure.used)]
+    beyond = [measure for measure in kept if measure.used > 1.0]
+    worst = max(kept, key=lambda measure: measure.used)
+    return ProbeResult(
+        probe="layers",
+        subject=name,
+        outcome="failed" if beyond else "passed",
+        rules_out="neither",
+        summary=f"{name} by itself: {worst.name} is {worst.used * EFFECT_ALLOWED:.3g} times as far from float64 as "
+        "rounding explains",
+        measures=tuple(kept),
+    )
+
+
+def _measure(
+    part: str, found: torch.Tensor, exact: torch.Tensor, draws: list[torch.Tensor], dtype: torch.dtype
+) -> Measure:
+    size = float(exact.norm()) or 1.0
+    floor = math.sqrt(sum(float((draw - exact).norm()) ** 2 for draw in draws) / len(draws)) / size
+    error = float((found - exact).norm()) / size
+    return Measure(
+        name=f"relative error of the {part}",
+        value=error if math.isfinite(error) else None,
+        bound=EFFECT_ALLOWED * max(floor, rounding_floor(dtype)),
+        reason=f"{EFFECT_ALLOWED:g} times the CPU's, with weights moved by one unit in the last place",
+    )

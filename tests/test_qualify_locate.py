@@ -1,0 +1,161 @@
+"""What a planted fault leaves behind names the fault: real faults of an emulated chip in a real training step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import SmallSubject, calls_of, opened, watched
+from torch import nn
+
+from beringia.chips.chip import Chip
+from beringia.qualify.locate import first_wrong, locate
+from beringia.qualify.operators.check import check, refused
+from beringia.qualify.operators.watch import Watch
+from beringia.qualify.recording import AT_REST, Recorder
+from beringia.qualify.trace import Plan, Tracer
+from beringia.records.certificate import Located, OperatorCheck
+
+MASK = "a mask or a length that is not respected"
+FAULTS = {
+    'kind = "bit-flip"\ntarget = "activations"\nsites = [0]\nbits = [28, 29]': ("flipped bits", "mm", "forward"),
+    'kind = "bit-flip"\ntarget = "gradients"\nsites = [3]\nbits = [27, 27]': ("flipped bits", "mm", "backward"),
+    'kind = "stuck-tile"\nsize = 16\nsites = [4]': ("a stuck tile of the matrix unit", "mm", "forward"),
+    'kind = "stuck-tile"\nsize = 16\nrow = 1\nvalue = 0.5\nsites = [2]': (
+        "a stuck tile of the matrix unit",
+        "mm",
+        "forward",
+    ),
+    'kind = "mask-ignored"\nlength = 8': (MASK, "attention", "forward"),
+    'kind = "wrong-backward"\nlength = 8\nstrength = 0.8': (MASK, "attention", "backward"),
+    'kind = "wrong-function"\noperator = "silu"\nstrength = 0.03': (
+        "a wrong factor in every element",
+        "silu",
+        "forward",
+    ),
+    'kind = "garbage-index"\nbeyond = 20': ("numbers in wrong places", "embedding", "forward"),
+    'kind = "short-accumulator"\nbits = 7': ("a short accumulator", "mm", "forward"),
+}
+
+
+def first_of(fault: str, directory: Path, subject: SmallSubject) -> OperatorCheck:
+    """The first wrong call of a training step in bfloat16."""
+    with opened("emulated:h800", fault, directory) as chip:
+        found = first_wrong(watched(subject, chip, torch.bfloat16))
+    assert found is not None
+    return found
+
+
+def fits(found: Located, phrase: str) -> bool:
+    return any(known.startswith(phrase) for known in found.consistent_with)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_the_first_wrong_operator_and_fits_its_description(fault: str, tmp_path: Path) -> None:
+    phrase, operator, direction = FAULTS[fault]
+    found = first_of(fault, tmp_path, SmallSubject("llama"))
+    assert operator in found.operator and found.direction == direction
+    assert fits(locate(found), phrase), (locate(found).consistent_with, found)
+
+
+def test_the_place_of_a_stuck_tile_and_of_an_ignored_mask_is_named(tmp_path: Path) -> None:
+    tile = first_of('kind = "stuck-tile"\nsize = 16\nrow = 1\nvalue = 0.5', tmp_path, SmallSubject("llama"))
+    assert (tile.wrong_from, tile.wrong_to, tile.found) == ((16, 0), (31, 15), 0.5)
+    mask = first_of('kind = "mask-ignored"\nlength = 8', tmp_path, SmallSubject("llama"))
+    assert mask.wrong_from[-2] == 8 and mask.module == "model.layers.0.self_attn"
+
+
+def test_a_factor_is_measured(tmp_path: Path) -> None:
+    fault = 'kind = "wrong-function"\noperator = "silu"\nstrength = 0.03'
+    found = first_of(fault, tmp_path, SmallSubject("llama"))
+    assert found.factor == pytest.approx(1.03, abs=2e-3) and found.wrong_share > 0.9
+
+
+def test_a_cast_that_truncates_is_called_that(tmp_path: Path) -> None:
+    """Told from rounding by the mean of the errors, which takes some hundred rows."""
+    fault = 'kind = "wrong-cast"\nrounding = "truncate"\ndirection = "forward"\nsites = [4]'
+    found = first_of(fault, tmp_path, SmallSubject("llama", samples=4, tokens=64))
+    assert found.operator == "aten._to_copy.default" and found.wrong_share == 0.0
+    assert fits(locate(found), "results truncated instead of rounded"), found
+
+
+def test_a_product_that_saturates_hides_infinity(tmp_path: Path) -> None:
+    fault = 'kind = "saturate"\nlimit = 65504.0'
+    with opened("emulated:v100", fault, tmp_path) as chip:
+        a = torch.full((20, 16), 200.0, dtype=torch.float16).to(chip.device)
+        (call,) = calls_of(lambda: a @ a.mT, device=chip.device.type)
+    found = check(call)
+    assert found is not None and found.used > 1.0
+    located = locate(found)
+    assert fits(located, "saturation") and not fits(located, "an overflow inside")
+    assert any("saturating overflow mode" in remedy for remedy in located.mitigations)
+
+
+def test_small_numbers_that_are_flushed_are_called_that(tmp_path: Path) -> None:
+    with opened("emulated:v100", 'kind = "flush"\nthreshold = 6.1e-5', tmp_path) as chip:
+        a = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).mul(2e-4).half().to(chip.device)
+        b = torch.eye(16).mul(0.1).half().to(chip.device)
+        (call,) = calls_of(lambda: a @ b, device=chip.device.type)
+    found = check(call)
+    assert found is not None and fits(locate(found), "subnormal numbers flushed to zero")
+
+
+def test_infinity_where_float64_has_a_number_is_an_overflow_inside() -> None:
+    a = torch.full((4, 4), 2.0)
+    (call,) = calls_of(lambda: a @ a)
+    call.results[0][1, 2] = float("inf")
+    found = check(call)
+    assert found is not None
+    located = locate(found)
+    assert fits(located, "an overflow inside") and not fits(located, "saturation"), found
+
+
+def test_an_operator_that_is_missing_is_called_that() -> None:
+    with opened("emulated:h800") as chip:
+        model = nn.Conv1d(4, 4, 1).to(chip.device)
+        watch = Watch(model, chip.device, lambda call: None)
+        with pytest.raises(NotImplementedError), watch:
+            model(torch.ones(1, 4, 6).to(chip.device))
+    assert watch.refused is not None
+    assert locate(refused(watch.refused)).consistent_with == ("an operator that the chip does not have",)
+
+
+def test_weights_that_change_between_two_steps_are_memory_that_does_not_keep(tmp_path: Path) -> None:
+    fault = 'kind = "bit-flip"\ntarget = "weights"\nsites = [2]\nbits = [20, 24]\nfrom_step = 2'
+    subject = SmallSubject("llama")
+    with opened("emulated:exact", fault, tmp_path) as chip:
+        found = first_wrong(recorded(subject, chip))
+    assert found is not None and found.operator == AT_REST
+    assert found.module == list(dict(subject.build().named_parameters()))[2]
+    assert found.found != found.expected and found.measures[0].value == 1.0
+    assert fits(locate(found), "memory that does not keep what was written")
+
+
+def recorded(subject: SmallSubject, chip: Chip) -> list[OperatorCheck]:
+    tracer = Tracer(subject, Plan(1, 1))
+    _, routes = tracer.in_float64()
+    return Recorder(subject, chip, torch.float32).record(tracer, routes).checks
+
+
+def test_sound_memory_is_not_called_wrong() -> None:
+    with opened("emulated:exact") as chip:
+        assert first_wrong(recorded(SmallSubject("llama"), chip)) is None
+
+
+def test_what_differs_from_run_to_run_is_said_first(tmp_path: Path) -> None:
+    found = first_of('kind = "stuck-tile"\nsize = 16', tmp_path, SmallSubject("llama"))
+    located = locate(found, repeatable=False)
+    assert located.consistent_with[0].startswith("results that differ from run to run")
+    assert located.mitigations[0] == "switch deterministic algorithms on"
+
+
+def test_a_sound_call_fits_no_fault_and_a_struck_one_does_not_fit_those_of_other_operators(tmp_path: Path) -> None:
+    with opened("emulated:h800") as chip:
+        checks = watched(SmallSubject("llama"), chip, torch.bfloat16)
+    assert first_wrong(checks) is None
+    assert not any(locate(found).consistent_with for found in checks)
+    index = first_of('kind = "garbage-index"\nbeyond = 20', tmp_path, SmallSubject("llama"))
+    assert not fits(locate(index), "a short accumulator") and not fits(locate(index), "a stuck tile")
+    flipped = first_of('kind = "bit-flip"\ntarget = "activations"\nbits = [28, 29]', tmp_path, SmallSubject("llama"))
+    assert not fits(locate(flipped), "a stuck tile"), "one element is no tile"

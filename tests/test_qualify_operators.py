@@ -1,0 +1,603 @@
+"""Every operator call against float64: where a call belongs, what it should have given, and how far off it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import CONFIGS, SmallSubject, calls_of, opened, watched
+from torch import nn
+from torch.nn import functional as F
+
+from beringia.numerics.metrics import UNIT_ROUNDOFF, rounding_floor
+from beringia.qualify.operators.bounds import bound_of
+from beringia.qualify.operators.check import check, refused
+from beringia.qualify.operators.float64 import NotKnown, in_float64
+from beringia.qualify.operators.watch import Call, Watch
+from beringia.qualify.trace import make_optimizer
+from beringia.records.certificate import OperatorCheck
+
+DEVICES = ["cpu", "emulated:exact"]
+FLOAT64_AGREEMENT = 1e-12
+"""Relative: two orders of a few hundred float64 operations."""
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def only_call(function: Callable[[], object], operator: str) -> Call:
+    (call,) = (call for call in calls_of(function) if call.func.overloadpacket.__name__ == operator)
+    return call
+
+
+def judged(call: Call) -> OperatorCheck:
+    found = check(call)
+    assert found is not None
+    return found
+
+
+def with_result(call: Call, *results: torch.Tensor) -> Call:
+    return replace(call, results=results)
+
+
+def broken(call: Call) -> set[str]:
+    """Names of the measures beyond their bounds."""
+    return {measure.name for measure in judged(call).measures if measure.used > 1.0}
+
+
+# ---- where a call belongs
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * 2
+
+
+class Function(nn.Module):
+    """A custom autograd function as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function.apply(x)
+
+
+class Chain(nn.Module):
+    """Modules with products of different shapes; `inner` is used twice, each time with the same weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 5)
+        self.doubled = Function(Doubled)
+        self.inner = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Tanh())
+        self.last = nn.Linear(5, 7, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner(self.inner(self.doubled(self.first(x)))))
+
+
+def places(calls: list[Call], direction: str, *operators: str) -> list[tuple[Any, ...]]:
+    """Module, operator, ordinal and first result's shape of these operators' calls."""
+    return [
+        (c.place.module, c.place.operator.split(".")[1], c.place.ordinal, tuple(c.results[0].shape))
+        for c in calls
+        if c.place.direction == direction and c.place.operator.split(".")[1] in operators
+    ]
+
+
+def chain_step(device: str) -> list[Call]:
+    """A training step of the chain."""
+    calls: list[Call] = []
+    with opened(device) as chip:
+        model = Chain().to(chip.device)
+        x = torch.ones(2, 3).to(chip.device)
+        optimizer = make_optimizer(model, fused=chip.capabilities.fused_optimizer)
+        with Watch(model, chip.device, calls.append) as watch:
+            model(x).sum().backward()
+            with watch.direction("optimizer"):
+                optimizer.step()
+    return calls
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_of_both_passes_belong_to_the_module_that_made_them(device: str) -> None:
+    calls = chain_step(device)
+    assert places(calls, "forward", "addmm", "mm") == [
+        ("first", "addmm", 0, (2, 5)),
+        ("inner.0", "mm", 0, (2, 5)),
+        ("inner.0", "mm", 1, (2, 5)),
+        ("last", "mm", 0, (2, 7)),
+    ]
+    backward = places(calls, "backward", "addmm", "mm")
+    assert [place[0] for place in backward] == ["last"] * 2 + ["inner.0"] * 4 + ["first"]
+    by_module: dict[str, list[tuple[int, ...]]] = {}
+    for module, _, ordinal, shape in backward:
+        assert ordinal == len(by_module.setdefault(module, []))
+        by_module[module].append(shape)
+    assert sorted(by_module["last"]) == [(2, 5), (7, 5)]
+    assert sorted(by_module["inner.0"]) == [(2, 5), (2, 5), (5, 5), (5, 5)]
+    assert by_module["first"] == [(5, 3)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_backward_of_a_custom_function_belongs_to_the_module_that_applied_it(device: str) -> None:
+    calls = chain_step(device)
+    (forward,) = (call.place for call in calls if call.place.module == "doubled" and call.place.direction == "forward")
+    (backward,) = (
+        call.place for call in calls if call.place.module == "doubled" and call.place.direction == "backward"
+    )
+    assert forward.operator == backward.operator == "aten.mul.Tensor"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_addition_of_two_gradients_belongs_to_the_module_of_the_parameter(device: str) -> None:
+    assert places(chain_step(device), "backward", "add") == [("inner.0", "add", 0, (5, 5))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_added_to_those_of_an_earlier_pass_belong_to_the_module_of_the_parameter(device: str) -> None:
+    calls: list[Call] = []
+    with opened(device) as chip:
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7)).to(chip.device)
+        x = torch.ones(2, 3).to(chip.device)
+        model(x).sum().backward()
+        with Watch(model, chip.device, calls.append):
+            model(x).sum().backward()
+    added = {place[0::3] for place in places(calls, "backward", "add", "add_")}
+    assert added == {("0", (5, 3)), ("0", (5,)), ("1", (7, 5)), ("1", (7,))}
+
+
+def test_calls_of_an_optimizer_are_named_after_the_parameter_or_its_gradient() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 3, bias=False), "b": nn.Linear(3, 4, bias=False)})
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    calls: list[Call] = []
+    with Watch(model, torch.device("cpu"), calls.append) as watch, watch.direction("optimizer"), torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(0.5)
+            parameter.add_(parameter.grad, alpha=-1.0)
+        torch.ones(2) * 2
+    assert [(call.place.module, call.place.operator) for call in calls] == [
+        ("a.weight", "aten.mul_.Tensor"),
+        ("a.weight", "aten.add_.Tensor"),
+        ("b.weight", "aten.mul_.Tensor"),
+        ("b.weight", "aten.add_.Tensor"),
+        ("", "aten.ones.default"),
+        ("", "aten.mul.Tensor"),
+    ]
+
+
+def test_a_tensor_in_the_place_of_a_freed_gradient_does_not_get_its_name() -> None:
+    model = nn.Linear(2, 3)
+    calls: list[Call] = []
+    with Watch(model, torch.device("cpu"), calls.append) as watch:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with watch.direction("optimizer"), torch.no_grad():
+            model.zero_grad(set_to_none=True)
+            fresh = [torch.ones(3, 2) for _ in range(200)]
+            for tensor in fresh:
+                tensor.mul_(2)
+    assert {call.place.module for call in calls if call.place.direction == "optimizer"} == {""}
+
+
+def test_positions_count_all_calls_in_the_order_of_execution() -> None:
+    calls = chain_step("emulated:exact")
+    assert [call.place.position for call in calls] == list(range(len(calls)))
+    directions = [call.place.direction for call in calls]
+    assert directions == sorted(directions, key=["forward", "backward", "optimizer"].index)
+
+
+def test_hooks_leave_the_model_with_the_watch_and_numbers_do_not_change() -> None:
+    model, x = Chain(), torch.ones(2, 3)
+    before = model(x)
+    with Watch(model, torch.device("cpu"), lambda call: None):
+        inside = model(x)
+    assert torch.equal(before, inside)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_call_holds_the_arguments_of_before_and_the_results_of_after() -> None:
+    x = torch.tensor([1.0, 2.0])
+    (call,) = calls_of(lambda: x.add_(3.0))
+    assert call.args[0].tolist() == [1.0, 2.0] and [t.tolist() for t in call.results] == [[4.0, 5.0]]
+
+
+# ---- what the chip does not have
+
+
+class ConvolutionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return F.conv1d(gradient, torch.ones(4, 4, 1).to(gradient.device))
+
+
+@pytest.mark.parametrize(
+    ("module", "direction", "shapes"),
+    [
+        (nn.Conv1d(4, 4, 1), "forward", ((2, 4, 6), (4, 4, 1), (4,))),
+        (Function(ConvolutionBackward), "backward", ((2, 4, 6), (4, 4, 1))),
+    ],
+)
+def test_an_operator_that_the_chip_lacks_is_a_finding_in_its_module(
+    module: nn.Module, direction: str, shapes: tuple[Any, ...]
+) -> None:
+    with opened("emulated:h800") as chip:
+        model = nn.Sequential(nn.Linear(6, 6), module).to(chip.device)
+        watch = Watch(model, chip.device, lambda call: None)
+        with pytest.raises(NotImplementedError), watch:
+            model(torch.ones(2, 4, 6).to(chip.device)).sum().backward()
+    assert watch.refused is not None
+    found = refused(watch.refused)
+    assert (found.module, found.operator, found.direction) == ("1", "aten.convolution.default", direction)
+    assert found.shapes == shapes and "not emulated" in found.refused and found.used == float("inf")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_error_of_the_judge_in_the_backward_pass_comes_out_of_the_watch(device: str) -> None:
+    def take(call: Call) -> None:
+        if call.place.direction == "backward":
+            raise KeyError("the judge's own")
+
+    with opened(device) as chip:
+        model = nn.Linear(3, 2).to(chip.device)
+        with pytest.raises(KeyError, match="the judge's own"), Watch(model, chip.device, take):
+            model(torch.ones(4, 3).to(chip.device)).sum().backward()
+
+
+# ---- what a call should have given
+
+
+ATTENTION: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "mask": {"mask": "additive"},
+    "truth mask": {"mask": "truth"},
+    "scaled": {"scale": 0.3},
+    "grouped heads": {"enable_gqa": True, "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_in_float64_is_what_autograd_gives_in_float64(device: str, case: str) -> None:
+    options = dict(ATTENTION[case])
+    groups = 2 if options.get("enable_gqa") else 4
+    kind = options.pop("mask", None)
+    if kind == "additive":
+        options["attn_mask"] = random(2, 4, 6, 9, seed=5)
+    if kind == "truth":
+        options["attn_mask"] = torch.ones(6, 9, dtype=torch.bool).tril(2)
+    keys = 6 if options.get("is_causal") else 9
+    inputs = random(2, 4, 6, 8), random(2, groups, keys, 8, seed=1), random(2, groups, keys, 8, seed=2)
+    gradient = random(2, 4, 6, 8, seed=3)
+
+    def attention(where: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        q, k, v = (tensor.to(where, dtype, copy=True).requires_grad_() for tensor in inputs)
+        given = {
+            name: value.to(where, dtype if value.is_floating_point() else None)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in options.items()
+        }
+        out = F.scaled_dot_product_attention(q, k, v, **given)
+        out.backward(gradient.to(where, dtype))
+        assert q.grad is not None and k.grad is not None and v.grad is not None
+        return out.detach(), q.grad, k.grad, v.grad
+
+    with opened(device) as chip:
+        calls = calls_of(lambda: attention(chip.device, torch.float32), device=chip.device.type)
+    forward, backward = (call for call in calls if "attention" in call.place.operator)
+    exact = attention(torch.device("cpu"), torch.float64)
+    found = (in_float64(forward)[0], *in_float64(backward))
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == torch.float64 and one.shape == other.shape
+        assert (one - other).norm() <= FLOAT64_AGREEMENT * other.norm()
+    assert judged(forward).used <= 1.0 and judged(backward).used <= 1.0
+
+
+def test_an_operator_in_float64_is_the_operator_of_the_arguments_in_float64() -> None:
+    a, b = random(3, 40, dtype=torch.bfloat16), random(40, 5, seed=1, dtype=torch.bfloat16)
+    call = only_call(lambda: a @ b, "mm")
+    (exact,) = in_float64(call)
+    assert torch.equal(exact, a.double() @ b.double())
+
+
+def test_what_an_operator_writes_in_place_is_judged_and_what_it_only_reads_is_not() -> None:
+    x, y = random(6), random(6, seed=1)
+    expected = x.double() + 2.0 * y.double()
+    call = only_call(lambda: x.add_(y, alpha=2.0), "add_")
+    (exact,) = in_float64(call)
+    assert torch.equal(exact, expected) and judged(call).used <= 1.0
+    assert broken(with_result(call, call.results[0] * 1.5)) >= {"worst element"}
+
+
+def test_random_draws_are_not_judged() -> None:
+    (call,) = (call for call in calls_of(lambda: torch.randn(4)) if "randn" in call.place.operator)
+    with pytest.raises(NotKnown, match="random"):
+        check(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "moves",
+    [
+        lambda x: x.fill_(0.1),
+        lambda x: x.masked_fill(x > 0, 0.1),
+        lambda x: x.clamp(min=0.1),
+        lambda x: torch.full((3,), 0.1, dtype=x.dtype),
+        lambda x: F.pad(x, (1, 1), value=0.1),
+    ],
+)
+def test_a_constant_that_the_dtype_does_not_have_may_be_rounded(dtype: torch.dtype, moves: Any) -> None:
+    x = random(20, dtype=dtype)
+    checks: list[OperatorCheck | None] = []
+    with Watch(nn.Identity(), torch.device("cpu"), lambda call: checks.append(check(call))):
+        moves(x)
+    assert checks and all(found is None or found.used == 0.0 for found in checks)
+
+
+# ---- sound chips are within the bounds
+
+SOUND = [
+    ("cpu", torch.float32),
+    ("cpu", torch.bfloat16),
+    ("emulated:h800", torch.bfloat16),
+    ("emulated:mi300x", torch.bfloat16),
+    ("emulated:a100", torch.bfloat16),
+    ("emulated:v100", torch.float16),
+    ("emulated:ascend-910b", torch.bfloat16),
+    ("emulated:h800@exact", torch.bfloat16),
+]
+QUICK = {
+    ("cpu", torch.float32, "deepseek_v3"),
+    ("cpu", torch.bfloat16, "qwen2"),
+    ("emulated:h800", torch.bfloat16, "qwen3"),
+    ("emulated:ascend-910b", torch.bfloat16, "deepseek_v3"),
+    ("emulated:v100", torch.float16, "llama"),
+}
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "family"),
+    [
+        pytest.param(
+            chip,
+            dtype,
+            family,
+            id=f"{chip}-{str(dtype).removeprefix('torch.')}-{family}",
+            marks=[] if (chip, dtype, family) in QUICK else [pytest.mark.slow],
+        )
+        for chip, dtype in SOUND
+        for family in CONFIGS
+    ],
+)
+def test_every_call_of_a_step_on_a_sound_chip_is_judged_and_within_its_bound(
+    chip: str, dtype: torch.dtype, family: str
+) -> None:
+    with opened(chip) as there:
+        checks = watched(SmallSubject(family), there, dtype)  # raises NotKnown where one cannot be judged
+    wrong = [(found.name, found.used) for found in checks if found.used > 1.0]
+    assert not wrong
+    assert {found.direction for found in checks} == {"forward", "backward", "optimizer", "decode"}
+    assert len(checks) > 400
+
+
+def test_attention_on_the_cpu_in_bfloat16_is_within_its_bounds_where_heads_share_keys() -> None:
+    """Its log-sum-exp comes from an exponential of 20 bits, and it stores each head's gradient of the keys."""
+    for seed in range(6):
+        with opened("cpu") as chip:
+            checks = watched(SmallSubject("qwen2", seed=seed), chip, torch.bfloat16)
+        attention = [found for found in checks if "attention" in found.operator]
+        assert len(attention) == 8 and max(found.used for found in attention) <= 1.0
+
+
+# ---- what each measure sees
+
+
+def product(dtype: torch.dtype) -> Call:
+    a, b = random(512, 64).to(dtype), random(64, 32, seed=1).to(dtype)
+    return only_call(lambda: a @ b, "mm")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_element_that_is_off_by_four_roundings_is_found_and_named(dtype: torch.dtype) -> None:
+    call = product(dtype)
+    assert not broken(call)
+    found = call.results[0].clone()
+    middle = found.abs().flatten().median()
+    place = divmod(int((found.abs().flatten() == middle).int().argmax()), 32)
+    exact = in_float64(call)[0][place]
+    found[place] = (exact * (1.0 + 4 * UNIT_ROUNDOFF[dtype])).to(dtype)
+    changed = judged(with_result(call, found))
+    assert changed.used > 1.0 and changed.worst_element == place
+    assert changed.wrong_from == changed.wrong_to == place and changed.wrong_share == 1 / found.numel()
+    assert changed.found == pytest.approx(float(found[place])) and changed.expected == pytest.approx(float(exact))
+    assert {m.name for m in changed.measures if m.used > 1.0} == {"worst element"}
+
+
+def truncated(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded towards zero to bfloat16: the upper half of a float32."""
+    assert dtype == torch.bfloat16
+    bits = exact.float().view(torch.int32) & -65536
+    return bits.view(torch.float32).to(dtype)
+
+
+def test_truncation_everywhere_shows_in_the_sign_of_the_errors_and_in_no_single_element() -> None:
+    call = product(torch.bfloat16)
+    found = truncated(in_float64(call)[0], torch.bfloat16)
+    assert broken(with_result(call, found)) >= {"signed error"}
+    worst = next(m for m in judged(with_result(call, found)).measures if m.name == "worst element")
+    assert worst.used <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_factor_of_one_per_cent_is_found_and_measured(dtype: torch.dtype) -> None:
+    call = product(dtype)
+    changed = judged(with_result(call, (in_float64(call)[0] * 1.01).to(dtype)))
+    used = {measure.name: measure.used for measure in changed.measures}
+    assert used["root mean square error"] > 1.0 and used["signed error"] > 1.0
+    assert changed.factor == pytest.approx(1.01, abs=2e-3)
+    assert changed.error == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_subnormal_results_that_became_zero_are_found_by_their_own_measure(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    x = (random(400).abs() + 0.5).to(dtype)
+    call = only_call(lambda: x * (tiny / 8), "mul")
+    assert not broken(call)
+    flushed = torch.where(call.results[0].abs() < tiny, 0.0, call.results[0].double()).to(dtype)
+    assert int((flushed == 0).sum()) > 100
+    assert "small numbers lost" in broken(with_result(call, flushed))
+    half = call.results[0].clone()
+    half[: len(half) // 3] = 0
+    assert "small numbers lost" not in broken(with_result(call, half))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_infinity_or_nan_on_one_side_only_is_found(value: float) -> None:
+    call = product(torch.float32)
+    found = call.results[0].clone()
+    found[3, 4] = value
+    changed = judged(with_result(call, found))
+    assert broken(with_result(call, found)) == {"not finite on one side"}
+    assert (changed.worst_element, changed.found) == ((3, 4), None)
+    assert changed.expected == pytest.approx(float(call.results[0][3, 4]))
+    assert changed.wrong_from == changed.wrong_to == (3, 4) and changed.wrong_share == 1 / found.numel()
+    x = torch.tensor([[1.0, value], [0.5, 2.0]])
+    both = only_call(lambda: x * 2.0, "mul")
+    assert not broken(both)
+    finite = both.results[0].nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
+    assert broken(with_result(both, finite)) == {"not finite on one side"}
+
+
+def test_the_other_infinity_is_not_the_same_infinity() -> None:
+    x = torch.tensor([float("inf"), 1.0])
+    call = only_call(lambda: x * 2.0, "mul")
+    assert broken(with_result(call, torch.tensor([-float("inf"), 2.0]))) == {"not finite on one side"}
+
+
+def test_an_overflow_that_float64_has_too_is_no_fault() -> None:
+    x = torch.full((4,), 3e38)
+    assert not broken(only_call(lambda: x * 10.0, "mul"))
+    half = torch.full((4,), 6e4, dtype=torch.float16)
+    assert not broken(only_call(lambda: half * 10.0, "mul"))
+
+
+def test_one_wrong_integer_is_found() -> None:
+    x = torch.arange(12).view(3, 4)
+    call = only_call(lambda: x.cumsum(1), "cumsum")
+    assert not broken(call)
+    found = call.results[0].clone()
+    found[1, 2] += 1
+    changed = judged(with_result(call, found))
+    assert broken(with_result(call, found)) == {"other integers"}
+    assert changed.worst_element == (1, 2) and changed.expected == float(call.results[0][1, 2])
+
+
+def test_topk_may_name_any_of_equal_values_and_nothing_else() -> None:
+    x = torch.tensor([[3.0, 1.0, 3.0, 2.0]])
+    call = only_call(lambda: x.topk(1), "topk")
+    for index in (0, 2):
+        assert not broken(with_result(call, torch.tensor([[3.0]]), torch.tensor([[index]])))
+    for index in (1, 3):
+        assert broken(with_result(call, torch.tensor([[3.0]]), torch.tensor([[index]])))
+    assert broken(with_result(call, torch.tensor([[2.0]]), torch.tensor([[3]]))), "the second largest, consistently"
+    assert broken(with_result(call, torch.tensor([[3.0]]), torch.tensor([[4]]))), "an index past the end"
+
+
+@pytest.mark.parametrize("move", [lambda x: x[torch.tensor([2, 0])], lambda x: torch.cat([x, x]), lambda x: x.clone()])
+def test_what_only_moves_numbers_must_keep_every_bit(move: Any) -> None:
+    x = random(4, 6, dtype=torch.bfloat16)
+    call = next(call for call in calls_of(lambda: move(x)) if call.results[0].is_floating_point())
+    assert not broken(call)
+    bits = call.results[0].clone().view(torch.int16)
+    bits[1, 3] ^= 1
+    changed = judged(with_result(call, bits.view(torch.bfloat16)))
+    assert changed.used > 1.0 and changed.worst_element == (1, 3)
+
+
+def test_a_cast_may_round_once_and_not_twice() -> None:
+    x = random(500, 20) * 3
+    call = only_call(lambda: x.to(torch.bfloat16), "_to_copy")
+    assert not broken(call)
+    assert broken(with_result(call, truncated(x.double(), torch.bfloat16))) >= {"signed error"}
+    found = call.results[0].clone()
+    found[7, 3] *= 1 + 2.0**-6
+    assert broken(with_result(call, found)) == {"worst element"}
+
+
+def test_an_operator_without_a_rule_is_measured_on_the_cpu() -> None:
+    x = random(6, 5).abs()
+    call = only_call(lambda: x.logcumsumexp(1), "logcumsumexp")
+    assert judged(call).basis.startswith("measured") and not broken(call)
+    assert broken(with_result(call, call.results[0] * 1.001))
+
+
+# ---- products, whatever the numbers
+
+_SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 6))
+
+
+@st.composite
+def products(draw: st.DrawFn) -> Call:
+    """A product of wide exponents, some of whose terms cancel."""
+    rows, terms, columns = draw(_SHAPES)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    spread = draw(st.sampled_from([0, 4, 15]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def drawn(*shape: int) -> torch.Tensor:
+        exponents = torch.randint(-spread, spread + 1, shape, generator=generator)
+        return torch.ldexp(torch.randn(shape, generator=generator), exponents).to(dtype)
+
+    a, b = drawn(rows, terms), drawn(terms, columns)
+    if draw(st.booleans()):
+        half = terms // 2
+        a[:, half : 2 * half] = a[:, :half]
+        b[half : 2 * half] = -b[:half]
+    return only_call(lambda: a @ b, "mm")
+
+
+@settings(max_examples=150)
+@given(products())
+def test_a_product_of_the_cpu_is_within_its_bound_in_every_element(call: Call) -> None:
+    used = {measure.name: measure.used for measure in judged(call).measures}
+    assert used["worst element"] <= 1.0 and used["not finite on one side"] == 0.0
+
+
+@settings(max_examples=150)
+@given(products(), st.data())
+def test_an_element_of_a_product_beyond_its_bound_is_found_where_it_is(call: Call, data: st.DataObject) -> None:
+    (exact,) = in_float64(call)
+    wide = [tensor.double() for tensor in call.args]
+    allowed = bound_of(call, (exact,), tuple(wide), {}).allowed[0]
+    found = call.results[0].clone()
+    place = tuple(data.draw(st.integers(0, size - 1)) for size in found.shape)
+    sign = data.draw(st.sampled_from([-1.0, 1.0]))
+    limit = allowed[place] + rounding_floor(found.dtype) * exact[place].abs()
+    # Half a bound more than the bound, and what its own rounding may take away.
+    moved = exact[place] + sign * 1.5 * limit
+    found[place] = (moved + sign * rounding_floor(found.dtype) * moved.abs()).to(found.dtype)
+    changed = judged(with_result(call, found))
+    assert changed.worst_element == place and changed.wrong_from == changed.wrong_to == place
+    assert {m.name for m in changed.measures if m.used > 1.0} >= {"worst element"}
