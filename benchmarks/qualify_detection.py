@@ -56,9 +56,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 def setup() -> None:
-    """The emulated device must exist before torch's autograd makes its queues."""
+    """As in a worker; and the emulated device must exist before torch's autograd makes its queues."""
     from beringia.chips.emulated.device import register
+    from beringia.memory import keep_freed_memory
 
+    keep_freed_memory()
     register()
 
 

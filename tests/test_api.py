@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 
 import beringia
+from beringia.chips.emulated.device import register
+
+# torch's autograd makes its queues at the first backward pass of a process and learns of no device later.
+register()
 
 
 def test_a_model_goes_through_save_and_load_unchanged_and_computes_on_a_chip(tmp_path: Path) -> None:
@@ -24,3 +28,39 @@ def test_importing_beringia_does_not_load_torch() -> None:
 
     code = "import sys, beringia; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_a_module_of_ones_own_is_certified_on_a_chip_opened_here() -> None:
+    """And one whose operator the chip lacks is not."""
+    from torch import nn
+
+    from beringia.qualify.subject import Batch, ModuleSubject
+    from beringia.records.certificate import Certificate
+
+    def batch(number: int) -> Batch:
+        tokens = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(number))
+        return {"x": tokens[:, :-1], "y": tokens[:, 1:]}
+
+    def network(*, convolves: bool) -> nn.Module:
+        torch.manual_seed(0)
+        middle = nn.Conv1d(16, 16, 3, padding=1) if convolves else nn.ReLU()
+        return nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16), middle, nn.Linear(16, 50))
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
+
+    def certified(*, convolves: bool) -> Certificate:
+        subject = ModuleSubject(
+            "mine",
+            lambda: network(convolves=convolves),
+            batch,
+            loss,
+            lambda model, batch: model(batch["x"]),
+        )
+        return beringia.certify("emulated:h800", subject)
+
+    assert certified(convolves=False).verdict == "train"
+    refused = certified(convolves=True)
+    assert refused.verdict == "unfit"
+    assert refused.first_wrong is not None and "convolution" in refused.first_wrong.check.operator
+    assert "not emulated" in refused.first_wrong.check.refused

@@ -40,3 +40,29 @@ def test_one_interrupted_between_export_and_comparison_goes_on(finished: Path) -
     assert again.returncode == 0, again.stderr + again.stdout
     (exported,) = of_kind(run, "export")
     assert exported.largest_difference <= exported.bound
+
+
+@pytest.mark.slow
+def test_a_chip_that_qualification_refuses_is_passed_over_and_the_next_one_trains(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        small_recipe(
+            chips={
+                "bad-lot": {"use": "emulated:ascend-910b", "faults": "r2-2025-first-lot"},
+                "sound": {"use": "emulated:h800"},
+            },
+            train={"prefer": ["bad-lot", "sound"], "steps": 5, "evaluate_every": 5},
+            qualify={"unqualified": "refuse"},
+        ),
+    )
+    run = tmp_path / "run"
+    done = beringia("campaign", str(recipe), "--out", str(run), "--json", XDG_CONFIG_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr + done.stdout
+    verdicts = {event.chip: event for event in of_kind(run, "qualified")}
+    assert verdicts["bad-lot"].verdict == "infer" and verdicts["sound"].verdict == "train"
+    assert "attention" in verdicts["bad-lot"].first_wrong and "(backward" in verdicts["bad-lot"].first_wrong
+    assert [decision.action for decision in of_kind(run, "decision")] == ["start", "skip"]
+    assert {step.chip for step in of_kind(run, "step")} == {"sound"}
+    for label in ("bad-lot", "sound"):
+        assert beringia("verify", str(run / "certificates" / f"{label}.json")).returncode == 0
+        assert (run / "certificates" / f"{label}.html").stat().st_size > 10_000

@@ -14,7 +14,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy import stats
@@ -37,6 +37,8 @@ Group = tuple[str, str]
 """Kind (outputs, decode, gradient, update), and the parameter or layer."""
 Cell = tuple[str, str, str]
 """A group in one batch; the batch is empty where there is only one."""
+
+_OUTPUTS: Group = ("outputs", "")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,14 @@ def judge_trace(noise: Noise, found: Trace) -> list[ProbeResult]:
         for group, floor in noise.floors().items()
     ]
     return [*results, _judge_losses(noise, found), _judge_training(noise, found)]
+
+
+def judge_outputs(noise: Noise, outputs: Mapping[str, torch.Tensor]) -> ProbeResult:
+    """Sketches of outputs alone (`outputs/0`, ...) with the same floor: for software that infers and does not train."""
+    exact = {name: sketch for name, sketch in noise.exact.sketches.items() if cell_of(name)[0] == "outputs"}
+    one, other = (replace(noise.exact, sketches=sketches) for sketches in (outputs, exact))
+    floor = max(noise.floors()[_OUTPUTS], _rounding(max(_norms(exact).values())))
+    return _judge_group(_OUTPUTS, max(distances(one, other).values()), floor)
 
 
 def power_of(batches: int) -> float:
