@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 # Two processes, a file of tests each: most of a test of a run is waiting for imports.
 PARALLEL = -n 2 --dist loadfile
 
-.PHONY: campaign test test-slow check bench docs size clean
+.PHONY: campaign test test-slow check bench peers docs size clean
 
 campaign: $(VENV)/installed            ## the story, end to end: runs/r2-nano/report.html
 	$(BIN)/beringia campaign recipes/r2-nano.toml
@@ -22,8 +22,10 @@ check: $(VENV)/installed               ## format, lint, types, architecture
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_architecture.py
 
-bench: $(VENV)/installed               ## every benchmark, one JSON object each
+bench: $(VENV)/installed peers         ## every benchmark, one JSON object each
 	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
+
+peers: $(VENV)-peers/installed         ## another runtime, for benchmarks/qualify_stacks.py: in an environment of its own
 
 docs: $(VENV)/installed                ## the generated pages of docs/
 	$(BIN)/python -m beringia.records.events_document > docs/events.md
@@ -39,5 +41,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	touch $@
 
+$(VENV)-peers/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-peers/bin/python -m pip install --quiet -e . onnx onnxscript onnxruntime -c constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Whether other software on the same CPU, really different and sound, is found fit, and a small defect in it refused.
 
     make peers
-    python benchmarks/qualify_stacks.py --json [--model DIR] [--provider CPUExecutionProvider]
+    python benchmarks/qualify_stacks.py --json [--model DIR --layers N] [--provider CPUExecutionProvider]
 
 The reference is torch's eager mode. Against it stand two other implementations of the same model:
 
@@ -11,8 +11,10 @@ The reference is torch's eager mode. Against it stand two other implementations 
   batches in float32. Where a provider lacks an operator in a dtype, its own sentence stands in place of figures.
 
 Judged as `beringia qualify` judges a lockstep trace: distance from float64 over the noise floor (`effects.py`). Calls
-are not watched: neither stack makes those of eager mode. Beside the effects stand the differences themselves. Must hold: each
-stack is fit, and each with one weight matrix scaled by `SCALE` is refused.
+are not watched: neither stack makes those of eager mode. Beside the effects stand the differences themselves.
+
+Must hold: each stack is fit, and each is refused with one weight matrix scaled by the first of `SCALES`. Where that is
+not refused, larger scales follow until one is; `moved` says how far a scale moves a stack, in noise floors.
 
 Runs in `.venv-peers`, which `make peers` makes: started by another Python it goes on in that one, and without ONNX
 Runtime it says so and exits with 2. `--model` takes a Hugging Face directory (`recipes/prepare_smollm2.py` writes one).
@@ -32,15 +34,16 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".venv-peers/bin/python"
-SCALE = 1.02
+SCALES = (1.02, 1.05, 1.1, 1.2, 1.5)
 HIDDEN, VOCABULARY = 256, 512
 SEED = 0
 
@@ -63,14 +66,14 @@ from torch._dynamo.utils import counters  # noqa: E402
 from beringia.chips.open import open_chip  # noqa: E402
 from beringia.data.tokenizer import write_tokenizer  # noqa: E402
 from beringia.model import Decoder, DecoderConfig, KeyValueCache, initialise, save_model  # noqa: E402
-from beringia.qualify.effects import Noise, judge_outputs, judge_trace, power_of  # noqa: E402
+from beringia.qualify.effects import Noise, distances, judge_outputs, judge_trace  # noqa: E402
 from beringia.qualify.reference import DRAWS  # noqa: E402
 from beringia.qualify.subject import Batch, DecoderSubject  # noqa: E402
 from beringia.qualify.trace import Change, Plan, Trace, Tracer, one_ulp, sketch  # noqa: E402
-from beringia.qualify.verdict import judge  # noqa: E402
 from beringia.records.certificate import ProbeResult  # noqa: E402
 
 Outputs = list[torch.Tensor]
+Sketches = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,17 +95,18 @@ class CompiledSubject(DecoderSubject):
 class World:
     """One model in one dtype: float64, eager mode, its noise."""
 
-    def __init__(self, source: str, dtype: torch.dtype, plan: Plan) -> None:
-        self.source, self.dtype, self.plan = source, dtype, plan
-        self.subject = DecoderSubject(source)
+    def __init__(self, subject: DecoderSubject, dtype: torch.dtype, plan: Plan) -> None:
+        self.subject, self.dtype, self.plan = subject, dtype, plan
         self.chip = open_chip("cpu")
-        tracer = Tracer(self.subject, plan)
+        tracer = Tracer(subject, plan)
         exact, self.routes = tracer.in_float64()
         self.eager = self.trace(tracer)
         draws = [self.trace(tracer, one_ulp(seed, dtype)) for seed in range(DRAWS)]
         self.noise = Noise.of(exact, self.eager, draws)
-        self.exact_outputs = self.outputs(self.subject, torch.float64)
-        self.eager_outputs = self.outputs(self.subject, dtype)
+        self.exact_outputs = self.outputs(subject, torch.float64)
+        self.eager_outputs = self.outputs(subject, dtype)
+        # The last matrix of the middle layer.
+        self.scaled = f"model.layers.{subject.build().config.num_hidden_layers // 2}.mlp.down_proj.weight"
 
     def trace(self, tracer: Tracer, change: Change | None = None) -> Trace:
         return tracer.on_chip(self.chip, self.dtype, self.routes, begin_step=lambda: None, change=change)
@@ -113,57 +117,67 @@ class World:
         with torch.no_grad():
             return [subject.outputs(model, subject.batch(number)) for number in range(self.plan.batches)]
 
-    def scaled_weight(self) -> str:
-        """Which matrix the control scales: the last of the middle layer."""
-        return f"model.layers.{self.subject.build().config.num_hidden_layers // 2}.mlp.down_proj.weight"
-
-    def scale(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return SCALE * weight if name == self.scaled_weight() else weight
+    def scale_by(self, factor: float) -> Change:
+        """One matrix scaled: the control."""
+        return lambda name, weight: factor * weight if name == self.scaled else weight
 
 
-# ---- what is measured
+# ---- the stacks
 
 
 def compiled(world: World) -> dict[str, Any]:
-    """torch.compile against eager mode, and the control."""
-    subject = CompiledSubject(world.source)
+    """torch.compile against eager mode, and the controls."""
+    subject = CompiledSubject(world.subject.source, layers=world.subject.layers)
     tracer = Tracer(subject, world.plan)
     torch.compiler.reset()
     counters.clear()
     trace = world.trace(tracer)
-    graphs = {
-        "graphs": counters["stats"]["unique_graphs"],
-        "graph_breaks": sum(counters["graph_break"].values()),
-    }
-    outputs = world.outputs(subject, world.dtype)
-    control = judge_trace(world.noise, world.trace(tracer, world.scale))
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+    def control(change: Change) -> tuple[list[ProbeResult], Sketches]:
+        found = world.trace(tracer, change)
+        return judge_trace(world.noise, found), found.sketches
+
     return {
-        **judged(world, judge_trace(world.noise, trace)),
-        "to_eager": differences(outputs, world.eager_outputs),
-        "to_float64": differences(outputs, world.exact_outputs),
-        "eager_to_float64": differences(world.eager_outputs, world.exact_outputs),
+        **judged(judge_trace(world.noise, trace)),
+        **all_differences(world, world.outputs(subject, world.dtype)),
         "gradients_with_equal_bits": equal_gradients(trace, world.eager),
-        "compiled": graphs,
-        "control": judged(world, control),
+        "compiled": {"graphs": graphs, "graph_breaks": breaks},
+        "controls": controls(world, trace.sketches, control),
     }
 
 
 def exported(world: World, provider: str) -> dict[str, Any]:
-    """ONNX Runtime's forward pass against eager mode's, and the control."""
+    """ONNX Runtime's forward pass against eager mode's, and the controls."""
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as Missing
 
     try:
         outputs = run_onnx(world, provider, None)
     except Missing as missing:
         return {"missing": str(missing)}
-    control = run_onnx(world, provider, world.scale)
+
+    def control(change: Change) -> tuple[list[ProbeResult], Sketches]:
+        found = sketched(run_onnx(world, provider, change))
+        return [judge_outputs(world.noise, found)], found
+
     return {
-        **judged(world, [judge_outputs(world.noise, sketches(outputs))]),
-        "to_eager": differences(outputs, world.eager_outputs),
-        "to_float64": differences(outputs, world.exact_outputs),
-        "eager_to_float64": differences(world.eager_outputs, world.exact_outputs),
-        "control": judged(world, [judge_outputs(world.noise, sketches(control))]),
+        **judged([judge_outputs(world.noise, sketched(outputs))]),
+        **all_differences(world, outputs),
+        "controls": controls(world, sketched(outputs), control),
     }
+
+
+def controls(
+    world: World, sound: Sketches, run: Callable[[Change], tuple[list[ProbeResult], Sketches]]
+) -> list[dict[str, Any]]:
+    """The stack with one matrix scaled, until a scale is refused."""
+    found: list[dict[str, Any]] = []
+    for factor in SCALES:
+        probes, sketches = run(world.scale_by(factor))
+        found.append({"scale": factor, **judged(probes), "moved": moved(world, sketches, sound)})
+        if not found[-1]["fit"]:
+            break
+    return found
 
 
 def run_onnx(world: World, provider: str, change: Change | None) -> Outputs:
@@ -201,27 +215,37 @@ def open_session(path: Path, provider: str) -> Any:
 # ---- figures
 
 
-def judged(world: World, probes: list[ProbeResult]) -> dict[str, Any]:
-    """The verdict of these probes alone, and the largest effect by kind."""
-    effects: dict[str, float | None] = {}
+def judged(probes: list[ProbeResult]) -> dict[str, Any]:
+    """Whether all probes passed, and the largest effect by kind; of the loss, the share of its margin."""
+    effects: dict[str, float] = defaultdict(float)
     for probe in probes:
         measure = probe.measures[0]
         kind = probe.subject if probe.subject.startswith("loss") else probe.subject.split()[0]
-        value = measure.value if measure.name == "effect" or measure.value is None else measure.used
-        held = effects.get(kind, 0.0)
-        effects[kind] = None if value is None or held is None else max(held, value)
-    failed = [probe.subject for probe in probes if probe.outcome != "passed"]
-    return {
-        "verdict": judge(probes, None, power_of(world.plan.batches)).verdict,
-        "fit": not failed,
-        "probes": len(probes),
-        "failed": len(failed),
-        "effects": effects,
-    }
+        effects[kind] = max(effects[kind], measure.used if kind == "loss" else measure.used * measure.bound)
+    failed = sum(probe.outcome != "passed" for probe in probes)
+    return {"fit": failed == 0, "probes": len(probes), "failed": failed, "effects": dict(effects)}
 
 
-def sketches(outputs: Outputs) -> dict[str, torch.Tensor]:
+def moved(world: World, found: Sketches, sound: Sketches) -> dict[str, float]:
+    """How far a control is from the same stack without it, in noise floors: the worst batch and tensor of a kind."""
+    floors = world.noise.floors()
+    here, there = (replace(world.noise.exact, sketches=sketches) for sketches in (found, sound))
+    worst: dict[str, float] = defaultdict(float)
+    for (kind, name, _), distance in distances(here, there).items():
+        worst[kind] = max(worst[kind], distance / floors[kind, name])
+    return dict(worst)
+
+
+def sketched(outputs: Outputs) -> Sketches:
     return {f"outputs/{number}": sketch("outputs", tensor) for number, tensor in enumerate(outputs)}
+
+
+def all_differences(world: World, outputs: Outputs) -> dict[str, Any]:
+    return {
+        "to_eager": differences(outputs, world.eager_outputs),
+        "to_float64": differences(outputs, world.exact_outputs),
+        "eager_to_float64": differences(world.eager_outputs, world.exact_outputs),
+    }
 
 
 def differences(found: Outputs, reference: Outputs) -> dict[str, Any]:
@@ -249,8 +273,8 @@ def equal_gradients(one: Trace, other: Trace) -> float:
 
 
 @contextmanager
-def models(directory: str | None) -> Iterator[dict[str, str]]:
-    """Names and directories: a small dense model, and the one that was asked for."""
+def small_model() -> Iterator[str]:
+    """The directory of a small dense model, with a tokenizer."""
     with tempfile.TemporaryDirectory() as temporary:
         small = Path(temporary) / "dense-small"
         config = DecoderConfig(
@@ -269,32 +293,35 @@ def models(directory: str | None) -> Iterator[dict[str, str]]:
         initialise(decoder, SEED)
         save_model(decoder, small)
         write_tokenizer("bytes", small)
-        yield {"dense-small": str(small)} | ({} if directory is None else {Path(directory).name: directory})
+        yield str(small)
 
 
-def measure(source: str, provider: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(subject: DecoderSubject, provider: str) -> list[dict[str, Any]]:
     """Every stack in every dtype."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        began = time.perf_counter()
-        world = World(source, dtype, Plan())
-        say(f"{dtype}: float64, eager mode, noise: {time.perf_counter() - began:.0f} s")
+        name = str(dtype).removeprefix("torch.")
+        print(f"{subject.name} {name}: float64, eager mode, noise", file=sys.stderr)
+        world = World(subject, dtype, Plan())
+        model = {"model": subject.name, "layers": subject.build().config.num_hidden_layers, "dtype": name}
         for stack, run in (("compile", compiled), ("onnxruntime", lambda world: exported(world, provider))):
-            began = time.perf_counter()
-            found = run(world)
-            seconds = time.perf_counter() - began
-            say(f"{dtype} {stack}: {found.get('verdict', 'missing')} {seconds:.0f} s")
-            rows.append(
-                {
-                    "model": world.subject.name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "stack": stack,
-                    "control_scales": world.scaled_weight(),
-                    **found,
-                    "seconds": seconds,
-                }
-            )
+            print(f"{subject.name} {name}: {stack}", file=sys.stderr)
+            rows.append({**model, "stack": stack, "controls_scale": world.scaled, **run(world)})
     return rows
+
+
+def must_hold(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By dtype, over the stacks that ran."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        ran = [row for row in rows if row["dtype"] == dtype and "missing" not in row]
+        refused = [not row["controls"][0]["fit"] for row in ran]
+        found[dtype] = {
+            "fit": f"{sum(row['fit'] for row in ran)}/{len(ran)}",
+            f"refused_at_{SCALES[0]}": f"{sum(refused)}/{len(ran)}",
+            "holds": all(row["fit"] for row in ran) and all(refused),
+        }
+    return found
 
 
 def versions(provider: str) -> dict[str, Any]:
@@ -317,27 +344,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--model", help="a Hugging Face directory to take beside the small model")
+    parser.add_argument("--layers", type=int, help="only so many of its layers")
     parser.add_argument("--provider", default="CPUExecutionProvider", help="of ONNX Runtime")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # the exporter tells what it does not find
     warnings.simplefilter("ignore", FutureWarning)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as cache, models(options.model) as found:
+    with tempfile.TemporaryDirectory() as cache, small_model() as small:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        for name, source in found.items():
-            rows += measure(source, options.provider, lambda text, name=name: print(name, text, file=sys.stderr))
-    ran = [row for row in rows if "missing" not in row]
+        rows += measure(DecoderSubject(small), options.provider)
+        if options.model is not None:
+            rows += measure(DecoderSubject(options.model, layers=options.layers), options.provider)
     document = {
         "benchmark": "qualify-stacks",
         "date": time.strftime("%Y-%m-%d"),
         "machine": versions(options.provider),
-        "scale_of_control": SCALE,
         "stacks": rows,
-        "must_hold": {
-            "stacks_fit": f"{sum(row['fit'] for row in ran)}/{len(ran)}",
-            "controls_refused": f"{sum(not row['control']['fit'] for row in ran)}/{len(ran)}",
-            "holds": all(row["fit"] and not row["control"]["fit"] for row in ran),
-        },
+        "must_hold": must_hold(rows),
     }
     print(json.dumps(document, indent=None if options.json else 2))
 

@@ -73,4 +73,10 @@ def certify(
         return qualification.qualify(request, None if against is None else Path(against))
     from beringia.chips.open import open_chip
 
-    return qualification.qualify_here(open_chip(chip) if isinstance(chip, str) else chip, model)
+    if not isinstance(chip, str):
+        return qualification.qualify_here(chip, model)
+    opened = open_chip(chip)
+    try:
+        return qualification.qualify_here(opened, model)
+    finally:
+        opened.close()

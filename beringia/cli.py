@@ -206,13 +206,13 @@ def qualify(
     )
     certificate = make_certificate(request, against, _say)
     written = issue(certificate, out, key)
+    from beringia.report.certificate import print_certificate, write_certificate_page, write_junit
+
+    write_certificate_page(written.signed, Path(written.paths["page"]))
+    write_junit(certificate, Path(written.paths["junit"]))
     if as_json:
         print(json.dumps(written.paths | {"certificate": certificate.model_dump(mode="json")}))
     else:
-        from beringia.report.certificate import print_certificate, write_certificate_page, write_junit
-
-        write_certificate_page(written.signed, Path(written.paths["page"]))
-        write_junit(certificate, Path(written.paths["junit"]))
         print_certificate(certificate, _console())
         print(written.paths["page"])
     return exit_code(certificate, use)

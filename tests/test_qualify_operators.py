@@ -14,6 +14,7 @@ from small_models import CONFIGS, SmallSubject, calls_of, opened, watched
 from torch import nn
 from torch.nn import functional as F
 
+from beringia.chips.emulated import matmul
 from beringia.numerics.metrics import UNIT_ROUNDOFF, rounding_floor
 from beringia.qualify.operators.bounds import bound_of
 from beringia.qualify.operators.check import check, refused
@@ -583,6 +584,21 @@ def products(draw: st.DrawFn) -> Call:
 def test_a_product_of_the_cpu_is_within_its_bound_in_every_element(call: Call) -> None:
     used = {measure.name: measure.used for measure in judged(call).measures}
     assert used["worst element"] <= 1.0 and used["not finite on one side"] == 0.0
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(["v100", "a100", "h800", "mi300x"]), st.integers(1, 700), st.booleans(), st.integers(0, 2**32))
+def test_a_product_of_a_published_unit_is_within_its_bound_in_every_element(
+    unit: str, terms: int, one_sign: bool, seed: int
+) -> None:
+    """Bit for bit as the unit computes: of one sign, what it cuts from every block adds up."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(3, terms, generator=generator), torch.randn(terms, 3, generator=generator)
+    a, b = (a.abs(), b.abs()) if one_sign else (a, b)
+    a, b = a.half(), b.half()
+    call = only_call(lambda: a @ b, "mm")
+    used = {measure.name: measure.used for measure in judged(with_result(call, matmul(a, b, unit=unit))).measures}
+    assert used["worst element"] <= 1.0 and used["root mean square error"] <= 1.0
 
 
 @settings(max_examples=150)

@@ -59,6 +59,7 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
     if recording.trace is not None:
         yield from _lockstep(recording, bundle)
         yield from _look_again(recorder, checks, judge_trace(bundle.noise, recording.trace))
+        yield from _told_of_running(recording, bundle)
     yield Begun(probe="layers")
     for result in probe_layers(chip, subject, dtype, bundle.traffic, bundle.routes.batches[0]):
         yield Probed(result=result)
@@ -162,6 +163,15 @@ def _look_again(recorder: Recorder, checks: list[OperatorCheck], effects: list[P
     if any(effect.outcome == "failed" for effect in effects) and not any(check.used > 1.0 for check in checks):
         for check in recorder.watch_again(PASSES_AGAIN):
             yield Checked(check=check)
+
+
+def _told_of_running(recording: Recording, bundle: Bundle) -> Iterator[Line]:
+    """Facts without a bound: batch invariance, and what a step takes."""
+    same = "the same bits" if recording.batch_invariant else "other bits"
+    yield Probed(result=_told("repeat", "batch invariance", f"a sample alone has {same} as in a batch"))
+    passes = 2 * bundle.manifest.batches + bundle.manifest.steps
+    seconds = recording.seconds["trace"] / passes
+    yield Probed(result=_told("speed", "passes of the model", f"{seconds:.3g} s a pass, over {passes} of them"))
 
 
 def _replay(chip: Chip, bundle: Bundle) -> Iterator[Line]:

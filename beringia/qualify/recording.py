@@ -46,6 +46,8 @@ class Recording:
     """Sketches that had other bits the second time."""
     first_unrepeatable: Place | None = None
     """The first operator that gave other bits from the same arguments."""
+    batch_invariant: bool | None = None
+    """Whether a sample's outputs have the same bits alone and in a batch; None before that was tried."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By part."""
 
@@ -77,6 +79,7 @@ class Recorder:
             found.unrepeatable = self._repeat(tracer, routes, found.trace)
             if found.unrepeatable:
                 found.first_unrepeatable = self._first_unrepeatable()
+            found.batch_invariant = self._batch_invariant()
         return found
 
     def watch_again(self, passes: int) -> list[OperatorCheck]:
@@ -108,8 +111,8 @@ class Recorder:
                 self._compare_at_rest(before, model, optimizer)
                 try:
                     self._training_step(watch, model, optimizer, self._batch(number))
-                except RuntimeError:
-                    if not self._was_refused(watch):
+                except RuntimeError as error:
+                    if not self._was_refused(watch, error):
                         raise
                     return False
                 before = _state(model, optimizer)
@@ -131,15 +134,15 @@ class Recorder:
         with Watch(model, self._chip.device, self._take) as watch, watch.direction("decode"), torch.no_grad():
             try:
                 self._subject.decode(model, self._batch(0))
-            except RuntimeError:
-                if not self._was_refused(watch):
+            except RuntimeError as error:
+                if not self._was_refused(watch, error):
                     raise
                 return False
         return True
 
-    def _was_refused(self, watch: Watch) -> bool:
+    def _was_refused(self, watch: Watch, error: RuntimeError) -> bool:
         """Whether an operator is missing on the chip: a finding. A fault of the chip goes on to the caller."""
-        if watch.refused is None:
+        if watch.refused is None or self._chip.classify(error) is not None:
             return False
         self._recording.checks.append(refused(watch.refused))
         return True
@@ -168,6 +171,16 @@ class Recorder:
     def _repeat(self, tracer: Tracer, routes: ChosenRoutes, first: Trace) -> tuple[str, ...]:
         again = tracer.first_pass(self._chip, self._dtype, routes, begin_step=self.begin_step)
         return tuple(name for name, sketch in again.items() if not _same(sketch, first.sketches[name]))
+
+    def _batch_invariant(self) -> bool:
+        """Whether the first sample of a batch gives the same bits alone."""
+        model, batch = self._model(), self._batch(0)
+        alone = {name: tensor[:1] for name, tensor in batch.items()}
+        with torch.no_grad():
+            self.begin_step()
+            together = self._subject.outputs(model, batch)[:1].cpu()
+            self.begin_step()
+            return torch.equal(together, self._subject.outputs(model, alone).cpu())
 
     def _first_unrepeatable(self) -> Place | None:
         """Two runs of a step from the same state: the first call whose results differ while its arguments do not."""

@@ -37,6 +37,8 @@ _NOT_COMPUTED = (
     "set_",
 )
 """Operators whose results are no numbers, or no new ones."""
+_NOT_OF_THE_MODEL = ("profiler", "prim", "prims", "c10d", "_c10d_functional", "higher_order")
+"""Namespaces of marks and of collectives, which have a probe of their own. Operators of a vendor's own are watched."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         if not backward:
             # Also where gradients are off: so runs a custom autograd function's forward, whose node has its number.
             self._noted.append((torch._C._autograd._get_sequence_nr(), self._stack[-1]))
-        if func.is_view or func.namespace not in ("aten", "c10d") or _packet(func) in _NOT_COMPUTED:
+        if func.is_view or func.namespace in _NOT_OF_THE_MODEL or _packet(func) in _NOT_COMPUTED:
             return func(*args, **kwargs)
         writes = written_arguments(func)
         kept = tuple(_copied(value) if place in writes else value for place, value in enumerate(args))
