@@ -3,7 +3,8 @@
     python benchmarks/campaign.py --json [--recipe recipes/r2-nano.toml]
 
 Must hold: at most 8 minutes with qualification, exit status 0, a chip that is refused and passed over, a transient
-retry, a rollback, the crossing with equal state hashes, held-out loss within the band of the uninterrupted run, sampled accuracy above chance by its 95 % interval.
+retry, a rollback, the crossing with equal state hashes, held-out loss within the band of the uninterrupted run,
+sampled accuracy above chance by its 95 % interval.
 
 The band: the held-out losses of uninterrupted runs with other seeds (five by default) scatter with a standard
 deviation s; the campaign's loss may differ from their mean by Student's t at 99 % times s sqrt(1 + 1/n), a prediction

@@ -127,7 +127,9 @@ class Harm:
         self.outputs: Tensors = {}
         self.gradients: Tensors = {}
         self._world, self._chip, self._step = world, chip, FIRST_STEP - 1
-        self._pending = iter(routes) if routes is not None else None
+        # Float64's choices of experts, as in the trace: the same numbers then meet the same struck elements.
+        known = [*world.routes.batches, *world.routes.steps, *(routes or ())]
+        self._pending = iter(known)
         subject = world.subject
         model = self._model(subject, chip, world.dtype, change)
         for number in range(world.plan.batches):
@@ -181,12 +183,12 @@ class Harm:
 
     def _loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
         subject = self._world.subject
-        if self._pending is None:
+        routes = next(self._pending, None)
+        if routes is None:  # of the other batches, the sound chip's
             with subject.recording_routes(model) as own:
                 loss = subject.loss(model, batch)
             self.routes.append(own)
             return loss, own
-        routes = next(self._pending)
         with subject.forcing_routes(model, routes):
             return subject.loss(model, batch), routes
 

@@ -1,4 +1,4 @@
-"""How long a qualification takes, and how much memory, beside a training step of the same model. Prints one JSON object.
+"""How long a qualification takes, and how much memory, beside a training step of that model. Prints one JSON object.
 
     python benchmarks/qualify_time.py --json [--model r2-micro --chip emulated:h800@exact --limit 90]
 

@@ -198,7 +198,7 @@ def test_a_captured_call_is_made_again_elsewhere_and_judged(bundle: Bundle) -> N
     with opened("emulated:h800") as chip:
         found = {str(one.func): replay(one, chip) for one in bundle.calls if one.place.operator == "aten.mm.default"}
     (judged,) = found.values()
-    assert judged is not None and judged.used <= 1.0 and len(judged.measures) >= 4
+    assert judged is not None and judged.used <= 1.0 and len(judged.measures) >= 3
 
 
 # ---- what is captured

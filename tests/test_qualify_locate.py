@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from beringia.qualify.recording import AT_REST, Recorder
 from beringia.qualify.trace import Plan, Tracer
 from beringia.records.certificate import Located, OperatorCheck
 
+SUBJECT = SmallSubject("llama")
 MASK = "a mask or a length that is not respected"
 FAULTS = {
     'kind = "bit-flip"\ntarget = "activations"\nsites = [0]\nbits = [28, 29]': ("flipped bits", "mm", "forward"),
     'kind = "bit-flip"\ntarget = "gradients"\nsites = [3]\nbits = [27, 27]': ("flipped bits", "mm", "backward"),
+    'kind = "bit-flip"\ntarget = "activations"\nsites = [1]\nbits = [21, 21]': ("flipped bits", "mm", "forward"),
     'kind = "stuck-tile"\nsize = 16\nsites = [4]': ("a stuck tile of the matrix unit", "mm", "forward"),
     'kind = "stuck-tile"\nsize = 16\nrow = 1\nvalue = 0.5\nsites = [2]': (
         "a stuck tile of the matrix unit",
@@ -39,9 +43,10 @@ FAULTS = {
 }
 
 
-def first_of(fault: str, directory: Path, subject: SmallSubject) -> OperatorCheck:
+@cache
+def first_of(fault: str, subject: SmallSubject = SUBJECT) -> OperatorCheck:
     """The first wrong call of a training step in bfloat16."""
-    with opened("emulated:h800", fault, directory) as chip:
+    with TemporaryDirectory() as directory, opened("emulated:h800", fault, Path(directory)) as chip:
         found = first_wrong(watched(subject, chip, torch.bfloat16))
     assert found is not None
     return found
@@ -52,30 +57,30 @@ def fits(found: Located, phrase: str) -> bool:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_the_first_wrong_operator_and_fits_its_description(fault: str, tmp_path: Path) -> None:
+def test_a_planted_fault_is_the_first_wrong_operator_and_fits_its_description(fault: str) -> None:
     phrase, operator, direction = FAULTS[fault]
-    found = first_of(fault, tmp_path, SmallSubject("llama"))
+    found = first_of(fault)
     assert operator in found.operator and found.direction == direction
     assert fits(locate(found), phrase), (locate(found).consistent_with, found)
 
 
-def test_the_place_of_a_stuck_tile_and_of_an_ignored_mask_is_named(tmp_path: Path) -> None:
-    tile = first_of('kind = "stuck-tile"\nsize = 16\nrow = 1\nvalue = 0.5', tmp_path, SmallSubject("llama"))
+def test_the_place_of_a_stuck_tile_and_of_an_ignored_mask_is_named() -> None:
+    tile = first_of('kind = "stuck-tile"\nsize = 16\nrow = 1\nvalue = 0.5\nsites = [2]')
     assert (tile.wrong_from, tile.wrong_to, tile.found) == ((16, 0), (31, 15), 0.5)
-    mask = first_of('kind = "mask-ignored"\nlength = 8', tmp_path, SmallSubject("llama"))
+    mask = first_of('kind = "mask-ignored"\nlength = 8')
     assert mask.wrong_from[-2] == 8 and mask.module == "model.layers.0.self_attn"
 
 
-def test_a_factor_is_measured(tmp_path: Path) -> None:
+def test_a_factor_is_measured() -> None:
     fault = 'kind = "wrong-function"\noperator = "silu"\nstrength = 0.03'
-    found = first_of(fault, tmp_path, SmallSubject("llama"))
+    found = first_of(fault)
     assert found.factor == pytest.approx(1.03, abs=2e-3) and found.wrong_share > 0.9
 
 
-def test_a_cast_that_truncates_is_called_that(tmp_path: Path) -> None:
+def test_a_cast_that_truncates_is_called_that() -> None:
     """Told from rounding by the mean of the errors, which takes some hundred rows."""
     fault = 'kind = "wrong-cast"\nrounding = "truncate"\ndirection = "forward"\nsites = [4]'
-    found = first_of(fault, tmp_path, SmallSubject("llama", samples=4, tokens=64))
+    found = first_of(fault, SmallSubject("llama", samples=4, tokens=64))
     assert found.operator == "aten._to_copy.default" and found.wrong_share == 0.0
     assert fits(locate(found), "results truncated instead of rounded"), found
 
@@ -123,7 +128,7 @@ def test_an_operator_that_is_missing_is_called_that() -> None:
 
 def test_weights_that_change_between_two_steps_are_memory_that_does_not_keep(tmp_path: Path) -> None:
     fault = 'kind = "bit-flip"\ntarget = "weights"\nsites = [2]\nbits = [20, 24]\nfrom_step = 2'
-    subject = SmallSubject("llama")
+    subject = SUBJECT
     with opened("emulated:exact", fault, tmp_path) as chip:
         found = first_wrong(recorded(subject, chip))
     assert found is not None and found.operator == AT_REST
@@ -140,22 +145,22 @@ def recorded(subject: SmallSubject, chip: Chip) -> list[OperatorCheck]:
 
 def test_sound_memory_is_not_called_wrong() -> None:
     with opened("emulated:exact") as chip:
-        assert first_wrong(recorded(SmallSubject("llama"), chip)) is None
+        assert first_wrong(recorded(SUBJECT, chip)) is None
 
 
-def test_what_differs_from_run_to_run_is_said_first(tmp_path: Path) -> None:
-    found = first_of('kind = "stuck-tile"\nsize = 16', tmp_path, SmallSubject("llama"))
+def test_what_differs_from_run_to_run_is_said_first() -> None:
+    found = first_of('kind = "stuck-tile"\nsize = 16\nsites = [4]')
     located = locate(found, repeatable=False)
     assert located.consistent_with[0].startswith("results that differ from run to run")
     assert located.mitigations[0] == "switch deterministic algorithms on"
 
 
-def test_a_sound_call_fits_no_fault_and_a_struck_one_does_not_fit_those_of_other_operators(tmp_path: Path) -> None:
+def test_a_sound_call_fits_no_fault_and_a_struck_one_does_not_fit_those_of_other_operators() -> None:
     with opened("emulated:h800") as chip:
-        checks = watched(SmallSubject("llama"), chip, torch.bfloat16)
+        checks = watched(SUBJECT, chip, torch.bfloat16)
     assert first_wrong(checks) is None
     assert not any(locate(found).consistent_with for found in checks)
-    index = first_of('kind = "garbage-index"\nbeyond = 20', tmp_path, SmallSubject("llama"))
+    index = first_of('kind = "garbage-index"\nbeyond = 20')
     assert not fits(locate(index), "a short accumulator") and not fits(locate(index), "a stuck tile")
-    flipped = first_of('kind = "bit-flip"\ntarget = "activations"\nbits = [28, 29]', tmp_path, SmallSubject("llama"))
+    flipped = first_of('kind = "bit-flip"\ntarget = "activations"\nsites = [0]\nbits = [28, 29]')
     assert not fits(locate(flipped), "a stuck tile"), "one element is no tile"

@@ -16,13 +16,16 @@ from certificates import certificate
 from small_runs import beringia, worker_of
 
 from beringia.chips.chip import Memory
-from beringia.errors import InputError, ModelError
+from beringia.errors import HandshakeError, InputError, ModelError
 from beringia.qualify import fitting
 from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, read_manifest
 from beringia.qualify.fitting import check_fits
 from beringia.qualify.issue import exit_code
+from beringia.qualify.probing import Interpreter, run_job
 from beringia.qualify.qualification import Request, qualify, record_reference
 from beringia.records.certificate import Certificate
+
+pytestmark = pytest.mark.timeout(900)  # several processes each, which a busy machine gives little
 
 ATTENTION_BACKWARD = """summary = "attention's backward past 16 positions"
 [[faults]]
@@ -66,6 +69,30 @@ def test_a_sound_chip_is_fit_to_train(small_bundle: Path) -> None:
     assert {check.direction for check in found.operators} == {"forward", "backward", "optimizer", "decode"}
     assert all(check.used <= 1.0 for check in found.operators)
     assert [word for word in said if word in ("operators", "lockstep")] == ["operators", "lockstep"]
+
+
+def interpreter(directory: Path, body: str) -> Interpreter:
+    """A shell script in the place of Python."""
+    path = directory / "python"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return Interpreter(str(path))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("echo driver not loaded; sleep 600", "not opened within 1 s: driver not loaded"),
+        ("echo driver not loaded; exit 7", r"did not start \(status 7\): driver not loaded"),
+        ("kill -9 $$", r"did not start \(signal SIGKILL\): it said nothing"),
+    ],
+)
+def test_a_process_that_does_not_open_its_chip_is_an_error_with_its_last_words(
+    tmp_path: Path, body: str, words: str
+) -> None:
+    job = small().job("describe", tmp_path, tmp_path / "none")
+    with pytest.raises(HandshakeError, match=words):
+        run_job(job, interpreter(tmp_path, body), patience_seconds=1.0)
 
 
 def test_the_exit_code_is_about_the_use_that_was_asked_for() -> None:
@@ -223,10 +250,10 @@ def test_more_layers_than_the_model_has_are_refused(run: Run, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_chip_that_hangs_is_unfit_and_the_probe_is_named(small_bundle: Path, tmp_path: Path) -> None:
     faults = script(tmp_path, 'summary = "hang"\n[[faults]]\nkind = "hang"\nat_step = 2\noperator = 5\n')
-    found = qualify(small(faults=faults, patience_seconds=20.0), small_bundle)
+    found = qualify(small(faults=faults, patience_seconds=60.0), small_bundle)
     assert found.verdict == "unfit"
     (failure,) = (probe for probe in found.probes if probe.outcome == "failed")
-    assert failure.summary.startswith("while probing operators") and "did not get on for 20 s" in failure.summary
+    assert failure.summary.startswith("while probing operators") and "did not get on for 60 s" in failure.summary
     assert {probe.probe for probe in found.probes} == {"arithmetic", "operators"}
 
 

@@ -108,17 +108,23 @@ def test_the_order_of_the_evidence_changes_no_verdict(
 
 
 @given(evidence, powers)
-def test_every_verdict_has_a_reason_and_the_gravest_failure_stands_first(
-    found: list[ProbeResult], power: float
-) -> None:
+def test_every_verdict_has_a_reason(found: list[ProbeResult], power: float) -> None:
     judgement = judge(found, None, power)
     assert judgement.reasons and all(judgement.reasons)
-    grave = [p for p in found if p.outcome == "failed" and p.rules_out == "infer"]
-    if grave:
-        used = {max((m.used for m in p.measures), default=0.0) for p in grave}
-        assert judgement.reasons[0] in {
-            p.summary for p in grave if max((m.used for m in p.measures), default=0.0) == max(used)
-        }
+
+
+@given(st.lists(probes(("failed",)), min_size=2, max_size=6), powers)
+def test_the_gravest_failure_stands_first(found: list[ProbeResult], power: float) -> None:
+    def used(probe: ProbeResult) -> float:
+        return max((measure.used for measure in probe.measures), default=0.0)
+
+    found = [probe.model_copy(update={"summary": str(number)}) for number, probe in enumerate(found)]
+    for use in ("infer", "train"):
+        grave = [probe for probe in found if probe.rules_out == use]
+        if grave:
+            first = judge(found, None, power).reasons[0]
+            assert first in {probe.summary for probe in grave if used(probe) == max(map(used, grave))}
+            return
 
 
 def located() -> Located:

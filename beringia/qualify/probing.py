@@ -132,6 +132,10 @@ class _Follower:
             if ended:
                 return self._close(self._process.returncode)
             if time.monotonic() - heard_at > self._patience:
+                if self._evidence.opened is None:
+                    raise HandshakeError(
+                        f"The chip was not opened within {self._patience:g} s: {_last_line(self._log)}"
+                    )
                 self._fail(f"the chip's process did not get on for {self._patience:g} s and was ended")
                 return self._evidence
             time.sleep(_POLL_SECONDS)
