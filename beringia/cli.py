@@ -144,7 +144,7 @@ def reference(
     layers: LayersOption = None,
     seed: SeedOption = 0,
     batches: BatchesOption = 6,
-    limit: Annotated[int, typer.Option(help="MiB that captured arguments may take.")] = 256,
+    limit: Annotated[int, typer.Option(help="MiB that captured arguments may take.")] = 64,
     as_json: JsonOption = False,
 ) -> None:
     """Record on one machine what another machine's chip is compared with."""

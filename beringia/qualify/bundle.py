@@ -40,7 +40,7 @@ from beringia.records.identity import ChipIdentity
 from beringia.records.record import Record
 
 BUNDLE_SCHEMA = 1
-DEFAULT_LIMIT_BYTES = 256 * 2**20
+DEFAULT_LIMIT_BYTES = 64 * 2**20
 """For the captured calls' arguments, before compression."""
 _MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
 _FASTEST = 1

@@ -96,7 +96,7 @@ class Job(Record):
     """Where the lines go."""
     batches: int = 6
     steps: int = 6
-    limit_bytes: int = 256 * 2**20
+    limit_bytes: int = 64 * 2**20
     longest: int = 8200
     """Tokens: attention is not tried beyond."""
     memory_bytes: int = 0
