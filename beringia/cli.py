@@ -179,7 +179,7 @@ def qualify(
     batches: BatchesOption = 6,
     faults: Annotated[str | None, typer.Option(help="Emulated chips only: a fault script.", show_default=False)] = None,
     soak: Annotated[float, typer.Option(help="Seconds of repeats under load.")] = 0.0,
-    memory: Annotated[int, typer.Option(help="MiB of memory to test.")] = 64,
+    memory: Annotated[int, typer.Option(help="MiB of memory to test.")] = 16,
     speed: Annotated[bool, typer.Option(help="Measure rates, too.")] = False,
     key: Annotated[Path | None, typer.Option(help="Private key to sign with.", show_default=False)] = None,
     as_json: JsonOption = False,

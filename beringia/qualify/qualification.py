@@ -54,7 +54,7 @@ class Request:
     samples: int = 4
     tokens: int = 64
     longest: int = 8200
-    memory_bytes: int = 64 * 2**20
+    memory_bytes: int = 16 * 2**20
     soak_seconds: float = 0.0
     speed: bool = False
     collectives: bool = True
