@@ -53,15 +53,19 @@ def _work(job: Job, write: Write) -> None:
     check_fits(job.model, job.layers)
     subject = DecoderSubject(job.model, job.seed, job.samples, job.tokens, job.layers)
     if job.task == "reference":
-        _make_reference(job, subject, chip, dtype)
+        _make_reference(job, subject, chip, dtype, write)
     else:
         _probe(job, subject, chip, write)
     write(Ended())
 
 
-def _make_reference(job: Job, subject: DecoderSubject, chip: Chip, dtype: torch.dtype) -> None:
+def _make_reference(job: Job, subject: DecoderSubject, chip: Chip, dtype: torch.dtype, write: Write) -> None:
     plan = Plan(job.batches, job.steps)
-    make_bundle(subject, chip, dtype, Path(job.bundle), plan=plan, limit_bytes=job.limit_bytes, say=_say)
+
+    def say(text: str) -> None:
+        write(Begun(probe=text))
+
+    make_bundle(subject, chip, dtype, Path(job.bundle), plan=plan, limit_bytes=job.limit_bytes, say=say)
 
 
 def _probe(job: Job, subject: DecoderSubject, chip: Chip, write: Write) -> None:
