@@ -104,7 +104,6 @@ class World:
         self.noise = Noise.of(exact, recording.trace, draws)
         self.reference_trace = recording.trace
         self._sound: dict[str, Sound] = {}
-        self._exact_harm = None
 
     def sound(self, chip: str) -> Sound:
         """What the chip does without a fault."""

@@ -89,7 +89,7 @@ class Subject(ABC):
         return {}
 
     def call_layer(self, model: nn.Module, layer: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
-        """One layer by itself."""
+        """One layer by itself; asked only of a subject that names layers in `layers_of`."""
         raise NotImplementedError
 
     def after_update(self, model: nn.Module) -> None:  # noqa: B027 (most models do nothing there)
