@@ -17,7 +17,8 @@ training. Below `HARMLESS` everywhere it is harmless. Between the two nothing is
 right first operator** is the first watched call that the fault changed by more than half of its rounding error; the
 device itself reports which calls it struck.
 
-The rules of others (`qualify_peers.py`) judge the same calls. Must hold: verdicts right in at least 98 %, first
+The rules of others (`qualify_peers.py`) judge the same calls; those that compare two runs compare with the same chip
+without the fault, and sound chips with the reference. Must hold: verdicts right in at least 98 %, first
 operators exact in at least 95 %, no sound chip and no harmless defect refused.
 """
 
@@ -88,7 +89,9 @@ class World:
         self.tracer = Tracer(self.subject, self.plan)
         exact, self.routes = self.tracer.in_float64()
         chip = open_chip(reference)
-        recording = Recorder(self.subject, chip, self.dtype).record(self.tracer, self.routes)
+        self.reference_summary = RunSummary()
+        recorder = Recorder(self.subject, chip, self.dtype, also=self.reference_summary.take)
+        recording = recorder.record(self.tracer, self.routes)
         draws = [
             self.tracer.on_chip(
                 chip, self.dtype, self.routes, begin_step=lambda: None, change=one_ulp(draw, self.dtype)
@@ -390,30 +393,34 @@ def run_case(case: Case, world: World, directory: Path) -> dict[str, Any]:
     harm = sound.compare(world, chip, lengths="far_out" in case.kind)
     chip.close()
     chip = open_chip(case.chip, script)
-    truth, rules, summary = Truth(chip), Rules(), RunSummary()
-    beside = Stopwatch()
+    truth = Truth(chip)
+    found = beside_others(world, chip, sound.summary, truth.take)
+    chip.close()
+    return {**asdict(case), "harm": harm, "truth": truth.first, **found}
 
-    def also(call: Any) -> None:
+
+def beside_others(
+    world: World, chip: Any, compared_with: RunSummary, also: Callable[[Any], None] = lambda call: None
+) -> dict[str, Any]:
+    """What qualification finds, and what the rules of others do in the same run; the time is qualification's alone.
+
+    Rules that compare two runs compare with the summary of `compared_with`.
+    """
+    rules, summary, beside = Rules(), RunSummary(), Stopwatch()
+
+    def take(call: Any) -> None:
         with beside:
-            truth.take(call)
+            also(call)
             rules.take(call)
             summary.take(call)
 
-    found = qualified(world, chip, also=also)
-    chip.close()
+    found = qualified(world, chip, also=take)
     losses = found.pop("losses")
-    first: dict[str, Any] = dict(rules.first) | whole_run(summary, sound.summary)
+    first: dict[str, Any] = dict(rules.first) | whole_run(summary, compared_with)
     refuses = {rule: rule in first for rule in (*PER_CALL, *WHOLE_RUN)}
     refuses["loss at 1 %"] = losses is None or loss_watching(losses, world.reference_trace.losses_N)
-    peers = {"refuses": refuses, "first": {rule: list(key) for rule, key in first.items()}}
     found["seconds"] -= beside.seconds
-    return {
-        **asdict(case),
-        "harm": harm,
-        "truth": truth.first,
-        **found,
-        "peers": peers,
-    }
+    return {**found, "peers": {"refuses": refuses, "first": {rule: list(key) for rule, key in first.items()}}}
 
 
 def expected(result: dict[str, Any]) -> tuple[str, ...] | None:
@@ -498,6 +505,7 @@ def summarise(results: list[dict[str, Any]], clean: list[dict[str, Any]]) -> dic
             "largest": max((r["seconds"] for r in results), default=None),
         },
         "largest_effect_clean": max((c["largest_effect"] for c in clean), default=None),
+        "largest_call_clean": max((c["largest_passing_call"] for c in clean), default=None),
     }
 
 
@@ -525,8 +533,7 @@ def run_clean(seed: int, store: Store) -> None:
         if label in store:
             continue
         chip = open_chip(name)
-        found = qualified(world, chip)
-        found.pop("losses")
+        found = beside_others(world, chip, world.reference_summary)
         chip.close()
         store.add({"name": label, "half": "clean", "reference": reference, "chip": name, **found})
 

@@ -143,7 +143,7 @@ def whole_run(found: RunSummary, reference: RunSummary) -> dict[str, Key]:
     """First keys that the rules comparing two runs refuse."""
     first: dict[str, Key] = {}
     for key in found.order:
-        if "hashes" not in first and found.hashes[key] != reference.hashes.get(key):
+        if "hashes" not in first and key in reference.hashes and found.hashes[key] != reference.hashes[key]:
             first["hashes"] = key
         if WHOLE_RUN[0] not in first and key in found.numbers and key in reference.numbers:
             pairs = zip(found.numbers[key], reference.numbers[key], strict=True)

@@ -232,7 +232,7 @@ def moved(world: World, found: Sketches, sound: Sketches) -> dict[str, float]:
     here, there = (replace(world.noise.exact, sketches=sketches) for sketches in (found, sound))
     worst: dict[str, float] = defaultdict(float)
     for (kind, name, _), distance in distances(here, there).items():
-        worst[kind] = max(worst[kind], distance / floors[kind, name])
+        worst[kind] = max(worst[kind], distance / floors[kind, name].overall)
     return dict(worst)
 
 

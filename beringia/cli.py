@@ -10,12 +10,12 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from beringia import __version__
-from beringia.errors import BeringiaError, Inconclusive, InputError, RecipeError
+from beringia.errors import BeringiaError, Inconclusive, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -172,7 +172,9 @@ def qualify(
         typer.Option(help="Bundle from another machine; default: recorded here on the CPU.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Directory for certificate and page.")] = Path("certificates"),
-    use: Annotated[str, typer.Option("--for", help="What the exit code is about: train or infer.")] = "train",
+    use: Annotated[
+        Literal["train", "infer"], typer.Option("--for", help="What the exit code is about: train or infer.")
+    ] = "train",
     dtype: DtypeOption = None,
     layers: LayersOption = None,
     seed: SeedOption = 0,
@@ -189,8 +191,6 @@ def qualify(
     from beringia.qualify.qualification import Request
     from beringia.qualify.qualification import qualify as make_certificate
 
-    if use not in ("train", "infer"):
-        raise InputError(f"--for {use} was asked for: give train or infer.")
     request = Request(
         chip,
         model,

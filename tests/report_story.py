@@ -86,6 +86,18 @@ class Story:
             )
         )
 
+    def qualify(self, label: str, verdict: str, first_wrong: str | None = None, *, seconds: float = 18.0) -> None:
+        event = events.Qualified(
+            used=label,
+            identity_hash="ab" * 32,
+            verdict=verdict,  # type: ignore[arg-type]
+            reasons=("12 bounds hold",),
+            first_wrong=first_wrong,
+            certificate=f"certificates/{label}.json",
+            seconds=seconds,
+        )
+        self.tell(event.model_copy(update={"chip": label}), after=seconds)
+
     def open(self, label: str, identity: ChipIdentity = PROCESSOR, asked: str = "auto", used: str = "cpu") -> None:
         self.chip = label
         self.tell(

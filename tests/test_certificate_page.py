@@ -93,8 +93,8 @@ def hostile() -> Certificate:
         ("unfit", "Ascend 910B emulated : neither train nor serve on it: outputs: farther from float64"),
         (
             "inconclusive",
-            "Ascend 910B emulated : not decided, so neither train nor serve on it yet: a harmful difference would have "
-            "been seen with a probability of only 62 %, 80 % is needed.",
+            "Ascend 910B emulated : not decided, so neither train nor serve on it yet: a sound chip would be found "
+            "equal with a probability of only 62 %, 80 % is needed.",
         ),
     ],
 )

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from beringia.chips.arithmetic.products import Products
 from beringia.chips.arithmetic.profile import Direction, Profile, Reduction, read_profile
+from beringia.chips.arithmetic.reductions import Reduce
 from beringia.chips.arithmetic.rounding import flush_subnormals_, perturb_, round_fraction_, saturate_
 from beringia.chips.emulated import EmulatedChip, kernels
-from beringia.chips.emulated.reductions import Reduce
 
 aten = torch.ops.aten
 

@@ -58,6 +58,22 @@ def test_training_with_every_adamw_equals_the_cpu_bit_for_bit(chip: EmulatedChip
         assert ours.device == chip.device and torch.equal(ours.detach().cpu(), theirs)
 
 
+def test_tied_weights_stay_one_parameter_on_the_device_and_add_up_both_gradients(chip: EmulatedChip) -> None:
+    """`module.to` makes a new parameter for each name of a tensor subclass, unless it is told to swap."""
+
+    def gradient(device: torch.device) -> torch.Tensor:
+        torch.manual_seed(0)
+        embedding, head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        head.weight = embedding.weight
+        model = nn.Sequential(embedding, head).to(device)
+        assert embedding.weight is head.weight
+        model(torch.tensor([[1, 2, 3]]).to(device)).square().sum().backward()
+        assert embedding.weight.grad is not None
+        return embedding.weight.grad.cpu()
+
+    torch.testing.assert_close(gradient(chip.device), gradient(torch.device("cpu")))
+
+
 def test_factories_make_tensors_on_the_device_with_the_cpu_s_values(chip: EmulatedChip) -> None:
     device = chip.device
     for make in (

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from small_runs import beringia, events, of_kind, small_recipe, write_recipe
 
 from beringia.chips.open import open_chip
-from beringia.records.certificate import Certificate, ModelFingerprint
+from beringia.records.certificate import Certificate, ModelFingerprint, ProbeResult
 from beringia.records.events import ChipOpened, Fallback, Unqualified
 from beringia.records.identity import ChipIdentity
 from beringia.records.model_source import configuration_hash
@@ -136,8 +136,16 @@ def test_of_several_certificates_the_newest_with_a_verdict_counts(tmp_path: Path
     assert isinstance(admission(opened(), recipe(), later_unfit), Unqualified)
     repaired = put(tmp_path / "b", certificate(created=new), certificate(created=old, verdict="unfit"))
     assert admission(opened(), recipe(), repaired) is None
-    too_little = put(tmp_path / "c", certificate(created=new), certificate(created=newest, verdict="inconclusive"))
+    open_verdict = certificate(created=newest, verdict="inconclusive", probes=())
+    too_little = put(tmp_path / "c", certificate(created=new), open_verdict)
     assert admission(opened(), recipe(), too_little) is None
+
+
+def test_a_later_open_verdict_counts_where_a_probe_of_it_ruled_training_out(tmp_path: Path) -> None:
+    failed = ProbeResult(probe="lockstep", subject="update", outcome="failed", rules_out="train", summary="it differs")
+    sound = certificate(created="2026-11-10T00:00:00Z")
+    later = certificate(created="2026-11-20T00:00:00Z", verdict="inconclusive", probes=(failed,))
+    assert isinstance(admission(opened(), recipe(), put(tmp_path, sound, later)), Unqualified)
 
 
 def _emulated(name: str) -> ChipOpened:

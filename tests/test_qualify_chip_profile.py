@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -18,7 +19,7 @@ from beringia.chips.arithmetic.profile import PROFILES, Profile, read_profile
 from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
 from beringia.qualify.arithmetic.chip_profile import float32_products, measure_profile, measured_or_assumed, to_toml
-from beringia.qualify.arithmetic.elementwise import measure_elementary
+from beringia.qualify.arithmetic.elementwise import measure_elementary, measure_sum
 
 
 @contextmanager
@@ -53,6 +54,36 @@ def test_units_casts_overflow_and_subnormals_are_what_was_declared(both: tuple[P
         same = {"mark": "", "source": ""}
         assert getattr(measured, part).model_copy(update=same) == getattr(declared, part).model_copy(update=same)
     assert measured.float32_products.format == "float32"
+
+
+def test_the_order_of_sums_is_what_was_declared(both: tuple[Profile, Profile]) -> None:
+    declared, measured = (profile.reduction for profile in both)
+    assert (measured.scheme, measured.lanes, measured.serial) == (declared.scheme, declared.lanes, declared.serial)
+    assert measured.mark == "measured"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        {"scheme": "sequential"},
+        {"scheme": "tree"},
+        {"scheme": "lanes", "lanes": 8, "serial": 2},
+        {"scheme": "lanes", "lanes": 512, "serial": 8},
+    ],
+    ids=str,
+)
+def test_an_order_of_sums_is_told_from_all_others(order: dict[str, Any], tmp_path: Path) -> None:
+    profile = tomllib.loads((PROFILES / "h100.toml").read_text())
+    profile["reduction"] = order | {"mark": "assumed", "source": "a test"}
+    path = tmp_path / "order.toml"
+    path.write_text(tomli_w.dumps(profile))
+    with opened(f"emulated:{path}") as chip:
+        assert measure_sum(chip) == order
+
+
+def test_an_order_of_sums_that_is_not_known_is_not_taken_for_one_that_is() -> None:
+    """The CPU's own adds lanes of its vector units in cascades."""
+    assert measure_sum(open_chip("cpu")) == {"scheme": "native"}
 
 
 def test_errors_of_elementary_functions_are_the_declared_ones_and_the_cpus_own(both: tuple[Profile, Profile]) -> None:

@@ -360,10 +360,17 @@ def test_two_real_ranks_of_a_cpu_move_and_add_right() -> None:
 
 
 @pytest.mark.slow
-def test_an_emulated_chip_is_tried_in_its_compute_dtype_too() -> None:
-    results = probe_collectives("emulated:h800", ranks=3)
+def test_an_emulated_chip_is_tried_in_its_compute_dtype_too_and_timed_if_wanted() -> None:
+    results = probe_collectives("emulated:h800", ranks=3, bandwidth=True)
     assert of(results, "all-reduce, bfloat16").outcome == "passed"
     assert of(results, "all-to-all, float32").outcome == "passed"
+    for collective in ("all-reduce", "all-gather"):
+        rate = of(results, f"{collective} of 64 MiB, 3 ranks")
+        assert (rate.probe, rate.outcome, rate.rules_out) == ("speed", "told", "neither")
+        measured = re.search(r"bus bandwidth ([\d.e+-]+) GB/s \(spread", rate.summary)
+        # What a link carries of the buffer, in the time of one call: more than all calls together took.
+        share = {"all-reduce": 4 / 3, "all-gather": 2 / 3}[collective]
+        assert measured and float(measured[1]) > share * 64 * 2**20 * 20 / 1e9 / rate.seconds
 
 
 def test_one_device_that_computes_sums_wrong_is_found(tmp_path: Path) -> None:

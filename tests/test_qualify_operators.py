@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from beringia.chips.emulated import matmul
 from beringia.numerics.metrics import UNIT_ROUNDOFF, rounding_floor
+from beringia.qualify.operators import parts
 from beringia.qualify.operators.bounds import bound_of
 from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown, in_float64
-from beringia.qualify.operators.watch import Call, Watch
+from beringia.qualify.operators.watch import Call, Watch, changed
 from beringia.qualify.trace import make_optimizer
 from beringia.records.certificate import OperatorCheck
 
@@ -50,6 +51,30 @@ def with_result(call: Call, *results: torch.Tensor) -> Call:
 def broken(call: Call) -> set[str]:
     """Names of the measures beyond their bounds."""
     return {measure.name for measure in judged(call).measures if measure.used > 1.0}
+
+
+def optimizer_calls(fused: bool) -> list[Call]:
+    """The calls on lists of an optimizer's second step, with weights of several sizes."""
+    weights = [random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(5, 7), (3,), (11, 2)])]
+    optimizer = make_optimizer(nn.ParameterList(weights), fused=fused)
+
+    def step() -> None:
+        for weight in weights:
+            weight.grad = random(*weight.shape, seed=9)
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+
+    calls: list[Call] = []
+
+    def take(call: Call) -> None:
+        # Copies: on the CPU the arguments are the optimizer's own tensors, which the next call changes.
+        args, results = (changed(value, torch.clone) for value in (call.args, call.results))
+        calls.append(replace(call, args=args, results=results))
+
+    step()
+    with Watch(nn.Identity(), torch.device("cpu"), take):
+        step()
+    return [call for call in calls if call.place.operator.startswith(("aten._foreach_", "aten._fused_"))]
 
 
 # ---- where a call belongs
@@ -428,11 +453,11 @@ def test_one_element_that_is_off_by_four_roundings_is_found_and_named(dtype: tor
     place = divmod(int((found.abs().flatten() == middle).int().argmax()), 32)
     exact = in_float64(call)[0][place]
     found[place] = (exact * (1.0 + 4 * UNIT_ROUNDOFF[dtype])).to(dtype)
-    changed = judged(with_result(call, found))
-    assert changed.used > 1.0 and changed.worst_element == place
-    assert changed.wrong_from == changed.wrong_to == place and changed.wrong_share == 1 / found.numel()
-    assert changed.found == pytest.approx(float(found[place])) and changed.expected == pytest.approx(float(exact))
-    assert {m.name for m in changed.measures if m.used > 1.0} == {"worst element"}
+    wrong = judged(with_result(call, found))
+    assert wrong.used > 1.0 and wrong.worst_element == place
+    assert wrong.wrong_from == wrong.wrong_to == place and wrong.wrong_share == 1 / found.numel()
+    assert wrong.found == pytest.approx(float(found[place])) and wrong.expected == pytest.approx(float(exact))
+    assert {m.name for m in wrong.measures if m.used > 1.0} == {"worst element"}
 
 
 def truncated(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -453,11 +478,11 @@ def test_truncation_everywhere_shows_in_the_sign_of_the_errors_and_in_no_single_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_factor_of_one_per_cent_is_found_and_measured(dtype: torch.dtype) -> None:
     call = product(dtype)
-    changed = judged(with_result(call, (in_float64(call)[0] * 1.01).to(dtype)))
-    used = {measure.name: measure.used for measure in changed.measures}
+    wrong = judged(with_result(call, (in_float64(call)[0] * 1.01).to(dtype)))
+    used = {measure.name: measure.used for measure in wrong.measures}
     assert used["root mean square error"] > 1.0 and used["signed error"] > 1.0
-    assert changed.factor == pytest.approx(1.01, abs=2e-3)
-    assert changed.error == pytest.approx(0.01, rel=0.1)
+    assert wrong.factor == pytest.approx(1.01, abs=2e-3)
+    assert wrong.error == pytest.approx(0.01, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -479,11 +504,11 @@ def test_infinity_or_nan_on_one_side_only_is_found(value: float) -> None:
     call = product(torch.float32)
     found = call.results[0].clone()
     found[3, 4] = value
-    changed = judged(with_result(call, found))
+    wrong = judged(with_result(call, found))
     assert broken(with_result(call, found)) == {"not finite on one side"}
-    assert (changed.worst_element, changed.found) == ((3, 4), None)
-    assert changed.expected == pytest.approx(float(call.results[0][3, 4]))
-    assert changed.wrong_from == changed.wrong_to == (3, 4) and changed.wrong_share == 1 / found.numel()
+    assert (wrong.worst_element, wrong.found) == ((3, 4), None)
+    assert wrong.expected == pytest.approx(float(call.results[0][3, 4]))
+    assert wrong.wrong_from == wrong.wrong_to == (3, 4) and wrong.wrong_share == 1 / found.numel()
     x = torch.tensor([[1.0, value], [0.5, 2.0]])
     both = only_call(lambda: x * 2.0, "mul")
     assert not broken(both)
@@ -510,9 +535,9 @@ def test_one_wrong_integer_is_found() -> None:
     assert not broken(call)
     found = call.results[0].clone()
     found[1, 2] += 1
-    changed = judged(with_result(call, found))
+    wrong = judged(with_result(call, found))
     assert broken(with_result(call, found)) == {"other integers"}
-    assert changed.worst_element == (1, 2) and changed.expected == float(call.results[0][1, 2])
+    assert wrong.worst_element == (1, 2) and wrong.expected == float(call.results[0][1, 2])
 
 
 def test_topk_may_name_any_of_equal_values_and_nothing_else() -> None:
@@ -533,8 +558,8 @@ def test_what_only_moves_numbers_must_keep_every_bit(move: Any) -> None:
     assert not broken(call)
     bits = call.results[0].clone().view(torch.int16)
     bits[1, 3] ^= 1
-    changed = judged(with_result(call, bits.view(torch.bfloat16)))
-    assert changed.used > 1.0 and changed.worst_element == (1, 3)
+    wrong = judged(with_result(call, bits.view(torch.bfloat16)))
+    assert wrong.used > 1.0 and wrong.worst_element == (1, 3)
 
 
 def test_a_cast_may_round_once_and_not_twice() -> None:
@@ -601,12 +626,43 @@ def test_a_product_of_a_published_unit_is_within_its_bound_in_every_element(
     assert used["worst element"] <= 1.0 and used["root mean square error"] <= 1.0
 
 
+# ---- calls on lists
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_call_on_lists_is_judged_alike_in_one_piece_and_in_parts(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A norm's bound goes by the longest sum of its part, so it is not the same.
+    calls = [call for call in optimizer_calls(fused) if "_foreach_norm" not in call.place.operator]
+    whole = [check(call) for call in calls]
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    assert {len(list(parts.in_parts(call))) for call in calls} == {5 + 3 + 11}  # rows of the three weights
+    for call, one_piece in zip(calls, whole, strict=True):
+        found = check(call)
+        assert found is not None and one_piece is not None
+        worst, value = ([m for m in c.measures if m.name == "worst element"][0] for c in (found, one_piece))
+        assert (worst, found.worst_element, found.found) == (value, one_piece.worst_element, one_piece.found)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_wrong_entry_of_a_list_is_found_in_whichever_part_it_is(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    for call in optimizer_calls(fused):
+        for index, result in enumerate(call.results):
+            wrong = result.clone()
+            wrong.flatten()[-1] += 1.0
+            results = (*call.results[:index], wrong, *call.results[index + 1 :])
+            found = judged(with_result(call, *results))
+            last = tuple(size - 1 for size in result.shape)
+            assert found.used > 1.0 and found.worst_element == last, (call.func, index)
+
+
 @settings(max_examples=150)
 @given(products(), st.data())
 def test_an_element_of_a_product_beyond_its_bound_is_found_where_it_is(call: Call, data: st.DataObject) -> None:
     (exact,) = in_float64(call)
-    wide = [tensor.double() for tensor in call.args]
-    allowed = bound_of(call, (exact,), tuple(wide), {}).allowed[0]
+    allowed = bound_of(call, (exact,)).allowed[0]
     found = call.results[0].clone()
     place = tuple(data.draw(st.integers(0, size - 1)) for size in found.shape)
     sign = data.draw(st.sampled_from([-1.0, 1.0]))
@@ -614,6 +670,6 @@ def test_an_element_of_a_product_beyond_its_bound_is_found_where_it_is(call: Cal
     # Half a bound more than the bound, and what its own rounding may take away.
     moved = exact[place] + sign * 1.5 * limit
     found[place] = (moved + sign * rounding_floor(found.dtype) * moved.abs()).to(found.dtype)
-    changed = judged(with_result(call, found))
-    assert changed.worst_element == place and changed.wrong_from == changed.wrong_to == place
-    assert {m.name for m in changed.measures if m.used > 1.0} >= {"worst element"}
+    wrong = judged(with_result(call, found))
+    assert wrong.worst_element == place and wrong.wrong_from == wrong.wrong_to == place
+    assert {m.name for m in wrong.measures if m.used > 1.0} >= {"worst element"}

@@ -23,7 +23,7 @@ from beringia.qualify.fitting import check_fits
 from beringia.qualify.issue import exit_code
 from beringia.qualify.probing import Interpreter, run_job
 from beringia.qualify.qualification import Request, qualify, record_reference
-from beringia.records.certificate import Certificate
+from beringia.records.certificate import Certificate, ProbeResult
 
 pytestmark = pytest.mark.timeout(900)  # several processes each, which a busy machine gives little
 
@@ -101,6 +101,12 @@ def test_the_exit_code_is_about_the_use_that_was_asked_for() -> None:
         for verdict in ("train", "infer", "unfit", "inconclusive")
     }
     assert codes == {"train": (0, 0), "infer": (3, 0), "unfit": (3, 3), "inconclusive": (4, 4)}
+
+
+def test_an_open_verdict_is_a_clear_no_to_training_where_a_probe_ruled_that_out() -> None:
+    failed = ProbeResult(probe="lockstep", subject="update", outcome="failed", rules_out="train", summary="it differs")
+    made = certificate(verdict="inconclusive", probes=(failed,))
+    assert (exit_code(made, "train"), exit_code(made, "infer")) == (3, 4)
 
 
 def test_a_model_that_does_not_fit_says_how_many_layers_would(monkeypatch: pytest.MonkeyPatch) -> None:

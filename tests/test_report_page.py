@@ -30,6 +30,7 @@ def page(page_path: Path) -> str:
 def hostile_story(directory: Path) -> Story:
     """A run in which every free text is an attempt to inject markup."""
     story = Story(directory)
+    story.qualify(EVIL, "infer", EVIL)
     identity = EMULATED.model_copy(update={"sku": EVIL, "note": EVIL, "driver": EVIL, "switches": {EVIL: EVIL}})
     story.tell(events.RunStarted(name=EVIL, recipe_hash=EVIL, beringia=EVIL, steps=200, prefer=(EVIL,)))
     story.decide("start", EVIL, to_chip=EVIL)
@@ -55,6 +56,40 @@ def test_the_page_is_one_closed_document_without_anything_from_elsewhere(page: s
         assert not attributes.get("src")
         assert (attributes.get("href") or "#").startswith(("#", "data:"))
     assert not re.search(r"https?://|@import|url\((?!#)", page)
+
+
+def qualified_page(directory: Path) -> str:
+    """Of a run whose first chip was refused, and whose second may train; the second's certificate has a page."""
+    story = Story(directory, steps=20)
+    story.qualify("preferred", "infer", "model.layers.3.mlp: aten.mm.default (backward, call 1)")
+    story.qualify("fallback", "train")
+    story.begin()
+    story.open("fallback")
+    story.train(1, 20)
+    story.finish()
+    story.end()
+    (directory / "certificates").mkdir()
+    (directory / "certificates" / "fallback.html").write_text("")
+    return render_report(read_history(directory))
+
+
+def test_what_qualification_found_stands_on_the_page_with_time_verdict_and_certificate(tmp_path: Path) -> None:
+    page = qualified_page(tmp_path / "run")
+    section = page[page.index("<h2>Qualification</h2>") : page.index("<h2>Everything else</h2>")]
+    rows = [" ".join(re.sub(r"<[^>]+>", " ", row.replace("<wbr>", "")).split()) for row in section.split("<tr>")[2:4]]
+    assert rows[0].startswith("preferred infer : may serve, must not train model.layers.3.mlp: aten.mm.default")
+    assert rows[1].startswith("fallback train : may train and serve 12 bounds hold 18 s page")
+    assert [a.get("href") for tag, a in Elements(page).found if tag == "a"] == ["certificates/fallback.html"]
+    assert "qualification, 18 s: train" in page
+
+
+def test_the_runs_clock_begins_with_the_first_chips_qualification(tmp_path: Path) -> None:
+    story = Story(tmp_path / "run", steps=20)
+    began = story.time
+    story.qualify("preferred", "train")
+    story.begin()
+    history = read_history(story.end())
+    assert history.started == began and history.qualified[0].seconds == 18.0
 
 
 def test_ids_are_unique(page: str) -> None:

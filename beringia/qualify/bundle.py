@@ -39,7 +39,8 @@ from beringia.records.files import reporting_full_disk, sync_directory
 from beringia.records.identity import ChipIdentity
 from beringia.records.record import Record
 
-BUNDLE_SCHEMA = 1
+BUNDLE_SCHEMA = 2
+"""Format 1 had sketches with other signs, which cannot be compared."""
 DEFAULT_LIMIT_BYTES = 64 * 2**20
 """For the captured calls' arguments, before compression."""
 _MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
@@ -147,10 +148,10 @@ def read_manifest(path: Path) -> BundleManifest:
     except ValueError as error:
         raise InputError(f"{path} is not a bundle, or it is damaged ({error}). Copy it again.") from None
     found = document.get("schema_version") if isinstance(document, dict) else None
-    if not isinstance(found, int) or found > BUNDLE_SCHEMA:
+    if found != BUNDLE_SCHEMA:
         raise InputError(
             f"The bundle {path} has format {found}; this Beringia ({__version__}) reads {BUNDLE_SCHEMA}: "
-            "install the newer one here, or make the bundle with this one."
+            "make the bundle with this one, or install the one that made it here."
         )
     try:
         return BundleManifest.model_validate_json(json.dumps(document))

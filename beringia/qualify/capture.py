@@ -41,9 +41,10 @@ class Capture:
             self.left_out += 1
             return
         self._bytes += size
-        # Copies: on the CPU the arguments are the model's own tensors, which the next step changes.
+        # Copies: on the CPU the arguments are the model's own tensors, which the next step changes. Without results,
+        # which there may be all of its weights, and would keep them alive.
         args, kwargs = changed(call.args, torch.clone), changed(dict(call.kwargs), torch.clone)
-        self.calls.append(replace(call, args=args, kwargs=kwargs))
+        self.calls.append(replace(call, args=args, kwargs=kwargs, results=()))
 
 
 def signature(call: Call) -> str:

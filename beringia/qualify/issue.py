@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from beringia.errors import Inconclusive, Refusal
 from beringia.records.certificate import Certificate
@@ -28,9 +29,9 @@ def issue(certificate: Certificate, directory: Path, key: Path | None = None) ->
     return Issued(signed, {part: str(directory / f"{stem}.{suffix}") for part, suffix in parts.items()})
 
 
-def exit_code(certificate: Certificate, use: str) -> int:
+def exit_code(certificate: Certificate, use: Literal["train", "infer"]) -> int:
     """0 where the chip may be used so, 3 where it may not, 4 where that is open."""
-    if certificate.verdict == "inconclusive":
-        return Inconclusive.exit_code
-    allowed = certificate.verdict == "train" or certificate.verdict == use
-    return 0 if allowed else Refusal.exit_code
+    if certificate.allows(use):
+        return 0
+    is_open = certificate.verdict == "inconclusive" and not certificate.rules_out(use)
+    return Inconclusive.exit_code if is_open else Refusal.exit_code

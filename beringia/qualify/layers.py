@@ -9,9 +9,9 @@ B samples, T tokens, D hidden.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from beringia.chips.chip import Chip
 from beringia.numerics.metrics import rounding_floor
 from beringia.qualify.effects import EFFECT_ALLOWED
 from beringia.qualify.subject import Routes, Subject
-from beringia.qualify.trace import one_ulp
+from beringia.qualify.trace import Change, one_ulp
 from beringia.records.certificate import Measure, ProbeResult
 
 DRAWS = 3
@@ -45,13 +45,14 @@ def probe_layers(
 ) -> Iterator[ProbeResult]:
     """One result a layer."""
     here = subject.place(subject.build(), chip.device, dtype)
-    plain = subject.build()
+    plain, wide = (subject.place(subject.build(), _CPU, kind) for kind in (dtype, torch.float64))
     for name, one in traffic.items():
         found = _run(subject, here, name, one, routes, dtype)
-        exact = _run(subject, _changed(subject, plain, torch.float64, None), name, one, routes, torch.float64)
-        draws = [
-            _run(subject, _changed(subject, plain, dtype, seed), name, one, routes, dtype) for seed in range(DRAWS)
-        ]
+        exact = _run(subject, wide, name, one, routes, torch.float64)
+        draws = []
+        for seed in range(DRAWS):
+            with _moved(plain, name, one_ulp(seed, dtype)):
+                draws.append(_run(subject, plain, name, one, routes, dtype))
         yield _judged(name, found, exact, draws, dtype)
 
 
@@ -72,14 +73,20 @@ def _run(
     return {part: tensor.detach().cpu().double() for part, tensor in ({"output": output_BTD} | found).items()}
 
 
-def _changed(subject: Subject, plain: nn.Module, dtype: torch.dtype, seed: int | None) -> nn.Module:
-    model = copy.deepcopy(plain)
-    if seed is not None:
-        change = one_ulp(seed, dtype)
+@contextmanager
+def _moved(model: nn.Module, name: str, change: Change) -> Iterator[None]:
+    """Inside, one layer's weights are changed."""
+    own = {f"{name}.{part}": parameter for part, parameter in model.get_submodule(name).named_parameters()}
+    before = {path: parameter.detach().clone() for path, parameter in own.items()}
+    with torch.no_grad():
+        for path, parameter in own.items():
+            parameter.copy_(change(path, parameter))
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(change(name, parameter))
-    return subject.place(model, _CPU, dtype)
+            for path, parameter in own.items():
+                parameter.copy_(before[path])
 
 
 def _judged(name: str, found: Tensors, exact: Tensors, draws: list[Tensors], dtype: torch.dtype) -> ProbeResult:

@@ -183,7 +183,7 @@ def _in_processes_of_their_own(request: Request, evidence: Evidence, say: Say) -
     results = probe_indices(request.chip, faults=request.faults)
     if request.collectives:
         say("collectives")
-        results += probe_collectives(request.chip, faults=request.faults, seed=request.seed)
+        results += probe_collectives(request.chip, faults=request.faults, seed=request.seed, bandwidth=request.speed)
     return results
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -104,18 +104,20 @@ class Recorder:
     def _watch_training(self) -> bool:
         model = self._model()
         optimizer = make_optimizer(model, fused=self._chip.capabilities.fused_optimizer)
-        before: Mapping[str, torch.Tensor] = {}
         with Watch(model, self._chip.device, self._take) as watch:
             for number in range(WATCHED_STEPS):
+                if number > 0:
+                    before = {name: tensor.cpu().clone() for name, tensor in _state(model, optimizer)}
                 self.begin_step()
-                self._compare_at_rest(before, model, optimizer)
+                if number > 0:
+                    self._compare_at_rest(before, model, optimizer)
+                    del before  # as large as weights and moments
                 try:
                     self._training_step(watch, model, optimizer, self._batch(number))
                 except RuntimeError as error:
                     if not self._was_refused(watch, error):
                         raise
                     return False
-                before = _state(model, optimizer)
         return True
 
     def _training_step(self, watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
@@ -161,10 +163,10 @@ class Recorder:
     def _compare_at_rest(
         self, before: Mapping[str, torch.Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        now = _state(model, optimizer) if before else {}
-        for name, tensor in before.items():
-            if not torch.equal(tensor, now[name]):
-                self._recording.checks.append(_changed_at_rest(name, tensor, now[name], len(self._recording.checks)))
+        for name, tensor in _state(model, optimizer):
+            now = tensor.cpu()
+            if not torch.equal(before[name], now):
+                self._recording.checks.append(_changed_at_rest(name, before[name], now, len(self._recording.checks)))
 
     # Repeating
 
@@ -232,15 +234,13 @@ class _Timer:
         self._seconds[self._part] = self._seconds.get(self._part, 0.0) + time.perf_counter() - self._started
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Weights and moments, copied to the CPU, under names."""
-    state: dict[str, torch.Tensor] = {}
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights and moments, under names."""
     for name, parameter in model.named_parameters():
-        state[name] = parameter.detach().cpu().clone()
+        yield name, parameter.detach()
         for moment, tensor in optimizer.state[parameter].items():
             if isinstance(tensor, torch.Tensor):
-                state[f"optimizer.{moment}.{name}"] = tensor.detach().cpu().clone()
-    return state
+                yield f"optimizer.{moment}.{name}", tensor.detach()
 
 
 def _changed_at_rest(name: str, before: torch.Tensor, now: torch.Tensor, position: int) -> OperatorCheck:

@@ -169,7 +169,7 @@ class Tracer:
     def _train(
         self, model: nn.Module, fused: bool, routes: ChosenRoutes | None, begin_step: Callable[[], None]
     ) -> tuple[list[float], list[Routes], dict[str, torch.Tensor]]:
-        before = {name: parameter.detach().cpu().double().clone() for name, parameter in model.named_parameters()}
+        before = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
         optimizer = make_optimizer(model, fused=fused)
         losses: list[float] = []
         chosen: list[Routes] = []
@@ -208,7 +208,8 @@ def sketch(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return flat
     signed = flat * _signs(name, flat.numel())
     missing = -flat.numel() % WIDTH
-    return torch.nn.functional.pad(signed, (0, missing)).view(-1, WIDTH).sum(0)
+    whole = torch.nn.functional.pad(signed, (0, missing)) if missing else signed
+    return whole.view(-1, WIDTH).sum(0)
 
 
 def one_ulp(seed: int, dtype: torch.dtype) -> Change:
@@ -225,7 +226,10 @@ def one_ulp(seed: int, dtype: torch.dtype) -> Change:
 
 
 def _signs(name: str, count: int) -> torch.Tensor:
-    return torch.randint(0, 2, (count,), generator=_generator(name), dtype=torch.int8).mul_(2).sub_(1)
+    """Plus or minus one, int8: the bits of random bytes."""
+    draws = torch.randint(0, 256, (-(-count // 8), 1), generator=_generator(name), dtype=torch.uint8)
+    bits = (draws >> torch.arange(8, dtype=torch.uint8)).bitwise_and_(1)
+    return bits.view(torch.int8).mul_(2).sub_(1).flatten()[:count]
 
 
 def _generator(name: str) -> torch.Generator:

@@ -2,8 +2,8 @@
 
 Every probe says what its failure rules out. What rules out inference (outputs, decoding, operators that are missing in
 the forward pass) makes the chip unfit; what rules out training alone (gradients, updates, collectives) leaves
-inference; what rules out neither is told. Where nothing failed, a probe that could not decide, or too little power,
-leaves the verdict open.
+inference, if no question about that is open; what rules out neither is told. Where nothing failed, a probe that could
+not decide, or too little power, leaves the verdict open.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ def judge(probes: Sequence[ProbeResult], located: Located | None, power: float) 
     """What the evidence amounts to."""
     against_inference = _ruling_out(probes, "failed", "infer")
     against_training = _ruling_out(probes, "failed", "train")
-    open_questions = _ruling_out(probes, "inconclusive", "infer") + _ruling_out(probes, "inconclusive", "train")
+    open_to_serve = _ruling_out(probes, "inconclusive", "infer")
+    open_questions = open_to_serve + _ruling_out(probes, "inconclusive", "train")
     mitigations = located.mitigations if located is not None else ()
     if against_inference:
         return Judgement("unfit", _reasons(against_inference + against_training, located), mitigations)
+    if against_training and open_to_serve:
+        may_serve = "whether it may serve is open, that it must not train is not"
+        reasons = (*_reasons(against_training, located), may_serve, *_reasons(open_to_serve, None))
+        return Judgement("inconclusive", reasons, mitigations)
     if against_training:
         return Judgement("infer", _reasons(against_training, located), mitigations)
     if open_questions or power < POWER_NEEDED:

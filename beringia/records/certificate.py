@@ -154,7 +154,7 @@ class Certificate(Record):
     reasons: tuple[str, ...]
     mitigations: tuple[str, ...]
     power: float = Field(ge=0, le=1)
-    """Probability that a harmful difference would have been seen in training; below 0.8 the verdict is open."""
+    """Probability that a chip no different from the reference is found equivalent; below 0.8 the verdict is open."""
     first_wrong: Located | None
     probes: tuple[ProbeResult, ...]
     operators: tuple[OperatorCheck, ...]
@@ -163,3 +163,8 @@ class Certificate(Record):
     def allows(self, use: Literal["train", "infer"]) -> bool:
         """Whether the chip may be used so."""
         return self.verdict == "train" or self.verdict == use
+
+    def rules_out(self, use: Literal["train", "infer"]) -> bool:
+        """Whether a probe failed that rules this use out: also an open verdict may be a clear no to training."""
+        failed = {probe.rules_out for probe in self.probes if probe.outcome == "failed"}
+        return "infer" in failed or use in failed

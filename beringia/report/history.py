@@ -34,6 +34,7 @@ from beringia.records.events import (
     Exported,
     Fallback,
     Fault,
+    Qualified,
     Resumed,
     RunFinished,
     RunStarted,
@@ -154,6 +155,7 @@ class History:
     crossings: tuple[At[Crossing], ...] = ()
     resumes: tuple[At[Resumed], ...] = ()
     fallbacks: tuple[At[Fallback], ...] = ()
+    qualified: tuple[At[Qualified], ...] = ()
     unqualified: tuple[At[Unqualified], ...] = ()
     exports: tuple[At[Exported], ...] = ()
 
@@ -224,7 +226,7 @@ def read_history(run_directory: Path | str) -> History:
         recipe=recipe,
         recipe_hash=last_start.event.recipe_hash if last_start else None,
         beringia=last_start.event.beringia if last_start else None,
-        started=moments[0].event.time if moments else None,
+        started=moments[0].event.time - moments[0].seconds if moments else None,
         seconds=moments[-1].seconds if moments else 0.0,
         planned_steps=last_start.event.steps if last_start else None,
         status=finish.status if finish else ("unfinished" if moments else "empty"),
@@ -244,6 +246,7 @@ def read_history(run_directory: Path | str) -> History:
         crossings=_of(moments, Crossing),
         resumes=_of(moments, Resumed),
         fallbacks=_of(moments, Fallback),
+        qualified=_of(moments, Qualified),
         unqualified=_of(moments, Unqualified),
         exports=_of(moments, Exported),
     )
@@ -280,11 +283,13 @@ def _read_recipe(path: Path) -> dict[str, Any] | None:
 def _place(events: list[AnyEvent]) -> tuple[list[At[AnyEvent]], tuple[Pause, ...]]:
     """Put every event on the history's clock and on a chip.
 
-    The clock never runs backwards (a machine's clock may be set while a run goes on).
+    The clock never runs backwards (a machine's clock may be set while a run goes on). It begins with the first event,
+    or with the qualification that this event is the end of.
     """
     moments: list[At[AnyEvent]] = []
     pauses: list[Pause] = []
-    now, seconds = (events[0].time if events else 0.0), 0.0
+    first = events[0] if events else None
+    now, seconds = (first.time if first else 0.0), (first.seconds if isinstance(first, Qualified) else 0.0)
     chip: str | None = None
     for event in events:
         gap = max(0.0, event.time - now)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from beringia.records.events import Crossing, Exported
+from beringia.records.events import Crossing, Exported, Qualified
 from beringia.records.files import write_text
 from beringia.records.run_directory import RunDirectory
 from beringia.report.answer import answer, labelled
@@ -46,6 +46,7 @@ def render_report(history: History) -> str:
             lead=_lead(history),
             facts=_facts(history, summary),
             figures=_figures(history),
+            qualifications=[_qualification(history, at) for at in history.qualified],
             decisions=_decisions(history),
             crossings=[_continuity(history, at) for at in history.crossings],
             refused=[at.event for at in history.canaries if not at.event.passed],
@@ -56,6 +57,28 @@ def render_report(history: History) -> str:
             made=_made(history),
         )
     )
+
+
+_MAY = {
+    "train": "may train and serve",
+    "infer": "may serve, must not train",
+    "unfit": "must do neither",
+    "inconclusive": "is not decided: too little evidence",
+}
+
+
+def _qualification(history: History, at: At[Qualified]) -> dict[str, Any]:
+    """What a chip's certificate says, and where its page lies beside this one."""
+    page = Path(at.event.certificate).with_suffix(".html")
+    return {
+        "chip": at.chip,
+        "verdict": at.event.verdict,
+        "may": _MAY[at.event.verdict],
+        "because": at.event.first_wrong or next(iter(at.event.reasons), ""),
+        "wrong": at.event.first_wrong is not None,
+        "seconds": at.event.seconds,
+        "page": page.as_posix() if (history.directory / page).exists() else "",
+    }
 
 
 def _lead(history: History) -> str:

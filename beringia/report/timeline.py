@@ -245,6 +245,10 @@ def _draw_title(chart: Chart, lane: Lane) -> None:
 
 def _draw_stages(chart: Chart, history: History, lane: Lane) -> None:
     style = f"series-{lane.series}"
+    for at in history.qualified:
+        if at.chip == lane.chip.label:
+            words = f"qualification, {duration(at.event.seconds)}: {at.event.verdict}"
+            _box(chart, lane, at.seconds - at.event.seconds, at.seconds, 1.0, f"stage pale {style}", words)
     for segment in history.segments:
         if segment.chip == lane.chip.label:
             _draw_segment(chart, lane, segment, style)

@@ -1,8 +1,8 @@
 """Whether a chip may train: what the run directory's certificates say of the chip that a worker has opened.
 
 A certificate counts when its signature holds, its chip identity is the opened chip's and its model's configuration is
-the recipe's. Of several the newest with a verdict counts: a later `unfit` overrules an earlier `train`, a later
-`inconclusive` does not. Anybody's key will do: who may sign is not asked here.
+the recipe's. Of several the newest that decides counts: a later `unfit` overrules an earlier `train`, a later
+`inconclusive` only where a probe of it ruled training out. Anybody's key will do: who may sign is not asked here.
 
 Reads files; decides nothing about the run (`decide.py` does) and imports no torch.
 """
@@ -92,7 +92,7 @@ def _mismatch(certificate: Certificate, opened: ChipOpened, configuration: str) 
 
 
 def _newest(fitting: list[tuple[str, Certificate]]) -> _Evidence:
-    conclusive = [pair for pair in fitting if pair[1].verdict != "inconclusive"]
+    conclusive = [pair for pair in fitting if pair[1].verdict != "inconclusive" or pair[1].rules_out("train")]
     name, certificate = max(conclusive or fitting, key=lambda pair: pair[1].created)
     because = f": {certificate.reasons[0].rstrip('.')}" if certificate.reasons else ""
     return _Evidence(certificate.verdict, f"{name} has the verdict {certificate.verdict}{because}")

@@ -366,6 +366,8 @@ def _register_once(name: str) -> None:
     kernels.impl("_copy_from", _copy_from, "PrivateUse1")
     # Torch asks a table in C++ which devices have fused attention, and this one cannot be in it.
     kernels.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+    # `module.to(device)` would make a new parameter for each name, and so untie tied weights.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     # A library's registrations end with it.
     _state.libraries += [anything, kernels]
 

@@ -19,10 +19,10 @@ from torch._ops import OpOverload
 
 from beringia.chips.arithmetic.products import Fidelity, Products, grouped
 from beringia.chips.arithmetic.profile import Profile
+from beringia.chips.arithmetic.reductions import Reduce
 from beringia.chips.arithmetic.rounding import flush_subnormals_, perturb_, round_fraction_, saturate_
 from beringia.chips.emulated.attention import Attention, CastTo
 from beringia.chips.emulated.device import Interposer, Kernel
-from beringia.chips.emulated.reductions import Reduce
 
 aten = torch.ops.aten
 

@@ -50,7 +50,7 @@ def measure_profile(chip: Chip) -> Profile:
             "overflow": origin | {"mode": "saturate" if elementwise.saturates(chip) else "ieee"},
             "subnormals": origin | {"mode": "flushed" if elementwise.flushes_subnormals(chip) else "kept"},
             "elementary": origin | {"ulps": ulps, "default": max(ulps.values())},
-            "reduction": origin | {"scheme": elementwise.measure_sum(chip)},
+            "reduction": origin | elementwise.measure_sum(chip),
         }
     )
 

@@ -7,14 +7,19 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from beringia.chips.arithmetic.profile import Direction
+from beringia.chips.arithmetic.profile import Direction, Reduction
+from beringia.chips.arithmetic.reductions import Reduce
 from beringia.chips.chip import Chip
 from beringia.qualify.arithmetic.matrix_unit import direction
 
 _SAMPLES = 2**14
 """Arguments of each elementary function."""
-_TERMS = 1024
-"""Numbers in a sum: more than a thread block's lanes."""
+_TERMS = 8192
+"""Numbers in a sum: two pieces of the largest order that is tried."""
+_RANDOM_SUMS = 64
+LANES = (8, 16, 32, 64, 128, 256, 512)
+SERIAL = (2, 4, 8)
+"""Orders that are tried: lanes of vector units and thread blocks, and terms that each adds before they meet."""
 
 DOMAINS: Mapping[str, tuple[float, float]] = {
     "exp": (-80.0, 80.0),
@@ -76,17 +81,29 @@ def _ulps(chip: Chip, name: str, x: torch.Tensor) -> int:
     return max(0, math.ceil(worst - 0.5))
 
 
-def measure_sum(chip: Chip) -> str:
-    """The order in which rows of float32 are added: `sequential`, `tree`, or `native`, which says neither.
+def measure_sum(chip: Chip) -> dict[str, str | int]:
+    """The order in which rows of float32 are added, as a profile has it: scheme, and lanes and serial terms if it has
+    some. `native` says that it is none of those that are known.
 
-    Found as the order of products is: a large number and its opposite drown what is added between them.
+    Found as the order of products is: a large number and its opposite drown what is added between them, and each known
+    order drowns other numbers. It must also give the chip's bits in random sums.
     """
-    rows = torch.full((_TERMS - 1, _TERMS), 2.0**-40)
+    rows = torch.cat([_drowning(), torch.randn(_RANDOM_SUMS, _TERMS, generator=torch.Generator().manual_seed(12))])
+    found = rows.to(chip.device).sum(-1).cpu()
+    orders: list[dict[str, str | int]] = [{"scheme": "sequential"}, {"scheme": "tree"}]
+    orders += [{"scheme": "lanes", "lanes": lanes, "serial": serial} for lanes in LANES for serial in SERIAL]
+    for order in orders:
+        known = Reduction.model_validate(order | {"mark": "measured", "source": "tried"})
+        if torch.equal(Reduce(known)(rows, -1, False)[0], found):
+            return order
+    return {"scheme": "native"}
+
+
+def _drowning() -> torch.Tensor:
+    """Rows of small numbers with a large one in front and its opposite somewhere."""
+    places = sorted({place for power in range(1, 12) for place in (2**power - 1, 2**power, 3 * 2**power)})
+    places = [place for place in places if place < _TERMS]
+    rows = torch.full((len(places), _TERMS), 2.0**-40)
     rows[:, 0] = 2.0**40
-    places = torch.arange(1, _TERMS)
-    rows[torch.arange(_TERMS - 1), places] = -(2.0**40)
-    drowned = (_TERMS - rows.to(chip.device).sum(-1).cpu() * 2.0**40).round().long()
-    if torch.equal(drowned, places + 1):
-        return "sequential"
-    tree = torch.tensor([2 ** int(place).bit_length() for place in places])
-    return "tree" if torch.equal(drowned, tree) else "native"
+    rows[torch.arange(len(places)), places] = -(2.0**40)
+    return rows

@@ -66,6 +66,8 @@ class Job(Record):
     report: str
     """File to which its `CaseReport`s are appended."""
     time_out_seconds: float
+    bandwidth: bool = False
+    """Whether collectives are timed, too."""
 
 
 class CaseReport(Record):

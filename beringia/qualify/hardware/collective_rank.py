@@ -10,7 +10,6 @@ import faulthandler
 import hashlib
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
 from beringia.errors import InputError
 from beringia.qualify.arithmetic.attempts import first_line
+from beringia.qualify.hardware.bandwidth import measure_bandwidth
+from beringia.qualify.hardware.collective_calls import communicate
 from beringia.qualify.hardware.collective_cases import (
     SUMS,
     Case,
@@ -64,6 +65,9 @@ def main() -> int:
         if found.state == "fault":
             # The peers wait for this rank now, and a fault of the device ends a real run too.
             return 1
+    if job.bandwidth:
+        for measured in measure_bandwidth(chip, job.rank, job.ranks):
+            _append(report, measured)
     _stay_away(chip, job, report)
     leave()
     return 0
@@ -99,38 +103,6 @@ def run(case: Case, chip: Chip, job: Job) -> CaseReport:
         digest=hashlib.sha256(_bytes(first)).hexdigest() if case.collective in _ALIKE else "",
         seconds=time.perf_counter() - began,
     )
-
-
-def communicate(case: Case, contributed: torch.Tensor, chip: Chip, ranks: int) -> torch.Tensor:
-    """The collective on the device; its result on the CPU."""
-    mine = contributed.to(chip.device)
-    pieces = {"all-gather": ranks * case.size, "reduce-scatter": case.size, "all-to-all": ranks * case.size}
-    # Zeros, so that what is not written is seen.
-    result = torch.zeros(pieces.get(case.collective, case.size), dtype=case.dtype, device=chip.device)
-    if case.collective == "all-reduce":
-        result.copy_(mine)
-        dist.all_reduce(result)
-    elif case.collective == "broadcast":
-        source = ranks - 1
-        if dist.get_rank() == source:
-            result.copy_(mine)
-        dist.broadcast(result, source)
-    elif case.collective == "all-to-all":
-        dist.all_to_all_single(result, mine)
-    else:
-        _single(case.collective)(result, mine)
-    chip.synchronize()
-    return result.cpu()
-
-
-def _single(collective: str) -> Callable[[torch.Tensor, torch.Tensor], object]:
-    """What FSDP2 calls. Torch 2.13 has other names for them, and warns of the old ones."""
-    new, old = {
-        "all-gather": ("all_gather_single", "all_gather_into_tensor"),
-        "reduce-scatter": ("reduce_scatter_single", "reduce_scatter_tensor"),
-    }[collective]
-    found: Callable[[torch.Tensor, torch.Tensor], object] = getattr(dist, new, None) or getattr(dist, old)
-    return found
 
 
 def _stay_away(chip: Chip, job: Job, report: JsonLinesWriter) -> None:

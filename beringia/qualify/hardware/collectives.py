@@ -4,7 +4,7 @@ Starts `ranks` processes on this machine (see `collective_rank.py`), watches the
 that does not return within the time-out is killed, and that is a finding. The processes meet in a store on the loopback
 address that this process keeps, and tell what they found in files of JSON lines.
 
-Does not measure how fast links are, nor what happens between machines.
+Does not see what happens between machines.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported
 
 from beringia.chips.open import first_present, present
 from beringia.errors import ChipUnavailable
+from beringia.qualify.hardware.bandwidth import SUBJECT
 from beringia.qualify.hardware.collective_cases import COLLECTIVES, MOST_RANKS, SUMS, CaseReport, Job
 from beringia.qualify.hardware.collective_rank import ABSENT, ABSENT_SECONDS
 from beringia.qualify.hardware.measures import none_allowed
@@ -56,9 +57,16 @@ class RankEnd:
 
 
 def probe_collectives(
-    chip_name: str, *, faults: str | None = None, seed: int = 0, ranks: int = 2, time_out_seconds: float = 60.0
+    chip_name: str,
+    *,
+    faults: str | None = None,
+    seed: int = 0,
+    ranks: int = 2,
+    time_out_seconds: float = 60.0,
+    bandwidth: bool = False,
 ) -> list[ProbeResult]:
-    """Every collective on `ranks` devices of the chip, by dtype; and how ranks end when one does not come.
+    """Every collective on `ranks` devices of the chip, by dtype; and how ranks end when one does not come. How fast
+    they are, if `bandwidth` is wanted.
 
     Raises ChipUnavailable where the chip cannot be opened.
     """
@@ -69,7 +77,7 @@ def probe_collectives(
     if devices is not None and devices < ranks:
         return [_too_few(name, devices, ranks)]
     began = time.perf_counter()
-    ends = _run_ranks(name, faults, seed, ranks, time_out_seconds)
+    ends = _run_ranks(name, faults, seed, ranks, time_out_seconds, bandwidth)
     for end in ends:
         if end.last is not None and end.last.state == "unavailable":
             raise ChipUnavailable(end.last.reason)
@@ -89,13 +97,20 @@ def judge(ends: list[RankEnd], time_out_seconds: float, seconds: float) -> list[
         report.subject for end in ends for report in end.reports if report.subject.split(",")[0] in COLLECTIVES
     )
     results = [_of_subject(subject, ends) for subject in subjects]
-    return [*results, *_of_absent(ends, time_out_seconds), _of_processes(ends, time_out_seconds, seconds)]
+    return [
+        *results,
+        *_of_absent(ends, time_out_seconds),
+        *_of_bandwidth(ends),
+        _of_processes(ends, time_out_seconds, seconds),
+    ]
 
 
 # ---- processes
 
 
-def _run_ranks(name: str, faults: str | None, seed: int, ranks: int, time_out_seconds: float) -> list[RankEnd]:
+def _run_ranks(
+    name: str, faults: str | None, seed: int, ranks: int, time_out_seconds: float, bandwidth: bool
+) -> list[RankEnd]:
     store = TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="beringia-collectives-") as directory:
         jobs = [
@@ -109,6 +124,7 @@ def _run_ranks(name: str, faults: str | None, seed: int, ranks: int, time_out_se
                 port=store.port,
                 report=str(Path(directory, f"rank-{rank}.jsonl")),
                 time_out_seconds=time_out_seconds,
+                bandwidth=bandwidth,
             )
             for rank in range(ranks)
         ]
@@ -235,6 +251,17 @@ def _of_absent(ends: list[RankEnd], time_out_seconds: float) -> list[ProbeResult
     else:
         text = f"{asked} was ended (exit code {end.exit_code}): {end.last_words}."
     return [_result(ABSENT, "told", text, "neither")]
+
+
+def _of_bandwidth(ends: list[RankEnd]) -> list[ProbeResult]:
+    """How fast the first rank found the links; the others waited for the same calls."""
+    return [
+        ProbeResult(
+            probe="speed", subject=report.name, outcome="told", summary=f"{report.reason}.", seconds=report.seconds
+        )
+        for report in ends[0].reports
+        if report.subject == SUBJECT
+    ]
 
 
 def _of_processes(ends: list[RankEnd], time_out_seconds: float, seconds: float) -> ProbeResult:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import special
 
 from beringia.chips.chip import Chip
 from beringia.errors import ChipUnavailable
@@ -92,7 +92,7 @@ def highest_rate(differing: int, total: int) -> float:
 
     With none seen it is 1 - 0.05^(1/n), about 3/n ("rule of three").
     """
-    return 1.0 if differing == total else float(stats.beta.ppf(CONFIDENCE, differing + 1, total - differing))
+    return 1.0 if differing == total else float(special.betaincinv(differing + 1, total - differing, CONFIDENCE))
 
 
 def matrix_load(chip: Chip, seed: int) -> RunOnce:

@@ -1,7 +1,7 @@
 """How fast a chip multiplies matrices, by dtype and shape, and how fast it copies, beside the datasheet's figures.
 
 Nothing is judged: a slow chip is not an unfit one. An emulated chip's times are the emulator's on this host and are
-compared with no datasheet. Does not measure a model's speed, nor links between devices.
+compared with no datasheet. Links between devices: `bandwidth.py`; passes of the model are timed with its trace.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def _products(chip: Chip, dtype: torch.dtype, sheet: Datasheet | None) -> ProbeR
         rows = max(rows, 32) if dtype == torch.int8 else rows
         timing = time_calls(chip, product(chip, dtype, rows, length, columns))
         rate = 2.0 * rows * length * columns / timing.median
-        rates.append(f"{rows} x {length} x {columns}: {_rate(rate, 1e12, 'Tops/s', timing)}{_share(rate, peak)}")
+        rates.append(
+            f"{rows} x {length} x {columns}: {rate_words(rate, 1e12, 'Tops/s', timing)}{share_words(rate, peak)}"
+        )
     return _told(chip, f"products of {name}", "; ".join(rates), began)
 
 
@@ -81,14 +83,16 @@ def _copy(chip: Chip, subject: str, work: Work, moved_bytes: int, published: Qua
     work()
     timing = time_calls(chip, work)
     rate = moved_bytes / timing.median
-    return _told(chip, subject, f"{_rate(rate, 1e9, 'GB/s', timing)}{_share(rate, published)}", began)
+    return _told(chip, subject, f"{rate_words(rate, 1e9, 'GB/s', timing)}{share_words(rate, published)}", began)
 
 
-def _rate(rate: float, unit: float, name: str, timing: Timing) -> str:
+def rate_words(rate: float, unit: float, name: str, timing: Timing) -> str:
+    """`12.3 GB/s (spread 4%)`."""
     return f"{rate / unit:.4g} {name} (spread {timing.spread:.0%})"
 
 
-def _share(rate: float, published: Quantity | None) -> str:
+def share_words(rate: float, published: Quantity | None) -> str:
+    """What part of the datasheet's figure a rate is; nothing where there is none."""
     if published is None:
         return ""
     return f", {rate / published.base:.0%} of the datasheet's {published.value:g} {published.unit} ({published.mark})"

@@ -12,8 +12,9 @@ Every rule returns one tensor for each result: the absolute error allowed before
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,9 +52,18 @@ class Operation:
 
     call: Call
     exact: tuple[torch.Tensor, ...]
-    args: tuple[Any, ...]
-    """Arguments in float64."""
-    kwargs: Mapping[str, Any]
+
+    @cached_property
+    def args(self) -> tuple[Any, ...]:
+        """Arguments in float64."""
+        wide: tuple[Any, ...] = changed(self.call.args, _wide)
+        return wide
+
+    @cached_property
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments given by name, likewise."""
+        wide: dict[str, Any] = changed(dict(self.call.kwargs), _wide)
+        return wide
 
     @property
     def name(self) -> str:
@@ -63,7 +73,7 @@ class Operation:
 
     def on_magnitudes(self) -> tuple[torch.Tensor, ...]:
         """The operator applied to the magnitudes of its floating arguments."""
-        args, kwargs = (changed(value, _magnitude) for value in (self.args, dict(self.kwargs)))
+        args, kwargs = (changed(value, _magnitude) for value in (self.args, self.kwargs))
         return evaluate(self.call.func, args, kwargs)
 
     def wide(self, place: int) -> torch.Tensor:
@@ -93,9 +103,9 @@ class Bound:
     """Results with the roundings that a sound chip makes inside; empty where it makes none but in sums."""
 
 
-def bound_of(call: Call, exact: tuple[torch.Tensor, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bound:
-    """The bound of a call whose float64 arguments and results are given."""
-    operation = Operation(call, exact, args, kwargs)
+def bound_of(call: Call, exact: tuple[torch.Tensor, ...]) -> Bound:
+    """The bound of a call whose float64 results are given."""
+    operation = Operation(call, exact)
     name = operation.name
     if name in _MOVES or (name in _CASTS and not _narrows(call)):
         return Bound([torch.zeros(()) for _ in exact], "moves numbers: every bit", 1, False)
@@ -117,6 +127,10 @@ def _narrows(call: Call) -> bool:
 
 
 _FEWER_BITS = {dtype for dtype in UNIT_ROUNDOFF if dtype != torch.float64}
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _magnitude(tensor: torch.Tensor) -> torch.Tensor:
@@ -239,7 +253,7 @@ def _adamw(operation: Operation) -> Allowed:
     """Parameters, gradients, moments, as `torch.optim.AdamW` documents them; what is written is bounded, in the order
     of the arguments."""
     parameters, gradients, first, second, _, steps = operation.args[:6]
-    options = dict(operation.kwargs)
+    options = operation.kwargs
     rate, (beta1, beta2) = float(options["lr"]), (options["beta1"], options["beta2"])
     allowed: dict[int, Allowed] = {0: [], 2: [], 3: []}
     written = operation.exact

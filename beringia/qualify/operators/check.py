@@ -12,7 +12,7 @@ Five measures, each blind to what the others see:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from beringia.numerics.metrics import accumulation_floor, independent_rows, rounding_floor
 from beringia.qualify.operators.bounds import ELEMENTARY_ULPS, Bound, bound_of
 from beringia.qualify.operators.float64 import in_float64
-from beringia.qualify.operators.watch import Call, Refused, changed, tensors_in
+from beringia.qualify.operators.parts import in_parts
+from beringia.qualify.operators.watch import Call, Refused, tensors_in
 from beringia.records.certificate import Measure, OperatorCheck
 
 RMS_ALLOWED = 1.25
@@ -36,7 +37,6 @@ subnormals loses none; one that flushes, all."""
 SMALL_COUNT = 8
 """Fewer small numbers than these say nothing: one beside the limit may be rounded to zero."""
 _BASIS_SMALL = "subnormal results that became zero; a chip that keeps them loses none"
-_BASIS_FINITE = "as in float64 rounded to the dtype"
 
 _TIES = frozenset({"argsort", "max", "min", "argmax", "argmin"})
 """Operators that name places: of equal numbers any may be named, so these are not compared."""
@@ -59,26 +59,30 @@ class _Worst:
     def used(self) -> float:
         return self.error / self.allowed
 
+    def moved(self, rows: int) -> _Worst:
+        """As an element of a tensor in which its own begins after so many rows."""
+        if not rows:
+            return self
+
+        def there(element: tuple[int, ...]) -> tuple[int, ...]:
+            return (element[0] + rows, *element[1:]) if element else element
+
+        return replace(self, element=there(self.element), first=there(self.first), last=there(self.last))
+
+
+Judged = tuple[tuple[Measure, ...], _Worst | None, float | None]
+"""Measures, the worst element, the relative error."""
+
 
 def check(call: Call) -> OperatorCheck | None:
     """The call judged; None where it has no number to judge. Raises NotKnown."""
     if not call.results:
         return None
-    exact = in_float64(call)
-    if call.func.overloadpacket.__name__ in ("topk", "sort") and len(exact) == 2:
-        exact = (exact[0], exact[0])
-    args = changed(call.args, _wide)
-    kwargs = changed(dict(call.kwargs), _wide)
-    bound = bound_of(call, exact, args, kwargs)
-    results = _named_places(call)
-    judged = [
-        judge_tensor(found, reference, allowed, bound, inner)
-        for found, reference, allowed, inner in zip_longest(
-            results[: len(exact)], exact, bound.allowed, bound.inner[: len(exact)]
-        )
-        if found is not None and allowed is not None and _comparable(call, found, reference)
-    ]
-    measures, worst, error = _largest([one for one in judged if one is not None])
+    judged, basis = [], ""
+    for part in in_parts(call):
+        found, basis = _judge(part.call)
+        judged += [(measures, worst and worst.moved(part.first_row), error) for measures, worst, error in found]
+    measures, worst, error = _largest(judged)
     if not measures:
         return None
     first = next((result for result in call.results if result.is_floating_point()), call.results[0])
@@ -87,7 +91,7 @@ def check(call: Call) -> OperatorCheck | None:
         shapes=tuple(tuple(tensor.shape) for tensor in tensors_in((call.args, dict(call.kwargs)))),
         dtype=str(first.dtype).removeprefix("torch."),
         attributes=_attributes(call),
-        basis=bound.basis,
+        basis=basis,
         error=error if error is not None and math.isfinite(error) else None,
         measures=measures,
         worst_element=worst.element if worst else (),
@@ -98,6 +102,23 @@ def check(call: Call) -> OperatorCheck | None:
         wrong_to=worst.last if worst else (),
         factor=worst.factor if worst else None,
     )
+
+
+def _judge(call: Call) -> tuple[list[Judged], str]:
+    """Each result of the call judged, and what their bound is made of."""
+    exact = in_float64(call)
+    if call.func.overloadpacket.__name__ in ("topk", "sort") and len(exact) == 2:
+        exact = (exact[0], exact[0])
+    bound = bound_of(call, exact)
+    results = _named_places(call)
+    judged = [
+        judge_tensor(found, reference, allowed, bound, inner)
+        for found, reference, allowed, inner in zip_longest(
+            results[: len(exact)], exact, bound.allowed, bound.inner[: len(exact)]
+        )
+        if found is not None and allowed is not None and _comparable(call, found, reference)
+    ]
+    return [one for one in judged if one is not None], bound.basis
 
 
 def refused(call: Refused) -> OperatorCheck:
@@ -139,9 +160,6 @@ def _comparable(call: Call, found: torch.Tensor, reference: torch.Tensor) -> boo
     return found.is_floating_point() or call.func.overloadpacket.__name__ not in _TIES
 
 
-Judged = tuple[tuple[Measure, ...], _Worst | None, float | None]
-
-
 def judge_tensor(
     found: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor, bound: Bound, stored: torch.Tensor | None
 ) -> Judged | None:
@@ -152,36 +170,29 @@ def judge_tensor(
     """
     if not found.is_floating_point() or not exact.is_floating_point():
         return _judge_integers(found, exact)
-    rounded = exact.to(found.dtype).double()
+    narrow = exact.to(found.dtype)
+    rounded = narrow.double()
     if not bound.rounds:
         exact = rounded  # a constant among the arguments (`fill_(0.1)`) has no form in the dtype but its rounding
-    wide = found.double()
-    if torch.equal(wide, rounded) and bool(wide.isfinite().all()):
-        return _as_rounded(wide, exact, allowed, bound, found.dtype)
-    finite = rounded.isfinite() & wide.isfinite()
-    differ = _one_sided(wide, rounded)
-    struck = _not_finite_at(differ, wide, rounded) if bool(differ.any()) else None
-    measures = [
-        Measure(
-            name="not finite on one side",
-            value=float(differ.sum()),
-            bound=0.5,
-            unit="elements",
-            reason=_BASIS_FINITE,
-        )
-    ]
-    if not bool(finite.all()):
+    if torch.equal(found, narrow) and bool(found.isfinite().all()):
+        return _as_rounded(rounded, exact, allowed, bound, found.dtype)
+    wide, struck, one_sided = found.double(), None, 0.0
+    if not (_surely_finite(wide) and _surely_finite(rounded)):
+        differ = _one_sided(wide, rounded)
+        one_sided = float(differ.sum())
+        struck = _not_finite_at(differ, wide, rounded) if one_sided else None
+        finite = rounded.isfinite() & wide.isfinite()
         wide, exact, rounded = (torch.where(finite, tensor, 0.0) for tensor in (wide, exact, rounded))
         allowed = torch.where(finite, allowed, 1.0)
-    allowed = _with_storage(allowed.broadcast_to(exact.shape), exact, found.dtype, bound.rounds)
-    worst = _worst_of(wide, exact, allowed)
+        stored = None if stored is None else torch.where(finite, stored, 0.0)
+    allowed = _with_storage(allowed, exact, found.dtype, bound.rounds)
+    difference = wide - exact
+    worst = _worst_of(difference, wide, exact, allowed)
+    measures = [_not_finite(one_sided)]
     measures.append(Measure(name="worst element", value=worst.error, bound=worst.allowed, reason=bound.basis))
-    size = float(exact.square().mean().sqrt())
-    error = float((wide - exact).square().mean().sqrt())
+    size, error = _rms(exact), _rms(difference)
     if bound.rounds and size > 0.0:
-        inside = (
-            0.0 if stored is None else float(torch.where(finite, stored - exact, 0.0).square().mean().sqrt()) / size
-        )
+        inside = 0.0 if stored is None else _rms(stored - exact) / size
         measures += _rms_and_sign(wide, exact, rounded, error, size, bound, inside)
     small = _small(wide, exact, rounded, found.dtype)
     measures += [small] if small is not None else []
@@ -192,46 +203,62 @@ def _as_rounded(
     wide: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor, bound: Bound, dtype: torch.dtype
 ) -> Judged:
     """The measures where every element is float64's, rounded, as most are on a sound chip: nothing needs a search."""
-    error = (wide - exact).abs()
-    place = int(error.argmax())
+    error = (wide - exact).abs_() if bound.rounds else torch.zeros((), dtype=torch.float64).broadcast_to(exact.shape)
+    place = int(error.argmax()) if bound.rounds else 0
     element = tuple(int(index) for index in torch.unravel_index(torch.tensor(place), exact.shape))
-    here, there, off = (float(tensor.flatten()[place]) for tensor in (wide, exact, error))
-    own = allowed if allowed.dim() == 0 else allowed.broadcast_to(exact.shape).flatten()[place]
+    here, there, off = (float(tensor[element]) for tensor in (wide, exact, error))
+    own = allowed if allowed.dim() == 0 else allowed.broadcast_to(exact.shape)[element]
     limit = float(_with_storage(own, torch.tensor(there, dtype=torch.float64), dtype, bound.rounds))
-    measures = [
-        Measure(name="not finite on one side", value=0.0, bound=0.5, unit="elements", reason=_BASIS_FINITE),
-        Measure(name="worst element", value=off, bound=limit, reason=bound.basis),
-    ]
-    size = float(exact.norm()) / math.sqrt(exact.numel())
-    rounding = float(error.norm()) / math.sqrt(exact.numel())
-    if bound.rounds and size > 0.0:
+    measures = [_not_finite(0.0), Measure(name="worst element", value=off, bound=limit, reason=bound.basis)]
+    if not bound.rounds:
+        return tuple(measures), _Worst(element, here, there, off, limit), 0.0
+    size, rounding = _rms(exact), _rms(error)
+    if size > 0.0:
         relative = RMS_ALLOWED * (rounding / size + _inner_floor(bound))
         reason = f"{RMS_ALLOWED:g} times storing and adding up"
         measures.append(Measure(name="root mean square error", value=rounding / size, bound=relative, reason=reason))
     return tuple(measures), _Worst(element, here, there, off, limit), rounding / size if size else rounding
 
 
+def _not_finite(count: float) -> Measure:
+    return Measure(
+        name="not finite on one side",
+        value=count,
+        bound=0.5,
+        unit="elements",
+        reason="as in float64 rounded to the dtype",
+    )
+
+
+def _surely_finite(wide: torch.Tensor) -> bool:
+    """Whether no element is infinite or NaN: a sum of which one is, is not finite either. A sum that overflows (only in
+    float64) says no as well, which costs time and no more."""
+    return math.isfinite(float(wide.sum()))
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor)) / math.sqrt(tensor.numel())
+
+
 def _with_storage(allowed: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, rounds: bool) -> torch.Tensor:
     """The absolute error allowed in each element. Numbers below the smallest normal one may be flushed: that has a
     measure of its own."""
-    smallest = torch.finfo(dtype).tiny
-    storing = rounding_floor(dtype) * exact.abs() if rounds and dtype != torch.float64 else 0.0
-    return (allowed + storing).clamp_min(smallest)
+    storing = rounding_floor(dtype) if rounds and dtype != torch.float64 else 0.0
+    return exact.abs().mul_(storing).add_(allowed).clamp_min_(torch.finfo(dtype).tiny)
 
 
-def _worst_of(wide: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> _Worst:
-    error = (wide - exact).abs()
-    used = error / allowed
+def _worst_of(difference: torch.Tensor, wide: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> _Worst:
+    used = difference.abs().div_(allowed)
     place = int(used.argmax())
     element = tuple(int(index) for index in torch.unravel_index(torch.tensor(place), exact.shape))
-    here, there, off, limit = (float(tensor.flatten()[place]) for tensor in (wide, exact, error, allowed))
-    if not off > limit:
-        return _Worst(element, here, there, off, limit)
+    here, there, off, limit = (float(tensor[element]) for tensor in (wide, exact, difference, allowed))
+    if not abs(off) > limit:
+        return _Worst(element, here, there, abs(off), limit)
     wrong = (used > 1.0).nonzero()
     first, last = (tuple(int(index) for index in bound) for bound in (wrong.amin(0), wrong.amax(0)))
     size = float(exact.square().sum())
     factor = float((wide * exact).sum()) / size if size else math.nan
-    return _Worst(element, here, there, off, limit, len(wrong) / exact.numel(), first, last, _finite(factor))
+    return _Worst(element, here, there, abs(off), limit, len(wrong) / exact.numel(), first, last, _finite(factor))
 
 
 def _rms_and_sign(
@@ -243,13 +270,13 @@ def _rms_and_sign(
     bound: Bound,
     inside: float,
 ) -> list[Measure]:
-    storing = math.hypot(float((rounded - exact).square().mean().sqrt()) / size, inside)
+    storing = math.hypot(_rms(rounded - exact) / size, inside)
     inner = _inner_floor(bound)
     relative = RMS_ALLOWED * (storing + inner)
     excess = wide - rounded
-    total = float(exact.abs().sum())
-    gain = float((excess * exact.sign()).sum()) / total
-    spread = float(excess.square().mean().sqrt()) / size
+    spread = _rms(excess) / size
+    total = float(torch.linalg.vector_norm(exact, 1))
+    gain = float(excess.mul_(exact.sign()).sum()) / total
     signed = inner + SIGNED_DEVIATIONS * spread / math.sqrt(independent_rows(exact) if exact.dim() > 1 else 1.0)
     return [
         Measure(
@@ -286,8 +313,11 @@ def _not_finite_at(differ: torch.Tensor, wide: torch.Tensor, rounded: torch.Tens
 
 
 def _small(wide: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype) -> Measure | None:
-    small = (exact.abs() < torch.finfo(dtype).tiny) & (rounded != 0)
-    if int(small.sum()) < SMALL_COUNT:
+    small = exact.abs() < torch.finfo(dtype).tiny
+    if int(small.count_nonzero()) < SMALL_COUNT:
+        return None
+    small &= rounded != 0
+    if int(small.count_nonzero()) < SMALL_COUNT:
         return None
     lost = float((wide[small] == 0).double().mean())
     return Measure(name="small numbers lost", value=lost, bound=SMALL_SHARE, reason=_BASIS_SMALL)
@@ -337,10 +367,6 @@ def _attributes(call: Call) -> str:
     names = [argument.name for argument in call.func._schema.arguments]
     given = [*zip(names, call.args, strict=False), *call.kwargs.items()]
     return ", ".join(f"{name}={value}" for name, value in given if not any(True for _ in tensors_in(value)))[:200]
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _finite(value: float) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from beringia.qualify.operators.watch import Call, changed, tensors_in, written_values
+from beringia.qualify.operators.watch import Call, changed, tensors_in, written_arguments, written_values
 
 _WIDE = torch.float64
 
@@ -40,8 +40,9 @@ def in_float64(call: Call) -> tuple[torch.Tensor, ...]:
 
 def evaluate(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     """An operator with everything that is floating made float64: what it wrote in place, then what it returned."""
-    wide_args = tuple(_wide(value) for value in args)
-    wide_kwargs = {name: _wide(value) for name, value in kwargs.items()}
+    writes = written_arguments(func)
+    wide_args = tuple(_wide(value, copy=place in writes) for place, value in enumerate(args))
+    wide_kwargs = {name: _wide(value, copy=name in writes) for name, value in kwargs.items()}
     for name in ("half_to_float",):
         place = [argument.name for argument in func._schema.arguments].index(name) if _has(func, name) else -1
         if 0 <= place < len(wide_args):
@@ -55,13 +56,13 @@ def evaluate(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return (*first, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in first)))
 
 
-def _wide(value: Any) -> Any:
-    """A copy in float64 on the CPU; dtypes become float64, devices the CPU."""
+def _wide(value: Any, *, copy: bool) -> Any:
+    """In float64 on the CPU, a copy where it will be written; dtypes become float64, devices the CPU."""
     if isinstance(value, torch.dtype):
         return _WIDE if value.is_floating_point else value
     if isinstance(value, torch.device):
         return torch.device("cpu")
-    return changed(value, lambda tensor: tensor.to(_WIDE, copy=True) if tensor.is_floating_point() else tensor.clone())
+    return changed(value, lambda tensor: tensor.to(_WIDE if tensor.is_floating_point() else tensor.dtype, copy=copy))
 
 
 def _has(func: OpOverload, name: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from beringia.records.certificate import Certificate, Measure, OperatorCheck, ProbeResult
 from beringia.records.identity import ChipIdentity
@@ -69,19 +70,19 @@ def facts_of(certificate: Certificate, model: ModelMap) -> list[Fact]:
     outcomes = [probe.outcome for probe in certificate.probes]
     failed, unsure = outcomes.count("failed"), outcomes.count("inconclusive")
     return [
-        Fact("Train on it", _allowed(certificate, certificate.allows("train"))),
-        Fact("Serve on it", _allowed(certificate, certificate.allows("infer"))),
+        Fact("Train on it", _allowed(certificate, "train")),
+        Fact("Serve on it", _allowed(certificate, "infer")),
         Fact("Operator checks", f"{len(certificate.operators):,}", f"{beyond:,} beyond the bound"),
         Fact("Probes", f"{len(outcomes):,}", f"{failed:,} failed" + (f", {unsure:,} undecided" if unsure else "")),
-        Fact("Power", percent(certificate.power, 0), f"to see a harmful difference; {percent(POWER_NEEDED, 0)} needed"),
+        Fact("Power", percent(certificate.power, 0), f"to show a sound chip equal; {percent(POWER_NEEDED, 0)} needed"),
         Fact("Time", duration(certificate.seconds), "for all of it"),
     ]
 
 
-def _allowed(certificate: Certificate, allowed: bool) -> str:
-    if certificate.verdict == "inconclusive":
+def _allowed(certificate: Certificate, use: Literal["train", "infer"]) -> str:
+    if certificate.verdict == "inconclusive" and not certificate.rules_out(use):
         return "? open"
-    return "✓ yes" if allowed else "✗ no"
+    return "✓ yes" if certificate.allows(use) else "✗ no"
 
 
 def by_kind(probes: Sequence[ProbeResult]) -> dict[str, list[ProbeResult]]:

@@ -96,10 +96,13 @@ def _why_sound(certificate: Certificate) -> str:
 def _why_open(certificate: Certificate) -> str:
     if certificate.power < POWER_NEEDED:
         return (
-            f"a harmful difference would have been seen with a probability of only {percent(certificate.power, 0)}, "
+            f"a sound chip would be found equal with a probability of only {percent(certificate.power, 0)}, "
             f"{percent(POWER_NEEDED, 0)} is needed"
         )
-    return _summary(certificate, "inconclusive", ("infer", "train")) or _first_reason(certificate)
+    open_question = _summary(certificate, "inconclusive", ("infer", "train")) or _first_reason(certificate)
+    if certificate.rules_out("train"):
+        return f"training on it is ruled out, and for serving {open_question}"
+    return open_question
 
 
 def _summary(certificate: Certificate, outcome: str, uses: tuple[Use, ...]) -> str:

@@ -1,0 +1,98 @@
+"""Splits a call on lists of tensors (`_foreach_mul_`, `_fused_adamw_`) into calls on parts of those lists.
+
+Such operators treat every entry of their lists alone, and nearly all every element. An optimizer's call has all
+weights, gradients and moments at once, and judged in one piece it takes ten times their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from beringia.qualify.operators.watch import Call, changed, tensors_in
+
+PART_BYTES = 16 * 2**20
+"""Of arguments in one part."""
+_WHOLE_ENTRIES = ("_foreach_norm", "_foreach_max")
+"""These look at all elements of an entry."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a call, which is a call as well."""
+
+    call: Call
+    first_row: int = 0
+    """Where its tensors begin in those of the whole call, along their first dimension."""
+
+
+def in_parts(call: Call) -> Iterator[Part]:
+    """The parts, which together are the call; a call without lists is its only part."""
+    lists = [value for value in (*call.args, *call.kwargs.values()) if _is_tensors(value)]
+    count = len(lists[0]) if lists else 0
+    if not call.func.overloadpacket.__name__.startswith(("_foreach_", "_fused_")) or len(call.results) % max(count, 1):
+        yield Part(call)
+        return
+    entries = [entry for entry in lists if len(entry) == count]
+    for entry in _ranges([sum(_bytes(column[index]) for column in entries) for index in range(count)]):
+        part = replace(
+            call,
+            args=tuple(_entries(value, entry, count) for value in call.args),
+            kwargs={name: _entries(value, entry, count) for name, value in call.kwargs.items()},
+            results=tuple(
+                result for start in range(0, len(call.results), count) for result in call.results[start:][entry]
+            ),
+        )
+        yield from _in_rows(part)
+
+
+def _in_rows(call: Call) -> Iterator[Part]:
+    """Parts with some rows of one entry that is too large."""
+    given = list(tensors_in((call.args, call.kwargs)))
+    shape, size = given[0].shape, _bytes(given)
+    whole = call.func.overloadpacket.__name__.startswith(_WHOLE_ENTRIES)
+    if whole or size <= PART_BYTES or not shape or any(result.shape != shape for result in call.results):
+        yield Part(call)
+        return
+    rows = max(1, shape[0] * PART_BYTES // size)
+    for first in range(0, shape[0], rows):
+
+        def cut(tensor: torch.Tensor, first: int = first) -> torch.Tensor:
+            return tensor[first : first + rows] if tensor.shape == shape else tensor
+
+        yield Part(
+            replace(
+                call,
+                args=changed(call.args, cut),
+                kwargs=changed(call.kwargs, cut),
+                results=tuple(cut(result) for result in call.results),
+            ),
+            first,
+        )
+
+
+def _ranges(sizes: Sequence[int]) -> Iterator[slice]:
+    """Neighbours together as long as they fit."""
+    start, filled = 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and filled + size > PART_BYTES:
+            yield slice(start, index)
+            start, filled = index, 0
+        filled += size
+    yield slice(start, len(sizes))
+
+
+def _entries(value: Any, part: slice, count: int) -> Any:
+    """Of a list with an entry for each tensor (also of numbers), the part; anything else whole."""
+    return value[part] if isinstance(value, list | tuple) and len(value) == count else value
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, torch.Tensor) for item in value)
+
+
+def _bytes(value: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(value))
