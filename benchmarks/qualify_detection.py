@@ -81,7 +81,7 @@ class World:
         from beringia.qualify.recording import Recorder
         from beringia.qualify.reference import DRAWS as REFERENCE_DRAWS
         from beringia.qualify.subject import DecoderSubject
-        from beringia.qualify.trace import Plan, Tracer, one_ulp
+        from beringia.qualify.trace import Plan, Tracer, moved_by_rounding
 
         self.dtype = torch.bfloat16
         self.subject = DecoderSubject("r2-nano", seed=seed)
@@ -94,7 +94,7 @@ class World:
         recording = recorder.record(self.tracer, self.routes)
         draws = [
             self.tracer.on_chip(
-                chip, self.dtype, self.routes, begin_step=lambda: None, change=one_ulp(draw, self.dtype)
+                chip, self.dtype, self.routes, begin_step=lambda: None, change=moved_by_rounding(draw, self.dtype)
             )
             for draw in range(REFERENCE_DRAWS)
         ]
@@ -230,12 +230,13 @@ class Sound:
 
     def __init__(self, world: World, name: str) -> None:
         from beringia.qualify.recording import Recorder
-        from beringia.qualify.trace import one_ulp
+        from beringia.qualify.trace import moved_by_rounding
 
         chip = open_chip(name)
         self.harm = Harm(world, chip, change=None, routes=None)
         draws = [
-            Harm(world, chip, change=one_ulp(100 + draw, world.dtype), routes=self.harm.routes) for draw in range(DRAWS)
+            Harm(world, chip, change=moved_by_rounding(100 + draw, world.dtype), routes=self.harm.routes)
+            for draw in range(DRAWS)
         ]
         self.decode_floor = _pooled([by_batch(draw.decoded, self.harm.decoded) for draw in draws])
         self.output_floor = _pooled([by_batch(draw.outputs, self.harm.outputs) for draw in draws])

@@ -69,7 +69,7 @@ from beringia.model import Decoder, DecoderConfig, KeyValueCache, initialise, sa
 from beringia.qualify.effects import Noise, distances, judge_outputs, judge_trace  # noqa: E402
 from beringia.qualify.reference import DRAWS  # noqa: E402
 from beringia.qualify.subject import Batch, DecoderSubject  # noqa: E402
-from beringia.qualify.trace import Change, Plan, Trace, Tracer, one_ulp, sketch  # noqa: E402
+from beringia.qualify.trace import Change, Plan, Trace, Tracer, moved_by_rounding, sketch  # noqa: E402
 from beringia.records.certificate import ProbeResult  # noqa: E402
 
 Outputs = list[torch.Tensor]
@@ -101,7 +101,7 @@ class World:
         tracer = Tracer(subject, plan)
         exact, self.routes = tracer.in_float64()
         self.eager = self.trace(tracer)
-        draws = [self.trace(tracer, one_ulp(seed, dtype)) for seed in range(DRAWS)]
+        draws = [self.trace(tracer, moved_by_rounding(seed, dtype)) for seed in range(DRAWS)]
         self.noise = Noise.of(exact, self.eager, draws)
         self.exact_outputs = self.outputs(subject, torch.float64)
         self.eager_outputs = self.outputs(subject, dtype)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from small_models import SmallSubject, opened
 
+from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.qualify.effects import (
     EFFECT_ALLOWED,
     LOSS_MARGIN,
@@ -26,7 +27,7 @@ from beringia.qualify.effects import (
     power_of,
 )
 from beringia.qualify.subject import DecoderSubject
-from beringia.qualify.trace import WIDTH, ChosenRoutes, Plan, Trace, Tracer, one_ulp, sketch
+from beringia.qualify.trace import WIDTH, ChosenRoutes, Plan, Trace, Tracer, moved_by_rounding, sketch
 from beringia.records.certificate import ProbeResult
 
 BF16 = torch.bfloat16
@@ -79,12 +80,26 @@ def test_tensors_of_other_names_have_other_signs() -> None:
 @pytest.mark.parametrize(("dtype", "roundoff"), [(torch.float32, 2.0**-24), (BF16, 2.0**-8)])
 def test_weights_of_a_draw_move_by_up_to_a_unit_in_the_last_place(dtype: torch.dtype, roundoff: float) -> None:
     weight = random(4000).float() + 3
-    moved = one_ulp(1, dtype)("w", weight)
+    moved = moved_by_rounding(1, dtype)("w", weight)
     relative = ((moved.double() - weight.double()) / weight.double()).abs()
     assert relative.max() <= 2 * roundoff * 1.5 and relative.max() > 1.8 * roundoff
-    assert torch.equal(moved, one_ulp(1, dtype)("w", weight))
-    assert not torch.equal(moved, one_ulp(2, dtype)("w", weight))
-    assert not torch.equal(moved, one_ulp(1, dtype)("v", weight))
+    assert torch.equal(moved, moved_by_rounding(1, dtype)("w", weight))
+    assert not torch.equal(moved, moved_by_rounding(2, dtype)("w", weight))
+    assert not torch.equal(moved, moved_by_rounding(1, dtype)("v", weight))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "times"), [(BF16, 1.0), (torch.float32, math.hypot(1.0, math.sqrt(24 / 6) / 1.1547))]
+)
+def test_a_matrix_moves_by_as_much_more_as_adding_its_rows_up_costs_in_float32(
+    dtype: torch.dtype, times: float
+) -> None:
+    weight = random(24000).double().reshape(1000, 24)
+    relative = (moved_by_rounding(1, dtype)("w", weight) - weight) / weight
+    # Evenly spread between plus and minus the largest.
+    assert float(relative.square().mean().sqrt()) * math.sqrt(3) == pytest.approx(
+        2 * UNIT_ROUNDOFF[dtype] * times, rel=0.02
+    )
 
 
 # ---- traces
@@ -111,7 +126,7 @@ def noise_of(subject: DecoderSubject, plan: Plan, exact: tuple[Trace, ChosenRout
         def made(change: object) -> Trace:
             return tracer.on_chip(chip, BF16, exact[1], begin_step=lambda: None, change=change)  # type: ignore[arg-type]
 
-        return Noise.of(exact[0], made(None), [made(one_ulp(seed, BF16)) for seed in range(DRAWS)])
+        return Noise.of(exact[0], made(None), [made(moved_by_rounding(seed, BF16)) for seed in range(DRAWS)])
 
 
 @pytest.fixture(scope="module")

@@ -243,6 +243,16 @@ def test_only_some_layers_are_another_model_with_fewer_operators(run: Run, tmp_p
 
 
 @pytest.mark.slow
+def test_load_and_rates_are_in_the_certificate_if_they_were_asked_for(small_bundle: Path) -> None:
+    found = qualify(small(soak_seconds=1.0, speed=True, collectives=True), small_bundle)
+    (soak,) = (probe for probe in found.probes if probe.probe == "soak")
+    assert (soak.outcome, soak.rules_out) == ("passed", "train")
+    speeds = {probe.subject: probe for probe in found.probes if probe.probe == "speed"}
+    assert {"products of bfloat16", "copies on the device", "all-reduce of 64 MiB, 2 ranks"} < set(speeds)
+    assert {(probe.outcome, probe.rules_out) for probe in speeds.values()} == {("told", "neither")}
+
+
+@pytest.mark.slow
 def test_more_layers_than_the_model_has_are_refused(run: Run, tmp_path: Path) -> None:
     done = run("qualify", "emulated:h800", "--model", "r2-nano", "--layers", "9", "--out", str(tmp_path), "--json")
     assert done.returncode == 2

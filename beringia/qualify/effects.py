@@ -1,8 +1,9 @@
 """Whether what a chip does to a model differs by more than rounding does: its trace against float64 and noise.
 
-The noise floor comes from draws: traces of the reference chip from weights that were moved by up to one unit in the
-last place of the compute dtype. A chip's distance from float64 over that of the draws is its *effect*; soundly
-different chips have effects well below 1, because all round the same numbers to the same dtype.
+The noise floor comes from draws: traces of the reference chip from weights that were moved as rounding may move them
+(`trace.moved_by_rounding`). A chip's distance from float64 over that of the draws is its *effect*; soundly different
+chips have effects well below 1, because all round the same numbers to the same dtype. Where a rounding may tip a batch
+over, as in a trained model, draws are far apart themselves: no less is allowed to a chip.
 
 The losses are held against an equivalence test, two one-sided tests (Schuirmann 1987), not a test of difference, which
 a noisy chip would pass: too few batches for a proof make it inconclusive.
@@ -77,19 +78,8 @@ class Noise:
 
     def floors(self) -> dict[Group, Floor]:
         """Of every group."""
-        drawn, own = (_pooled(traces) for traces in (self.drawn, (self.own,)))
-        return {
-            group: Floor(
-                max(_rms(drawn[group]), _rms(values)),
-                max(drawn[group]),
-                {
-                    cell[2]: max(_rms([one[cell] for one in self.drawn]), far)
-                    for cell, far in self.own.items()
-                    if cell[:2] == group
-                },
-            )
-            for group, values in own.items()
-        }
+        drawn = [_by_group(one) for one in self.drawn]
+        return {group: _floor(own, [one[group] for one in drawn]) for group, own in _by_group(self.own).items()}
 
 
 @dataclass(frozen=True)
@@ -106,10 +96,11 @@ class Floor:
 
 def judge_trace(noise: Noise, found: Trace) -> list[ProbeResult]:
     """All that the trace says: outputs, decoding, gradients, updates, losses."""
-    sizes = _pooled((_norms(noise.exact.sketches),))
+    sizes = _by_group(_norms(noise.exact.sketches))
     far = _by_group(distances(found, noise.exact))
     results = [
-        _judge_group(group, far[group], floor, _rounding(max(sizes[group]))) for group, floor in noise.floors().items()
+        _judge_group(group, far[group], floor, _rounding(max(sizes[group].values())))
+        for group, floor in noise.floors().items()
     ]
     return [*results, _judge_losses(noise, found), _judge_training(noise, found)]
 
@@ -132,6 +123,16 @@ def power_of(batches: int) -> float:
     deviations = numpy.sqrt(special.chdtri(batches - 1, 1.0 - quantiles) / (batches - 1))
     inside = 2.0 * special.ndtr(LOSS_MARGIN * math.sqrt(batches) - critical * deviations) - 1.0
     return float(numpy.maximum(inside, 0.0).mean())
+
+
+def _floor(own: Mapping[str, float], drawn: Sequence[Mapping[str, float]]) -> Floor:
+    """From the reference's own distances by batch and the draws'."""
+    of_draws = [far for one in drawn for far in one.values()]
+    return Floor(
+        max(_rms(of_draws), _rms(list(own.values()))),
+        max(of_draws),
+        {batch: max(_rms([one[batch] for one in drawn]), far) for batch, far in own.items()},
+    )
 
 
 _RULES_OUT: Mapping[str, Use] = {"outputs": "infer", "decode": "infer", "gradient": "train", "update": "train"}
@@ -280,15 +281,6 @@ def _norms(sketches: Mapping[str, torch.Tensor]) -> dict[Cell, float]:
     for name, sketch in sketches.items():
         squares[cell_of(name)] += float(sketch.square().sum())
     return {cell: math.sqrt(square) if square == square else math.inf for cell, square in squares.items()}
-
-
-def _pooled(traces: Sequence[Mapping[Cell, float]]) -> dict[Group, list[float]]:
-    """All values of a group, over traces and batches."""
-    values: dict[Group, list[float]] = defaultdict(list)
-    for trace in traces:
-        for (kind, name, _), value in trace.items():
-            values[kind, name].append(value)
-    return values
 
 
 def _by_group(cells: Mapping[Cell, float]) -> dict[Group, dict[str, float]]:

@@ -21,7 +21,7 @@ from beringia.chips.chip import Chip
 from beringia.numerics.metrics import rounding_floor
 from beringia.qualify.effects import EFFECT_ALLOWED
 from beringia.qualify.subject import Routes, Subject
-from beringia.qualify.trace import Change, one_ulp
+from beringia.qualify.trace import Change, moved_by_rounding
 from beringia.records.certificate import Measure, ProbeResult
 
 DRAWS = 3
@@ -51,7 +51,7 @@ def probe_layers(
         exact = _run(subject, wide, name, one, routes, torch.float64)
         draws = []
         for seed in range(DRAWS):
-            with _moved(plain, name, one_ulp(seed, dtype)):
+            with _moved(plain, name, moved_by_rounding(seed, dtype)):
                 draws.append(_run(subject, plain, name, one, routes, dtype))
         yield _judged(name, found, exact, draws, dtype)
 

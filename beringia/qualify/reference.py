@@ -14,7 +14,7 @@ from beringia.qualify.effects import Noise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.recording import Recorder
 from beringia.qualify.subject import Subject
-from beringia.qualify.trace import Plan, Tracer, one_ulp
+from beringia.qualify.trace import Plan, Tracer, moved_by_rounding
 
 DRAWS = 4
 """Traces from moved weights: with six batches each, 24 distances for every gradient."""
@@ -41,7 +41,7 @@ def make_bundle(
     draws = []
     for seed in range(DRAWS):
         say(f"noise, draw {seed + 1} of {DRAWS}")
-        change = one_ulp(seed, dtype)
+        change = moved_by_rounding(seed, dtype)
         draws.append(tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change))
     errors = {
         error_key(check.module, check.operator, check.direction, check.ordinal): (check.error, check.used)

@@ -14,6 +14,7 @@ Discrete choices (which experts) are taken from float64 in all traces: near a ti
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -212,17 +213,33 @@ def sketch(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return whole.view(-1, WIDTH).sum(0)
 
 
-def one_ulp(seed: int, dtype: torch.dtype) -> Change:
-    """A change of weights by up to a unit in the last place of `dtype`, drawn on the CPU."""
+def moved_by_rounding(seed: int, dtype: torch.dtype) -> Change:
+    """A change of weights by up to a unit in the last place of `dtype`, drawn on the CPU; where `dtype` has the
+    accumulator's precision, by as much more as it costs to add a row's products up."""
 
     def change(name: str, weight: torch.Tensor) -> torch.Tensor:
         draw = torch.empty(weight.shape, dtype=torch.float64).uniform_(
             -1.0, 1.0, generator=_generator(f"{seed}/{name}")
         )
         # A unit in the last place is two roundoffs.
-        return (weight.double() * (1.0 + 2.0 * UNIT_ROUNDOFF[dtype] * draw)).to(weight.dtype)
+        largest = 2.0 * UNIT_ROUNDOFF[dtype] * _adding_up(weight, dtype)
+        return (weight.double() * (1.0 + largest * draw)).to(weight.dtype)
 
     return change
+
+
+def _adding_up(weight: torch.Tensor, dtype: torch.dtype) -> float:
+    """How much larger the error of a product is with the roundings of its sum than without.
+
+    One term after another, rounded to nearest, K terms of random sign are off by u sqrt(K / 6) in root mean square,
+    relative to their sum (roundings of u / sqrt(3) of partial sums that grow as sqrt(k); Higham and Mary 2019). A sound
+    chip may add so. Weights that move by up to 2 u cost 2 u / sqrt(3). In 16-bit dtypes this is 1.
+    """
+    if weight.dim() < 2:
+        return 1.0
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    summed = UNIT_ROUNDOFF[accumulator] * math.sqrt(weight.shape[-1] / 6.0)
+    return math.hypot(1.0, summed / (2.0 * UNIT_ROUNDOFF[dtype] / math.sqrt(3.0)))
 
 
 def _signs(name: str, count: int) -> torch.Tensor:
