@@ -220,11 +220,11 @@ def test_twenty_thousand_checks_where_every_call_is_wrong_make_a_page_below_four
 def test_lockstep_shows_every_effect_and_its_bound(page: str, infer: Certificate) -> None:
     effects = effects_of(infer.probes)
     assert len(effects) == sum(probe.probe == "lockstep" for probe in infer.probes) - 1  # the loss is in nats
-    assert page.count("bound 1.5</text>") == 2  # wide and narrow
+    assert page.count(">bound</text>") == 2  # wide and narrow
     assert "log scale" in page
     text = text_of(page)
     assert "3 of 29 marks lie right of the dashed bound" in text
-    assert "The bound of losses of training is 3.0." in text
+    assert "the bound is 1.5, more where those were far apart themselves" in text
     for effect in effects:
         assert html.escape(effect.words) in page
 

@@ -1,6 +1,6 @@
-"""The chart of lockstep: how far each layer's gradients, updates and outputs are from float64, beside their bounds.
+"""The chart of lockstep: how far each layer's gradients, updates and outputs are from float64, as shares of the bound.
 
-Rows are layers, the effect runs to the right on a logarithmic scale: names of layers are long, a telephone is narrow.
+Rows are layers, the share runs to the right on a logarithmic scale: names of layers are long, a telephone is narrow.
 Draws; reads nothing but the certificate's probes.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from markupsafe import Markup
 
@@ -21,7 +20,7 @@ ROW_PIXELS = 21
 TOP_PIXELS = 24
 BOTTOM_PIXELS = 40
 MOST_DECADES = 3
-"""Effects that are smaller against their bound are drawn at the left edge."""
+"""Effects that are smaller shares of their bounds are drawn at the left edge."""
 MARKS: dict[str, tuple[Shape, str]] = {
     "gradient": ("circle", "series-1"),
     "update": ("square", "series-3"),
@@ -34,7 +33,7 @@ MARKS: dict[str, tuple[Shape, str]] = {
 
 @dataclass(frozen=True)
 class Effect:
-    """One effect beside its bound."""
+    """One effect beside its bound; of a probe with several, the one that uses most of it."""
 
     kind: str
     row: str
@@ -43,9 +42,14 @@ class Effect:
     bound: float
 
     @property
+    def share(self) -> float | None:
+        """Of the bound."""
+        return None if self.value is None else self.value / self.bound
+
+    @property
     def beyond(self) -> bool:
         """Whether the bound is broken."""
-        return self.value is None or self.value > self.bound
+        return self.share is None or self.share > 1.0
 
     @property
     def words(self) -> str:
@@ -55,13 +59,13 @@ class Effect:
 
 def effects_of(probes: Sequence[ProbeResult]) -> list[Effect]:
     """Every effect that lockstep found; the loss, which is in nats, is no effect."""
-    return [
-        Effect(_kind(probe), _row(probe), probe.subject, measure.value, measure.bound)
-        for probe in probes
-        if probe.probe == "lockstep"
-        for measure in probe.measures
-        if measure.name == "effect"
-    ]
+    found = []
+    for probe in probes:
+        effects = [measure for measure in probe.measures if measure.unit == "noise floors"]
+        if probe.probe == "lockstep" and effects:
+            worst = max(effects, key=lambda measure: measure.used)
+            found.append(Effect(_kind(probe), _row(probe), probe.subject, worst.value, worst.bound))
+    return found
 
 
 def draw_effects(effects: Sequence[Effect], width: int) -> Markup:
@@ -71,7 +75,7 @@ def draw_effects(effects: Sequence[Effect], width: int) -> Markup:
     for number, row in enumerate(rows):
         chart.text(chart.x.pixel_low - 8, _height(number) + 4, _shortened(row), "tick", "end")
         chart.line(chart.x.pixel_low, _height(number), chart.x.pixel_high, _height(number), "grid")
-    _draw_bounds(chart, effects, rows)
+    _draw_bound(chart, len(rows))
     for effect in sorted(effects, key=lambda effect: effect.beyond):
         _draw_effect(chart, effect, _height(rows.index(effect.row)))
     return chart.svg()
@@ -82,19 +86,18 @@ def effects_caption(effects: Sequence[Effect]) -> str:
     beyond = [effect for effect in effects if effect.beyond]
     words = f"What to see: all {count(len(effects), 'mark')} lie left of the dashed bound."
     if beyond:
-        worst = max(beyond, key=lambda effect: float("inf") if effect.value is None else effect.value / effect.bound)
+        worst = max(beyond, key=lambda effect: float("inf") if effect.share is None else effect.share)
         lie = "lies" if len(beyond) == 1 else "lie"
         words = (
             f"What to see: {len(beyond):,} of {count(len(effects), 'mark')} {lie} right of the dashed bound "
             f"(triangles), furthest {worst.subject}."
         )
-    floor = [effect for effect in effects if effect.value is not None and effect.value < _range(effects)[0]]
-    other = {effect.row: effect.bound for effect in effects if effect.bound != effects[0].bound}
-    words += "".join(f" The bound of {row} is {significant(bound, 2)}." for row, bound in list(other.items())[:3])
-    words += f" Smaller effects are drawn at {significant(_range(effects)[0], 1)}." if floor else ""
+    low = _range(effects)[0]
+    small = any(effect.share is not None and effect.share < low for effect in effects)
+    words += f" Smaller shares are drawn at {significant(low, 1)}." if small else ""
     return words + (
-        " The effect is the distance from float64, over that of the reference chip whose weights were moved by one "
-        "unit in the last place."
+        " The effect is the distance from float64, over that of the reference chip whose weights were moved as "
+        "rounding may move them; the bound is 1.5, more where those were far apart themselves. Each mark tells both."
     )
 
 
@@ -112,10 +115,8 @@ def _row(probe: ProbeResult) -> str:
 
 
 def _range(effects: Sequence[Effect]) -> tuple[float, float]:
-    bound = min(effect.bound for effect in effects)
-    return log_range(
-        [effect.value for effect in effects if effect.value is not None], include=bound, decades=MOST_DECADES
-    )
+    shares = [effect.share for effect in effects if effect.share is not None]
+    return log_range(shares, include=1.0, decades=MOST_DECADES)
 
 
 def _height(row: int) -> float:
@@ -133,28 +134,21 @@ def _chart(effects: Sequence[Effect], rows: list[str], width: int) -> Chart:
     low, high = _range(effects)
     x = Scale(low, high, left, width - 12, log=True)
     y = Scale(0, 1, bottom, TOP_PIXELS)
-    chart = Chart(x, y, width, round(bottom + BOTTOM_PIXELS), "Effects of lockstep by layer, beside their bounds")
-    chart.horizontal_axis(log_ticks(low, high), "effect (noise floors, log scale)")
+    chart = Chart(x, y, width, round(bottom + BOTTOM_PIXELS), "Effects of lockstep by layer, as shares of their bounds")
+    chart.horizontal_axis(log_ticks(low, high), "effect as a share of its bound (log scale)")
     return chart
 
 
-def _draw_bounds(chart: Chart, effects: Sequence[Effect], rows: list[str]) -> None:
-    """The bound of each row as an upright dashed line; neighbours with the same one share it."""
-    bounds = {effect.row: effect.bound for effect in effects}
-    place = 0
-    for bound, group in groupby(rows, key=lambda row: bounds[row]):
-        size = len(list(group))
-        top, bottom = TOP_PIXELS + place * ROW_PIXELS, TOP_PIXELS + (place + size) * ROW_PIXELS
-        chart.rectangle(chart.x(bound), top, chart.x.pixel_high, bottom, "beyond")
-        chart.line(chart.x(bound), top, chart.x(bound), bottom, "reference")
-        if place == 0:
-            chart.text(chart.x(bound), top - 8, f"bound {significant(bound, 2)}", "small", "middle")
-        place += size
+def _draw_bound(chart: Chart, rows: int) -> None:
+    top, bottom = TOP_PIXELS, TOP_PIXELS + rows * ROW_PIXELS
+    chart.rectangle(chart.x(1.0), top, chart.x.pixel_high, bottom, "beyond")
+    chart.line(chart.x(1.0), top, chart.x(1.0), bottom, "reference")
+    chart.text(chart.x(1.0), top - 8, "bound", "small", "middle")
 
 
 def _draw_effect(chart: Chart, effect: Effect, y: float) -> None:
     shape, style = MARKS.get(effect.kind, ("circle", "series-1"))
-    x = chart.x.pixel_high if effect.value is None else chart.x(effect.value)
+    x = chart.x.pixel_high if effect.share is None else chart.x(effect.share)
     raised = {"gradient": -3.0, "update": 4.0}.get(effect.kind, 0.0)
     if effect.beyond:
         shape, style = ("cross" if effect.value is None else "triangle"), "alarm"
