@@ -1,6 +1,9 @@
 """How long a qualification takes, and how much memory, beside a training step of that model. Prints one JSON object.
 
     python benchmarks/qualify_time.py --json [--model r2-micro --chip emulated:h800@exact --limit 90]
+    python benchmarks/qualify_time.py --json --model SMOLLM2 --chip emulated:h800 --limit 600
+
+SMOLLM2 is a directory that `recipes/prepare_smollm2.py` wrote; in the exact fidelity that model would take most of an hour.
 
 Measured is the command itself, from its start to the certificate: recording the reference included. Memory is the
 largest resident size of any of its processes, and that of a process that takes two training steps of the same batches

@@ -1,9 +1,10 @@
 """Whether two machines come to what one machine comes to. Prints one JSON object.
 
-    python benchmarks/qualify_two_machines.py --json [--cases 20]
+    python benchmarks/qualify_two_machines.py --json [--cases 20 --store FILE]
 
 For defects of the detection benchmark's test half: the command with a bundle that `beringia reference` made before, as
 it is copied between machines, and the command without one. Must hold: the same verdict and the same first operator.
+Results go to the store one by one, so an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -53,11 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line")
     parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--store", type=Path, default=Path("two-machines.jsonl"))
     options = parser.parse_args()
-    rows = []
+    lines = options.store.read_text().splitlines() if options.store.exists() else []
+    rows = {row["case"]: row for row in map(json.loads, lines)}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for case in chosen(options.cases):
+            if case.name in rows:
+                continue
             bundle = directory / f"{case.world}.bundle"
             if not bundle.exists():
                 command(
@@ -67,16 +72,18 @@ def main() -> None:
             script = case.write(directory)
             two = outcome(case, script, directory / "out", "--against", str(bundle))
             one = outcome(case, script, directory / "out")
-            rows.append({"case": case.name, "one_machine": one, "two_machines": two, "same": one == two})
+            rows[case.name] = {"case": case.name, "one_machine": one, "two_machines": two, "same": one == two}
+            with options.store.open("a") as store:
+                store.write(json.dumps(rows[case.name]) + "\n")
             print(f"{case.name}: {one} {two}", file=sys.stderr, flush=True)
     document = {
         "benchmark": "qualify-two-machines",
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {usable_cores()} cores",
-        "cases": rows,
-        "same": sum(row["same"] for row in rows),
+        "cases": list(rows.values()),
+        "same": sum(row["same"] for row in rows.values()),
         "of": len(rows),
-        "holds": all(row["same"] for row in rows),
+        "holds": all(row["same"] for row in rows.values()),
     }
     print(json.dumps(document, indent=None if options.json else 2))
 
