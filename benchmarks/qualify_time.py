@@ -3,7 +3,8 @@
     python benchmarks/qualify_time.py --json [--model r2-micro --chip emulated:h800@exact --limit 90]
     python benchmarks/qualify_time.py --json --model SMOLLM2 --chip emulated:h800 --limit 600
 
-SMOLLM2 is a directory that `recipes/prepare_smollm2.py` wrote; in the exact fidelity that model would take most of an hour.
+SMOLLM2 is a directory that `recipes/prepare_smollm2.py` wrote. The exact fidelity makes 1 to 2 billion multiply-adds a
+second, and the trace of that model has more than 10^12: too many for its limit.
 
 Measured is the command itself, from its start to the certificate: recording the reference included. Memory is the
 largest resident size of any of its processes, and that of a process that takes two training steps of the same batches
