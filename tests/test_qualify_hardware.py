@@ -368,9 +368,10 @@ def test_an_emulated_chip_is_tried_in_its_compute_dtype_too_and_timed_if_wanted(
         rate = of(results, f"{collective} of 64 MiB, 3 ranks")
         assert (rate.probe, rate.outcome, rate.rules_out) == ("speed", "told", "neither")
         measured = re.search(r"bus bandwidth ([\d.e+-]+) GB/s \(spread", rate.summary)
-        # What a link carries of the buffer, in the time of one call: more than all calls together took.
+        # Near what a link carried in all 21 calls together; the median of stretches is no mean.
         share = {"all-reduce": 4 / 3, "all-gather": 2 / 3}[collective]
-        assert measured and float(measured[1]) > share * 64 * 2**20 * 20 / 1e9 / rate.seconds
+        overall = share * 64 * 2**20 * 21 / 1e9 / rate.seconds
+        assert measured and overall / 4 < float(measured[1]) < 4 * overall
 
 
 def test_one_device_that_computes_sums_wrong_is_found(tmp_path: Path) -> None:
