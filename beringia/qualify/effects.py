@@ -15,7 +15,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy
@@ -66,15 +66,14 @@ class Noise:
     """And by training step."""
 
     @staticmethod
-    def of(exact: Trace, reference: Trace, draws: Sequence[Trace]) -> Noise:
-        """From the traces themselves."""
-        return Noise(
-            exact,
-            distances(reference, exact),
-            tuple(distances(draw, exact) for draw in draws),
-            torch.stack([draw.losses_K - exact.losses_K for draw in draws]),
-            torch.stack([draw.losses_N - exact.losses_N for draw in draws]),
-        )
+    def of(exact: Trace, reference: Trace, draws: Iterable[Trace]) -> Noise:
+        """From the traces themselves. Draws may be made one by one: of each only the distances are kept."""
+        drawn, losses_K, losses_N = [], [], []
+        for draw in draws:
+            drawn.append(distances(draw, exact))
+            losses_K.append(draw.losses_K - exact.losses_K)
+            losses_N.append(draw.losses_N - exact.losses_N)
+        return Noise(exact, distances(reference, exact), tuple(drawn), torch.stack(losses_K), torch.stack(losses_N))
 
     def floors(self) -> dict[Group, Floor]:
         """Of every group."""

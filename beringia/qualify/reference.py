@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from beringia.qualify.effects import Noise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.recording import Recorder
 from beringia.qualify.subject import Subject
-from beringia.qualify.trace import Plan, Tracer, moved_by_rounding
+from beringia.qualify.trace import Plan, Trace, Tracer, moved_by_rounding
 
 DRAWS = 4
 """Traces from moved weights: with six batches each, 24 distances for every gradient."""
@@ -38,11 +38,14 @@ def make_bundle(
     capture = Capture(limit_bytes)
     recording = Recorder(subject, chip, dtype, also=capture.take).record(tracer, routes)
     assert recording.trace is not None, "a reference has every operator"
-    draws = []
-    for seed in range(DRAWS):
-        say(f"noise, draw {seed + 1} of {DRAWS}")
-        change = moved_by_rounding(seed, dtype)
-        draws.append(tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change))
+
+    def draws() -> Iterator[Trace]:
+        for seed in range(DRAWS):
+            say(f"noise, draw {seed + 1} of {DRAWS}")
+            change = moved_by_rounding(seed, dtype)
+            yield tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change)
+
+    noise = Noise.of(exact, recording.trace, draws())
     errors = {
         error_key(check.module, check.operator, check.direction, check.ordinal): (check.error, check.used)
         for check in recording.checks
@@ -65,7 +68,7 @@ def make_bundle(
             "errors": errors,
             "calls_left_out": capture.left_out,
         },
-        Noise.of(exact, recording.trace, draws),
+        noise,
         routes,
         {name: Traffic(x.to(dtype), gradient.to(dtype)) for name, (x, gradient) in tracer.traffic(routes).items()},
         capture.calls,
