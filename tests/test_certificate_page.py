@@ -224,7 +224,7 @@ def test_lockstep_shows_every_effect_and_its_bound(page: str, infer: Certificate
     assert "log scale" in page
     text = text_of(page)
     assert "3 of 29 marks lie right of the dashed bound" in text
-    assert "the bound is 1.5, more where those were far apart themselves" in text
+    assert "the bound is 1.5, twice that for losses of training" in text
     for effect in effects:
         assert html.escape(effect.words) in page
 

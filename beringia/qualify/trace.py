@@ -207,7 +207,7 @@ def make_optimizer(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
 
 def release_first_optimizer() -> None:
     """Free what the first optimizer of a process leaves behind: a cycle in torch's own set-up holds it, and with it
-    weights and moments, until the garbage collector comes by (of SmolLM2-135M in float64 4 GB)."""
+    weights and moments, until the garbage collector comes by."""
     gc.collect()
 
 

@@ -97,7 +97,8 @@ def effects_caption(effects: Sequence[Effect]) -> str:
     words += f" Smaller shares are drawn at {significant(low, 1)}." if small else ""
     return words + (
         " The effect is the distance from float64, over that of the reference chip whose weights were moved as "
-        "rounding may move them; the bound is 1.5, more where those were far apart themselves. Each mark tells both."
+        "rounding may move them; the bound is 1.5, twice that for losses of training, and more where draws were far "
+        "apart themselves. Each mark tells both."
     )
 
 
