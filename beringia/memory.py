@@ -8,6 +8,7 @@ chip's step 2.3 times slower). Keeping freed blocks costs nothing that a trainin
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 _M_TRIM_THRESHOLD = -1
@@ -23,3 +24,17 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     kept = library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
     return bool(kept and library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> bool:
+    """Give what is free back to the kernel, between two parts of a long process. Returns whether this C library can.
+
+    What a part leaves behind, though small, lies between the large blocks that it freed, so the next part's blocks do
+    not fit there and the process grows with every part (measured: 0.3 GB in use, 10.9 GB free, after six traces of a
+    model of 135 million parameters). The garbage collector goes first: torch's set-up of a process's first optimizer
+    leaves a cycle that holds weights and moments.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).malloc_trim(0))

@@ -25,7 +25,7 @@ from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.operators.watch import Call, Place, Watch, tensors_in
 from beringia.qualify.subject import Batch, Subject, on_device
-from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optimizer, release_first_optimizer
+from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
 
 WATCHED_STEPS = 2
@@ -71,7 +71,6 @@ class Recorder:
         found = self._recording
         with self._timed("operators"):
             complete = self._watch_training() and self._watch_decoding()
-            release_first_optimizer()
         if not complete:
             return found
         with self._timed("trace"):

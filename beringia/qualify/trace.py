@@ -13,7 +13,6 @@ Discrete choices (which experts) are taken from float64 in all traces: near a ti
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 
 from beringia.chips.chip import Chip
+from beringia.memory import return_freed_memory
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.numerics.replay import Taps
 from beringia.qualify.subject import Routes, Subject, on_device
@@ -72,7 +72,7 @@ class Tracer:
     def in_float64(self) -> tuple[Trace, ChosenRoutes]:
         """On the CPU, and the routes for all others."""
         made = self._run(self._exact_model(), fused=False, routes=None, begin_step=lambda: None)
-        release_first_optimizer()
+        return_freed_memory()
         return made
 
     def traffic(self, routes: ChosenRoutes) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -100,6 +100,7 @@ class Tracer:
         change: Change | None = None,
     ) -> Trace:
         """On a chip in `dtype`; `begin_step` is called before each pass, `change` alters the weights first."""
+        return_freed_memory()
         model = self._subject.build()
         if change is not None:
             with torch.no_grad():
@@ -203,12 +204,6 @@ def make_optimizer(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
         fused=fused,
         foreach=None if fused else True,
     )
-
-
-def release_first_optimizer() -> None:
-    """Free what the first optimizer of a process leaves behind: a cycle in torch's own set-up holds it, and with it
-    weights and moments, until the garbage collector comes by."""
-    gc.collect()
 
 
 def sketch(name: str, tensor: torch.Tensor) -> torch.Tensor:
