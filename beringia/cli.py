@@ -227,11 +227,11 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check a signed certificate: whether it is as it was signed, by whom, and what it says."""
-    from beringia.records.signature import read_signed
+    from beringia.records.signature import parse_public_key, read_signed
     from beringia.records.signature import verify as check
 
     signed = read_signed(file)
-    check(signed, key)
+    check(signed, () if key is None else (parse_public_key(key),))
     certificate = signed.certificate
     says = {
         "signature": "holds",

@@ -42,6 +42,14 @@ def test_one_interrupted_between_export_and_comparison_goes_on(finished: Path) -
     assert exported.largest_difference <= exported.bound
 
 
+def test_a_campaign_whose_own_signature_would_not_count_is_refused_before_it_qualifies(tmp_path: Path) -> None:
+    qualify = {"unqualified": "refuse", "trusted_keys": ["ab" * 32]}
+    recipe = write_recipe(tmp_path, small_recipe(qualify=qualify))
+    done = beringia("campaign", str(recipe), "--out", str(tmp_path / "run"), XDG_CONFIG_HOME=str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "not in qualify.trusted_keys" in done.stderr and not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_chip_that_qualification_refuses_is_passed_over_and_the_next_one_trains(tmp_path: Path) -> None:
     recipe = write_recipe(

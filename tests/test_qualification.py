@@ -12,13 +12,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from small_runs import beringia, events, of_kind, small_recipe, write_recipe
 
 from beringia.chips.open import open_chip
+from beringia.errors import RecipeError
 from beringia.records.certificate import Certificate, ModelFingerprint, ProbeResult
 from beringia.records.events import ChipOpened, Fallback, Unqualified
 from beringia.records.identity import ChipIdentity
 from beringia.records.model_source import configuration_hash
 from beringia.records.recipe import Recipe, parse_recipe
 from beringia.records.run_directory import RunDirectory
-from beringia.records.signature import load_or_create_key, sign, write_signed
+from beringia.records.signature import load_or_create_key, public_key_of, sign, write_signed
 from beringia.report.history import read_history
 from beringia.report.page import render_report
 from beringia.report.summary import summarise
@@ -104,6 +105,25 @@ def test_a_certificate_for_another_chip_or_another_model_does_not_count(tmp_path
     )
     told = refusal(tmp_path, other_chip, certificate(model=micro))
     assert "another chip, MI300X" in told.reason and "another model, r2-micro" in told.reason
+
+
+def test_a_certificate_for_computing_in_another_dtype_does_not_count(tmp_path: Path) -> None:
+    told = refusal(tmp_path, certificate(compute_dtype="float32"))
+    assert told.found == "none" and "computing in float32, and the run computes in bfloat16" in told.reason
+
+
+def test_only_the_keys_that_the_recipe_trusts_count_where_it_names_some(tmp_path: Path) -> None:
+    run, other = put(tmp_path, certificate()), Ed25519PrivateKey.generate()
+    trusting = recipe(trusted_keys=[public_key_of(other), public_key_of(KEY)])
+    assert admission(opened(), trusting, run) is None
+    told = admission(opened(), recipe(trusted_keys=[public_key_of(other)]), run)
+    assert isinstance(told, Unqualified) and told.found == "none"
+    assert public_key_of(KEY) in told.reason and public_key_of(other) in told.reason
+
+
+def test_what_is_no_public_key_is_refused_with_the_recipe() -> None:
+    with pytest.raises(RecipeError, match="trusted_keys"):
+        recipe(trusted_keys=["ab12"])
 
 
 def test_a_model_directory_is_compared_by_its_configuration(tmp_path: Path) -> None:
@@ -203,7 +223,7 @@ def test_with_a_signed_certificate_the_same_command_trains(refused: Path) -> Non
     run = RunDirectory(refused / "run")
     identity = of_kind(run.root, "chip")[0].identity
     key = load_or_create_key(refused / "key.pem")
-    write_signed(run.certificates / "cpu.json", sign(certificate(identity, chip="cpu"), key))
+    write_signed(run.certificates / "cpu.json", sign(certificate(identity, chip="cpu", compute_dtype="float32"), key))
     done = beringia("train", str(refused / "small.toml"), "--out", str(run.root), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "done"
@@ -219,7 +239,7 @@ def test_a_chip_that_may_not_train_is_passed_over_for_one_that_may(refused: Path
         qualify={"unqualified": "refuse"},
         train={"prefer": ["preferred", "fallback"], "steps": 4},
     )
-    run = put(tmp_path / "run", certificate(identity, chip="cpu"))
+    run = put(tmp_path / "run", certificate(identity, chip="cpu", compute_dtype="float32"))
     done = beringia("train", str(write_recipe(tmp_path, document)), "--out", str(run.root))
     assert done.returncode == 0, done.stderr
     decisions = [(event.action, event.to_chip, event.to_step) for event in of_kind(run.root, "decision")]

@@ -11,13 +11,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from beringia.errors import RecipeError
 from beringia.qualify.probing import Interpreter
 from beringia.qualify.qualification import Request, qualify, reference_for
 from beringia.records.certificate import Certificate
 from beringia.records.events import AnyEvent, Qualified
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
-from beringia.records.signature import load_or_create_key, sign, write_signed
+from beringia.records.signature import load_or_create_key, public_key_of, sign, write_signed
 from beringia.report.certificate import write_certificate_page, write_junit
 from beringia.supervise.event_log import EventLog
 from beringia.supervise.lock import RunLock
@@ -34,23 +37,38 @@ def qualify_chips(
     missing = [label for label in recipe.train.prefer if not (run.certificates / f"{label}.json").exists()]
     if recipe.qualify.unqualified == "allow" or not missing:
         return
+    key = _trusted_key(recipe, run)
     with RunLock(run) as lock:
         prepare_run(recipe, recipe_text, run)
         log = EventLog(run, on_event)
         try:
             for label in missing:
-                certificate = _qualify(recipe, run, label)
+                certificate = _qualify(recipe, run, label, key)
                 log.append(_event(certificate, run, label), epoch=lock.epoch, chip=label)
         finally:
             log.close()
 
 
-def _qualify(recipe: Recipe, run: RunDirectory, label: str) -> Certificate:
+def _trusted_key(recipe: Recipe, run: RunDirectory) -> Ed25519PrivateKey:
+    """The key that signs here. Raises RecipeError where the recipe would not count its signature: to be told before
+    minutes are spent."""
+    key = load_or_create_key()
+    public, trusted = public_key_of(key), recipe.qualify.trusted_keys
+    if trusted and public not in trusted:
+        raise RecipeError(
+            f"Certificates made here are signed by the key {public}, which is not in qualify.trusted_keys: name it "
+            f"there, or put certificates by a trusted key into {run.certificates}, one for each chip of train.prefer "
+            "(<label>.json)."
+        )
+    return key
+
+
+def _qualify(recipe: Recipe, run: RunDirectory, label: str, key: Ed25519PrivateKey) -> Certificate:
     request = request_for(recipe, label)
     directory = run.root / "qualify"
     bundle = reference_for(request, directory)
     certificate = qualify(request, bundle)
-    signed = sign(certificate, load_or_create_key())
+    signed = sign(certificate, key)
     write_certificate_page(signed, run.certificates / f"{label}.html")
     write_junit(certificate, run.certificates / f"{label}.xml")
     # Last: it is what says that the chip has been qualified.

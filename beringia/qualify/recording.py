@@ -45,7 +45,7 @@ class Recording:
     unrepeatable: tuple[str, ...] = ()
     """Sketches that had other bits the second time."""
     first_unrepeatable: Place | None = None
-    """The first operator that gave other bits from the same arguments."""
+    """The first operator that gave other bits from the same arguments; looked for where no call was wrong."""
     batch_invariant: bool | None = None
     """Whether a sample's outputs have the same bits alone and in a batch; None before that was tried."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Recorder:
             found.trace = tracer.on_chip(self._chip, self._dtype, routes, begin_step=self.begin_step)
         with self._timed("repeat"):
             found.unrepeatable = self._repeat(tracer, routes, found.trace)
-            if found.unrepeatable:
+            if found.unrepeatable and not any(check.used > 1.0 for check in found.checks):
                 found.first_unrepeatable = self._first_unrepeatable()
             found.batch_invariant = self._batch_invariant()
         return found

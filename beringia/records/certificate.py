@@ -6,7 +6,7 @@ written as null.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ Verdict = Literal["train", "infer", "unfit", "inconclusive"]
 
 Use = Literal["train", "infer", "neither"]
 """What a probe that failed rules out: `train` rules out training, `infer` rules out both, `neither` is only told."""
+
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""Of who signs: Ed25519, 32 bytes in hexadecimal."""
 
 Direction = Literal["forward", "backward", "optimizer", "decode"]
 

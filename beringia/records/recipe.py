@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from beringia.errors import RecipeError
+from beringia.records.certificate import PublicKey
 from beringia.records.record import Record, canonical_hash
 
 
@@ -129,6 +130,8 @@ class QualifySection(Record):
     on_refusal: Literal["skip", "try"] = "skip"
     """Where `unqualified` is `refuse`: what becomes of a chip whose certificate has another verdict than `train`.
     `skip`: it is passed over. `try`: it trains all the same, and an event says so."""
+    trusted_keys: tuple[PublicKey, ...] = ()
+    """Public keys whose signatures count; none named: any. `beringia verify` prints who signed a certificate."""
 
 
 class SuperviseSection(Record):

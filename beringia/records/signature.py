@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -27,22 +27,21 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from beringia.errors import InputError, Refusal
-from beringia.records.certificate import CERTIFICATE_SCHEMA, Certificate
+from beringia.records.certificate import CERTIFICATE_SCHEMA, Certificate, PublicKey
 from beringia.records.files import reporting_full_disk, sync_directory, write_text
 from beringia.records.record import Record, canonical_json
 
-_PUBLIC_KEY = r"^[0-9a-f]{64}$"
+_IS_KEY: TypeAdapter[str] = TypeAdapter(PublicKey)
 
 
 class SignedCertificate(Record):
     """A certificate and who vouches for it."""
 
     certificate: Certificate
-    public_key: Annotated[str, Field(pattern=_PUBLIC_KEY)]
-    """Ed25519, 32 bytes in hexadecimal."""
+    public_key: PublicKey
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
     """Over the certificate's canonical JSON, 64 bytes in hexadecimal."""
 
@@ -79,22 +78,28 @@ def sign(certificate: Certificate, key: Ed25519PrivateKey) -> SignedCertificate:
     return SignedCertificate(certificate=certificate, public_key=public_key_of(key), signature=signature.hex())
 
 
-def verify(signed: SignedCertificate, trusted: str | None = None) -> None:
-    """Check the signature, and that it is by the public key `trusted` (None: by any).
+def parse_public_key(text: str) -> str:
+    """A public key as a user gives it, in small letters. Raises InputError where it is none."""
+    try:
+        return _IS_KEY.validate_python(text.lower())
+    except ValidationError:
+        raise InputError(f"{text!r} is not a public key: give its 32 bytes as 64 hexadecimal digits.") from None
 
-    Raises Refusal for a signature that does not hold or is by another key, InputError where `trusted` is no key.
+
+def verify(signed: SignedCertificate, trusted: Collection[str] = ()) -> None:
+    """Check the signature, and that it is by one of the public keys `trusted` (none given: by any).
+
+    Raises Refusal for a signature that does not hold or is by another key.
     """
-    if trusted is not None and not re.fullmatch(_PUBLIC_KEY, trusted.lower()):
-        raise InputError(f"{trusted!r} is not a public key: give its 32 bytes as 64 hexadecimal digits.")
     if not _holds(signed):
         raise Refusal(
             f"The certificate for {signed.certificate.chip} does not hold: its content is not what the key "
             f"{signed.public_key} signed. It was altered; get it again from whoever made it."
         )
-    if trusted is not None and signed.public_key != trusted.lower():
+    if trusted and signed.public_key not in trusted:
         raise Refusal(
-            f"The certificate for {signed.certificate.chip} was asked to be signed by the key {trusted.lower()}, but "
-            f"{signed.public_key} signed it: ask whoever made it which key is theirs."
+            f"The certificate for {signed.certificate.chip} was asked to be signed by the key {' or '.join(trusted)}, "
+            f"but {signed.public_key} signed it: ask whoever made it which key is theirs."
         )
 
 

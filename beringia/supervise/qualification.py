@@ -1,8 +1,9 @@
 """Whether a chip may train: what the run directory's certificates say of the chip that a worker has opened.
 
-A certificate counts when its signature holds, its chip identity is the opened chip's and its model's configuration is
-the recipe's. Of several the newest that decides counts: a later `unfit` overrules an earlier `train`, a later
-`inconclusive` only where a probe of it ruled training out. Anybody's key will do: who may sign is not asked here.
+A certificate counts when its signature holds (by a key that the recipe trusts, where it names any), its chip identity
+is the opened chip's, it is about the dtype that the chip computes in, and its model's configuration is the recipe's. Of
+several the newest that decides counts: a later `unfit` overrules an earlier `train`, a later `inconclusive` only where
+a probe of it ruled training out.
 
 Reads files; decides nothing about the run (`decide.py` does) and imports no torch.
 """
@@ -53,7 +54,7 @@ def _evidence(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> _Evidenc
     for path in _about(opened.chip, recipe, run):
         try:
             signed = read_signed(path)
-            verify(signed)
+            verify(signed, recipe.qualify.trusted_keys)
         except (InputError, Refusal) as problem:
             others.append(f"{path.name} does not count: {str(problem).rstrip('.')}")
             continue
@@ -86,6 +87,8 @@ def _mismatch(certificate: Certificate, opened: ChipOpened, configuration: str) 
             return f"is for another chip, {certificate.identity.sku} ({certificate.identity_hash[:12]})"
         words = ", ".join(f"{name} {there}, here {here}" for name, (there, here) in changed.items())
         return f"is for another identity of this chip ({words})"
+    if certificate.compute_dtype != opened.compute_dtype:
+        return f"is for computing in {certificate.compute_dtype}, and the run computes in {opened.compute_dtype}"
     if certificate.model.configuration != configuration:
         return f"is for another model, {certificate.model.name}"
     return None

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -207,6 +208,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         ]
 
 
+@cache
 def written_arguments(func: OpOverload) -> tuple[int | str, ...]:
     """Arguments that an operator writes: position, or name if keyword-only."""
     places = enumerate(func._schema.arguments)
@@ -255,8 +257,9 @@ def _packet(func: OpOverload) -> str:
 
 
 def _to_cpu(value: Any) -> Any:
-    return changed(value, lambda tensor: tensor.detach().cpu())
+    # In this order: on a device made in Python, detaching is a call of its own.
+    return changed(value, lambda tensor: tensor.cpu().detach())
 
 
 def _copied(value: Any) -> Any:
-    return changed(value, lambda tensor: tensor.detach().cpu().clone())
+    return changed(value, lambda tensor: tensor.cpu().detach().clone())
