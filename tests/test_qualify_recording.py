@@ -25,3 +25,24 @@ def test_passes_are_watched_until_one_has_a_wrong_call(tmp_path: Path) -> None:
 def test_a_sound_chip_is_watched_to_the_end_and_nothing_is_wrong() -> None:
     with opened("emulated:h800") as chip:
         assert Recorder(SUBJECT, chip, torch.bfloat16).watch_again(2) == []
+
+
+def test_the_first_operator_that_does_not_repeat_itself_is_named_and_later_ones_are_not(tmp_path: Path) -> None:
+    with opened("emulated:h800", 'kind = "nondeterministic-reduction"', tmp_path) as chip:
+        place = Recorder(SUBJECT, chip, torch.float32)._first_unrepeatable()
+    # In float32 another order shows in the bits of the first sum there is.
+    assert place is not None
+    assert (place.module, place.operator) == ("model.layers.0.input_layernorm", "aten.mean.dim")
+    assert (place.direction, place.ordinal) == ("forward", 0)
+
+
+def test_one_that_does_not_repeat_itself_in_the_backward_pass_is_named_too(tmp_path: Path) -> None:
+    flip = 'kind = "bit-flip"\ntarget = "gradients"\nsites = [0]\nevery = 2\nbits = [26, 27]'
+    with opened("emulated:h800", flip, tmp_path) as chip:
+        place = Recorder(SUBJECT, chip, torch.bfloat16)._first_unrepeatable()
+    assert place is not None and place.direction == "backward"
+
+
+def test_on_a_sound_chip_every_operator_repeats_itself() -> None:
+    with opened("emulated:h800") as chip:
+        assert Recorder(SUBJECT, chip, torch.bfloat16)._first_unrepeatable() is None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -186,24 +187,27 @@ class Recorder:
 
     def _first_unrepeatable(self) -> Place | None:
         """Two runs of a step from the same state: the first call whose results differ while its arguments do not."""
-        first, second = self._hashes(), self._hashes()
-        for (place, arguments, results), (_, same_arguments, other_results) in zip(first, second, strict=False):
-            if arguments == same_arguments and results != other_results:
-                return place
-        return None
+        seen: list[_Hashed] = []
+        self._watch_step(lambda call: seen.append(_hashed(call)))
+        first = iter(seen)
+        differing: list[Place] = []
 
-    def _hashes(self) -> list[tuple[Place, bytes, bytes]]:
-        seen: list[tuple[Place, bytes, bytes]] = []
+        def compare(call: Call) -> None:
+            before, now = next(first, None), _hashed(call)
+            if before is not None and before.arguments == now.arguments and before.results != now.results:
+                differing.append(call.place)
+                raise _Found
+
+        with suppress(_Found):
+            self._watch_step(compare)
+        return differing[0] if differing else None
+
+    def _watch_step(self, take: Callable[[Call], None]) -> None:
         model = self._model()
-
-        def take(call: Call) -> None:
-            seen.append((call.place, _digest((call.args, dict(call.kwargs))), _digest(call.results)))
-
         self.begin_step()
         with Watch(model, self._chip.device, take):
             loss = self._subject.loss(model, self._batch(0))
             loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-        return seen
 
     # Small parts
 
@@ -267,6 +271,22 @@ def _changed_at_rest(name: str, before: torch.Tensor, now: torch.Tensor, positio
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.nan_to_num(nan=1.5e300), other.nan_to_num(nan=1.5e300))
+
+
+class _Found(Exception):
+    """Nothing more needs to be looked at."""
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    """A call's bits."""
+
+    arguments: bytes
+    results: bytes
+
+
+def _hashed(call: Call) -> _Hashed:
+    return _Hashed(_digest((call.args, dict(call.kwargs))), _digest(call.results))
 
 
 def _digest(value: object) -> bytes:
