@@ -10,9 +10,12 @@ from beringia.chips.cpu import host_memory
 from beringia.errors import ModelError
 from beringia.model import PRESETS, Decoder, preset, read_config
 
-BYTES_PER_PARAMETER = 48
-"""Of float64: weights, gradients, two moments, and the weights before training (40); of float32: the weights as they
-were read, and a margin for the tensor in hand (8). Training itself takes 16."""
+BYTES_PER_PARAMETER = 54
+"""Of float64: weights, gradients, two moments, and the weights before training (40); the rest are the weights as they
+were read and what is in hand. Training itself takes 16."""
+BYTES_BESIDE = 2**30
+"""The interpreter, torch, activations. Both numbers from SmolLM2-135M, whose largest process takes 8.3 GB, and r2-micro,
+with 1.9 million parameters and 1.0 GB (`benchmarks/qualify_time.py`)."""
 
 
 def check_fits(source: str, layers: int | None) -> None:
@@ -26,10 +29,10 @@ def check_fits(source: str, layers: int | None) -> None:
     count = config.num_hidden_layers if layers is None else layers
     memory = host_memory()
     free = memory.total_bytes - memory.used_bytes
-    needed = BYTES_PER_PARAMETER * (outside + layer * count)
+    needed = BYTES_BESIDE + BYTES_PER_PARAMETER * (outside + layer * count)
     if needed <= free:
         return
-    fitting = int((free / BYTES_PER_PARAMETER - outside) / layer)
+    fitting = int(((free - BYTES_BESIDE) / BYTES_PER_PARAMETER - outside) / layer)
     advice = f"give --layers {fitting}" if fitting >= 1 else "use a machine with more memory"
     raise ModelError(
         f"{Path(source).name} needs {needed / 2**30:.1f} GiB to be qualified (float64, gradients, moments), and this "
