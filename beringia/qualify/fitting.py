@@ -14,8 +14,8 @@ BYTES_PER_PARAMETER = 54
 """Of float64: weights, gradients, two moments, and the weights before training (40); the rest are the weights as they
 were read and what is in hand. Training itself takes 16."""
 BYTES_BESIDE = 2**30
-"""The interpreter, torch, activations. Both numbers from SmolLM2-135M, whose largest process takes 8.3 GB, and r2-micro,
-with 1.9 million parameters and 1.0 GB (`benchmarks/qualify_time.py`)."""
+"""The interpreter, torch, activations. Both numbers from SmolLM2-135M, whose largest process takes 8.3 GB, and from
+r2-micro with 1.9 million parameters and 1.0 GB (`benchmarks/qualify_time.py`)."""
 
 
 def check_fits(source: str, layers: int | None) -> None:

@@ -9,6 +9,7 @@ Letters: H heads, T queries and keys, R rows compared, D head size, V value head
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -134,53 +135,62 @@ def _judged(
 
 
 _Part = tuple[str, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Name, the chip's result, float64's, what is allowed, float64's with the weights stored."""
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One result of attention beside float64's."""
+
+    name: str
+    measures: tuple[Measure, ...]
+    place: tuple[int, ...]
+    """Of the worst element, by its position in the sequence."""
+    found: float | None
+    expected: float | None
+    error: float | None
+    share: float
+    """Of wrong elements."""
+
+    @property
+    def used(self) -> float:
+        return max(measure.used for measure in self.measures)
+
+
+def _compared(part: _Part, bound: Bound, rows: torch.Tensor) -> _Compared:
+    name, found, exact, allowed, stored = part
+    judged = judge_tensor(found, exact, allowed, bound, stored)
+    assert judged is not None
+    measures, worst, error = judged
+    assert worst is not None
+    place = worst.element
+    if name in ("output", "query.gradient"):
+        place = (*place[:2], int(rows[place[2]]), place[3])
+    finite = error if error is not None and math.isfinite(error) else None
+    return _Compared(name, measures, place, worst.found, worst.expected, finite, worst.share)
 
 
 def _result(
     direction: Direction, length: int, parts: list[_Part], bound: Bound, rows: torch.Tensor, began: float
 ) -> tuple[ProbeResult, OperatorCheck | None]:
-    worst: tuple[float, str, tuple[Measure, ...], tuple[int, ...], float | None, float | None] | None = None
-    for name, found, exact, allowed, stored in parts:
-        judged = judge_tensor(found, exact, allowed, bound, stored)
-        assert judged is not None
-        measures, element, _ = judged
-        used = max(measure.used for measure in measures)
-        if worst is None or used > worst[0]:
-            place = element.element if element else ()
-            if len(place) == 4 and name in ("output", "query.gradient"):
-                place = (*place[:2], int(rows[place[2]]), place[3])
-            worst = (
-                used,
-                name,
-                measures,
-                place,
-                element.found if element else None,
-                element.expected if element else None,
-            )
-    assert worst is not None
-    used, name, measures, place, here, there = worst
-    wrong = used > 1.0
-    where = f"wrong at position {place[2]}" if wrong and len(place) == 4 else "as in float64"
+    worst = max((_compared(part, bound, rows) for part in parts), key=lambda compared: compared.used)
+    wrong = worst.used > 1.0
+    where = f"wrong at position {worst.place[2]}" if wrong else "as in float64"
     result = ProbeResult(
         probe="lengths",
         subject=f"attention over {length} tokens, {direction}",
         outcome="failed" if wrong else "passed",
         rules_out="infer" if direction == "forward" else "train",
-        summary=f"attention over {length} tokens, {direction}: {name} is {where}",
-        measures=measures,
+        summary=f"attention over {length} tokens, {direction}: {worst.name} is {where}",
+        measures=worst.measures,
         seconds=time.perf_counter() - began,
     )
-    return result, _check(direction, length, measures, place, here, there) if wrong else None
+    return result, _check(direction, length, worst) if wrong else None
 
 
-def _check(
-    direction: Direction,
-    length: int,
-    measures: tuple[Measure, ...],
-    place: tuple[int, ...],
-    found: float | None,
-    expected: float | None,
-) -> OperatorCheck:
+def _check(direction: Direction, length: int, worst: _Compared) -> OperatorCheck:
+    """So that it can be the first wrong operator. Only some rows were compared: where the wrong ones begin and end is
+    not known, but that the worst is one of them."""
     return OperatorCheck(
         module=f"attention over {length} tokens",
         operator=OPERATOR,
@@ -190,12 +200,12 @@ def _check(
         shapes=(),
         dtype="",
         basis="two products and a softmax, weights stored between them",
-        error=None,
-        measures=measures,
-        worst_element=place,
-        found=found,
-        expected=expected,
-        wrong_share=1e-9,
-        wrong_from=place,
-        wrong_to=place,
+        error=worst.error,
+        measures=worst.measures,
+        worst_element=worst.place,
+        found=worst.found,
+        expected=worst.expected,
+        wrong_share=worst.share,
+        wrong_from=worst.place,
+        wrong_to=worst.place,
     )
