@@ -77,6 +77,19 @@ def test_a_factor_is_measured() -> None:
     assert found.factor == pytest.approx(1.03, abs=2e-3) and found.wrong_share > 0.9
 
 
+def test_long_sums_in_a_short_accumulator_shrink_and_are_called_that(tmp_path: Path) -> None:
+    with opened("emulated:h800", 'kind = "short-accumulator"\nbits = 7', tmp_path) as chip:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((64, 2048), (2048, 48))
+        a, b = (torch.randn(shape, generator=generator).bfloat16().to(chip.device) for shape in shapes)
+        (call,) = calls_of(lambda: a @ b, device=chip.device.type)
+    found = check(call)
+    assert found is not None and found.wrong_share > 0.5 and found.factor is not None and found.factor < 0.99
+    assert fits(locate(found), "a short accumulator")
+    larger = found.model_copy(update={"factor": 2.0 - found.factor})
+    assert not fits(locate(larger), "a short accumulator"), "cutting makes no number larger"
+
+
 def test_a_cast_that_truncates_is_called_that() -> None:
     """Told from rounding by the mean of the errors, which takes some hundred rows."""
     fault = 'kind = "wrong-cast"\nrounding = "truncate"\ndirection = "forward"\nsites = [4]'

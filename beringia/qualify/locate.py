@@ -104,6 +104,16 @@ def _scaled(check: OperatorCheck) -> bool:
     return abs(abs(factor - 1.0) - error) < 0.1 * error
 
 
+def _added_up_short(check: OperatorCheck) -> bool:
+    """Sums cut again and again: few elements beyond their bounds, or all smaller, and that most of the error."""
+    shrunk = check.factor is not None and check.error is not None and 1.0 - check.factor > 0.5 * check.error
+    return (
+        _is(check, *_PRODUCTS)
+        and (check.wrong_share < 0.5 or shrunk)
+        and (_beyond(check, "root mean square error") or _beyond(check, "signed error"))
+    )
+
+
 _TRACES = (
     _Trace(
         "subnormal numbers flushed to zero",
@@ -136,11 +146,7 @@ _TRACES = (
     ),
     _Trace(
         "a short accumulator",
-        lambda check: (
-            _is(check, *_PRODUCTS)
-            and check.wrong_share < 0.5
-            and (_beyond(check, "root mean square error") or _beyond(check, "signed error"))
-        ),
+        _added_up_short,
         "have the unit accumulate in float32, or add partial products up outside it",
     ),
     _Trace("a wrong factor in every element", _scaled),
