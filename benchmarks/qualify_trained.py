@@ -4,7 +4,7 @@
 
 SMOLLM2 is a directory that `recipes/prepare_smollm2.py` wrote. The detection benchmark has a small model with random
 weights; here the command itself qualifies an emulated H800 (fast fidelity) for SmolLM2-135M in bfloat16: once without a
-fault and once with each of `DEFECTS`, which strike one or two of its operators. Must hold: the sound chip is fit to
+fault and once with each of `DEFECTS`, which strike one of its operators. Must hold: the sound chip is fit to
 train, no other is, and the first wrong operator is the one that was struck. Results go to the store one by one, so an
 interrupted benchmark goes on; a qualification takes about four minutes on two cores.
 """
@@ -25,7 +25,7 @@ from beringia.threads import usable_cores
 
 CHIP = "emulated:h800"
 PRODUCT = ("model.layers.25.self_attn", "aten.mm.default", "forward")
-"""Product 100 of a forward pass: of SmolLM2's layers four products are single matrices, the rest go through linear."""
+"""Product 100 of a forward pass, of four in each layer: queries, keys and values are one."""
 ATTENTION = ("model.layers.14.self_attn", "aten._scaled_dot_product_fused_attention_overrideable_backward.default")
 DEFECTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "none": ({}, ()),
@@ -37,8 +37,8 @@ DEFECTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"kind": "short-accumulator", "bits": 7, "direction": "forward", "sites": [100]},
         PRODUCT,
     ),
-    "a stuck tile in two products": (
-        {"kind": "stuck-tile", "direction": "forward", "sites": [100, 170], "row": 1, "column": 1, "value": 1.0},
+    "a stuck tile in one product": (
+        {"kind": "stuck-tile", "direction": "forward", "sites": [100], "row": 1, "column": 1, "value": 1.0},
         PRODUCT,
     ),
 }
