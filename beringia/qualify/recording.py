@@ -90,17 +90,21 @@ class Recorder:
         """
         for number in range(passes):
             seen = len(self._recording.checks)
-            model = self._model()
-            self.begin_step()
-            with Watch(model, self._chip.device, self._take):
-                loss = self._subject.loss(model, self._batch(number))
-                loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            self._watch_step(self._take, number)
             wrong = [check for check in self._recording.checks[seen:] if check.used > 1.0]
             if wrong:
                 return wrong
         return []
 
     # Watching
+
+    def _watch_step(self, take: Callable[[Call], None], number: int) -> None:
+        """Forward and backward pass of a batch, from the weights as they were read."""
+        model = self._model()
+        self.begin_step()
+        with Watch(model, self._chip.device, take):
+            loss = self._subject.loss(model, self._batch(number))
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _watch_training(self) -> bool:
         model = self._model()
@@ -188,7 +192,7 @@ class Recorder:
     def _first_unrepeatable(self) -> Place | None:
         """Two runs of a step from the same state: the first call whose results differ while its arguments do not."""
         seen: list[_Hashed] = []
-        self._watch_step(lambda call: seen.append(_hashed(call)))
+        self._watch_step(lambda call: seen.append(_hashed(call)), 0)
         first = iter(seen)
         differing: list[Place] = []
 
@@ -199,15 +203,8 @@ class Recorder:
                 raise _Found
 
         with suppress(_Found):
-            self._watch_step(compare)
+            self._watch_step(compare, 0)
         return differing[0] if differing else None
-
-    def _watch_step(self, take: Callable[[Call], None]) -> None:
-        model = self._model()
-        self.begin_step()
-        with Watch(model, self._chip.device, take):
-            loss = self._subject.loss(model, self._batch(0))
-            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
     # Small parts
 
