@@ -6,11 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from small_runs import beringia, events, of_kind, small_recipe, write_recipe
 
+from beringia.errors import Refusal
+from beringia.records.events import Fault
+from beringia.records.jsonl import JsonLinesWriter
+from beringia.records.recipe import parse_recipe
+from beringia.records.run_directory import RunDirectory
+from beringia.supervise.supervisor import supervise
+from beringia.supervise.worker_process import WorkerProcess
 from beringia.train.ranks import Ranks, ranks_from_environment
 
 # One rank and two add the same float32 terms in another order: a few roundoffs a step, amplified by AdamW's division
@@ -95,6 +103,27 @@ def test_inside_torchrun_no_rank_goes_on_with_a_chip_that_may_not_train(tmp_path
     done = inside_torchrun(write_recipe(tmp_path, document), tmp_path / "run")
     assert done.returncode != 0 and "first may not train" in done.stderr
     kinds = [event.kind for event in events(tmp_path / "run")]
+    assert kinds == ["run", "decision", "chip", "unqualified", "decision", "finish"]
+
+
+def test_what_another_rank_feels_of_a_refusal_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gloo group breaks when the first rank's worker is ended, and it says so before it is ended too."""
+    recipe = parse_recipe(small_recipe(train=STEPS, qualify={"unqualified": "refuse"}), "test")
+    run = RunDirectory(tmp_path / "run")
+    felt = Fault(step=0, code="communication", category="transient", message="Connection closed by peer")
+    end = WorkerProcess.end
+
+    def end_and_be_felt(worker: WorkerProcess, seconds: float) -> int:
+        (opened,) = of_kind(run.root, "chip")
+        with closing(JsonLinesWriter(run.rank_report(opened.epoch, rank=1))) as report:
+            report.append(felt.model_dump(mode="json"), durable=True)
+        return end(worker, seconds)
+
+    monkeypatch.setattr(WorkerProcess, "end", end_and_be_felt)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with pytest.raises(Refusal, match="first may not train"):
+        supervise(recipe, "", run)
+    kinds = [event.kind for event in events(run.root)]
     assert kinds == ["run", "decision", "chip", "unqualified", "decision", "finish"]
 
 

@@ -208,13 +208,16 @@ class _WorkerWatch:
         worker = WorkerProcess(
             self._label, self._chip, self._order, self._run.logs / f"{self._label}-{self._epoch}.log"
         )
+        ended_here = False
         try:
             for message in worker.messages():
                 if message is not None:
                     self._receive(message, worker)
                     self._progress_at = time.monotonic()  # after, since what was received may have taken a while here
-                self._hear_others(worker)
-                if self._check_patience(worker) or self._ended is not None or self._unusable:
+                self._hear_other_ranks(worker)
+                self._note_arrivals(worker)
+                ended_here = self._check_patience(worker) or self._unusable
+                if ended_here or self._ended is not None:
                     break
         except BaseException:
             worker.kill()
@@ -222,13 +225,17 @@ class _WorkerWatch:
         finally:
             status = worker.end(_END_SECONDS if self._ended is not None else 0.0)
             self._close_root(worker)
-        self._hear_others(worker)  # this rank may only have felt what another one knows the cause of
+        if not ended_here:  # this rank may only have felt what another one knows the cause of
+            self._hear_other_ranks(worker)
+        self._note_arrivals(worker)
         return self._outcome(worker, status)
 
-    def _hear_others(self, worker: WorkerProcess) -> None:
-        """What other ranks told, and what waited for a checkpoint to come home."""
+    def _hear_other_ranks(self, worker: WorkerProcess) -> None:
         for event in self._other_ranks.new():
             self._record(parse_event(event), worker)
+
+    def _note_arrivals(self, worker: WorkerProcess) -> None:
+        """Record what waited for a checkpoint to come home."""
         for ready in self._root.arrived():
             self._record(ready, worker)
 
@@ -239,7 +246,7 @@ class _WorkerWatch:
                 if self._stop.signal is not None and self._told_to_stop is None:
                     self._told_to_stop = time.monotonic()
                 time.sleep(_POLL_SECONDS)
-                self._hear_others(worker)
+                self._note_arrivals(worker)
         finally:
             self._root.close()
 
