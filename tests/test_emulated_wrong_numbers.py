@@ -239,6 +239,32 @@ def test_a_short_accumulator_cuts_the_sum_every_so_many_terms(opened: Opened) ->
     assert torch.equal(batches, total.expand(2, 3, 5))
 
 
+def test_a_short_accumulator_strikes_the_same_products_before_and_after_its_report(opened: Opened) -> None:
+    a, b = random(3, 40), random(40, 5, seed=1)
+    sound, short = (multiply(opened(*fault), a, b) for fault in ((), ('kind = "short-accumulator"\nbits = 6',)))
+    chip = opened('kind = "short-accumulator"\nbits = 6\nsites = [1, 3]')
+    found = [multiply(chip, a, b) for _ in range(5)]
+    assert [torch.equal(product, short) for product in found] == [False, True, False, True, False]
+    assert torch.equal(found[2], sound)
+    told: list[int] = []
+    chip.faults.on_strike = lambda position, func: told.append(position)
+    chip.faults.begin_step(1)
+    for _ in range(5):
+        multiply(chip, a, b)
+    assert told == [0, 0], "who asks is told each time"
+
+
+def test_a_short_accumulator_leaves_the_counts_of_faults_before_it_alone(opened: Opened) -> None:
+    chip = opened(
+        'kind = "bit-flip"\ntarget = "activations"\nsites = [2]\n'
+        '[[faults]]\nkind = "short-accumulator"\nbits = 6\nsites = [0]'
+    )
+    a, b = random(3, 40), random(40, 5, seed=1)
+    found = [multiply(chip, a, b) for _ in range(3)]
+    sound = multiply(opened(), a, b)
+    assert [torch.equal(product, sound) for product in found] == [False, True, False]
+
+
 def test_more_bits_are_a_milder_accumulator(opened: Opened) -> None:
     a, b = random(20, 512).abs(), random(512, 20, seed=1).abs()
     exact = a.double() @ b.double()

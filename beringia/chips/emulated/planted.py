@@ -117,6 +117,10 @@ class Planted:
         if self.device.on_strike is not None:
             self.device.on_strike(self.position, func)
 
+    def is_awaited(self) -> bool:
+        """Whether anybody will be told of its next strike."""
+        return not self._reported or self.device.on_strike is not None
+
     def _goes_this_way(self) -> bool:
         direction = getattr(self.fault, "direction", "both")
         return direction == "both" or (direction == "backward") == in_backward()

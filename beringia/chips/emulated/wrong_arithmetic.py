@@ -13,8 +13,9 @@ from torch._ops import OpOverload
 from beringia.chips.arithmetic.rounding import flush_subnormals_, round_fraction_
 from beringia.chips.emulated import fault_script as script
 from beringia.chips.emulated.attention import Attention, plain_cast, wide
+from beringia.chips.emulated.device import Kernel
 from beringia.chips.emulated.kernels import CAST_BITS, product_kernels
-from beringia.chips.emulated.planted import PRODUCTS, Host, WrongResult, belongs_to, main_results
+from beringia.chips.emulated.planted import FIRST_FACTOR, PRODUCTS, Host, WrongResult, belongs_to, main_results
 
 aten = torch.ops.aten
 
@@ -55,6 +56,20 @@ class ShortAccumulator(WrongResult):
     def matches(self, func: OpOverload) -> bool:
         return func in self._kernels
 
+    def interpose(self, func: OpOverload, kernel: Kernel) -> Kernel:
+        compared = super().interpose(func, kernel)
+        if func not in PRODUCTS or self.position > 0:  # faults before this one strike the sound product
+            return compared
+        first, short = FIRST_FACTOR.get(func, 0), self._kernels[func]
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            if not self.present or self.is_awaited() or not args[first].is_floating_point():
+                return compared(*args, **kwargs)
+            # A sound product beside this one would only tell whether they differ, and nobody asks.
+            return short(*args, **kwargs) if self.strikes_here() else kernel(*args, **kwargs)
+
+        return compute
+
     def instead_of(
         self, numbers: list[torch.Tensor], func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[torch.Tensor]:
@@ -63,10 +78,11 @@ class ShortAccumulator(WrongResult):
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a (..., M, K) @ b (..., K, N)."""
         a, b, terms = wide(a), wide(b), self.fault.terms
-        total = a[..., :0] @ b[..., :0, :]
-        for start in range(0, a.shape[-1], terms):
-            part = a[..., start : start + terms] @ b[..., start : start + terms, :]
-            total = round_fraction_(total + part, self.fault.bits, "truncate")
+        total = a[..., :terms] @ b[..., :terms, :]
+        round_fraction_(total, self.fault.bits, "truncate")
+        for start in range(terms, a.shape[-1], terms):
+            total += a[..., start : start + terms] @ b[..., start : start + terms, :]
+            round_fraction_(total, self.fault.bits, "truncate")
         return total
 
 

@@ -206,11 +206,10 @@ def _as_rounded(
 ) -> Judged:
     """The measures where every element is float64's, rounded, as most are on a sound chip: nothing needs a search."""
     error = (wide - exact).abs_() if bound.rounds else torch.zeros((), dtype=torch.float64).broadcast_to(exact.shape)
-    place = int(error.argmax()) if bound.rounds else 0
-    element = _element(place, exact)
-    here, there, off = (float(tensor[element]) for tensor in (wide, exact, error))
-    own = allowed if allowed.dim() == 0 else allowed.broadcast_to(exact.shape)[element]
-    limit = float(_with_storage(own, torch.tensor(there, dtype=torch.float64), dtype, bound.rounds))
+    element = _largest_in(error) if bound.rounds else (0,) * exact.dim()
+    here, there, off = (_number_at(element, tensor) for tensor in (wide, exact, error))
+    own = _number_at(element, allowed.broadcast_to(exact.shape))
+    limit = max(abs(there) * _storing(dtype, bound.rounds) + own, torch.finfo(dtype).tiny)
     measures = [_not_finite(0.0), Measure(name="worst element", value=off, bound=limit, reason=bound.basis)]
     if not bound.rounds:
         return tuple(measures), _Worst(element, here, there, off, limit), 0.0
@@ -222,10 +221,15 @@ def _as_rounded(
     return tuple(measures), _Worst(element, here, there, off, limit), rounding / size if size else rounding
 
 
-def _element(place: int, tensor: torch.Tensor) -> tuple[int, ...]:
-    """The index of the element at this place in the flat order. Through numpy: torch's own takes ten times as long,
-    and every call has one."""
-    return tuple(int(index) for index in numpy.unravel_index(place, tuple(tensor.shape)))
+def _largest_in(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The index of the largest element. Through numpy: torch's own search and index take ten times as long, and every
+    call has one."""
+    return tuple(int(index) for index in numpy.unravel_index(tensor.numpy().argmax(), tuple(tensor.shape)))
+
+
+def _number_at(element: tuple[int, ...], tensor: torch.Tensor) -> float:
+    """An element of a tensor."""
+    return float(tensor.numpy()[element])
 
 
 @cache
@@ -252,15 +256,18 @@ def _rms(tensor: torch.Tensor) -> float:
 def _with_storage(allowed: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, rounds: bool) -> torch.Tensor:
     """The absolute error allowed in each element. Numbers below the smallest normal one may be flushed: that has a
     measure of its own."""
-    storing = rounding_floor(dtype) if rounds and dtype != torch.float64 else 0.0
-    return exact.abs().mul_(storing).add_(allowed).clamp_min_(torch.finfo(dtype).tiny)
+    return exact.abs().mul_(_storing(dtype, rounds)).add_(allowed).clamp_min_(torch.finfo(dtype).tiny)
+
+
+def _storing(dtype: torch.dtype, rounds: bool) -> float:
+    """What storing in a dtype may change, relative to the number."""
+    return rounding_floor(dtype) if rounds and dtype != torch.float64 else 0.0
 
 
 def _worst_of(difference: torch.Tensor, wide: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> _Worst:
     used = difference.abs().div_(allowed)
-    place = int(used.argmax())
-    element = _element(place, exact)
-    here, there, off, limit = (float(tensor[element]) for tensor in (wide, exact, difference, allowed))
+    element = _largest_in(used)
+    here, there, off, limit = (_number_at(element, tensor) for tensor in (wide, exact, difference, allowed))
     if not abs(off) > limit:
         return _Worst(element, here, there, abs(off), limit)
     wrong = (used > 1.0).nonzero()
@@ -337,9 +344,8 @@ def _judge_integers(found: torch.Tensor, exact: torch.Tensor) -> Judged:
     count = float(differ.sum())
     worst = None
     if count:
-        place = int(differ.flatten().to(torch.int8).argmax())
-        element = _element(place, exact)
-        values = float(found.flatten()[place]), float(exact.flatten()[place])
+        element = _largest_in(differ)
+        values = float(found[element]), float(exact[element])
         worst = _Worst(element, *values, abs(values[0] - values[1]), 0.5)
     measure = Measure(name="other integers", value=count, bound=0.5, unit="elements", reason="integers are exact")
     return (measure,), worst, None
