@@ -5,27 +5,39 @@
 >>> model = beringia.load("a/hugging-face/dir", chip)    # nn.Module: logits_BTV = model(tokens_BT)
 >>> beringia.save(model, "another/dir")                  # Hugging Face form
 >>> certificate = beringia.certify("emulated:ascend-910b", "a/hugging-face/dir")
+>>> engine = beringia.Engine("a/hugging-face/dir", chip)
+>>> completions = engine.generate([[1, 2, 3]], beringia.Sampling(max_tokens=64))
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from beringia.threads import prepare_threads
 
 if TYPE_CHECKING:
     from beringia.chips.chip import Chip
+    from beringia.engine import Engine, Sampling
     from beringia.model import Decoder
     from beringia.qualify.subject import Subject
     from beringia.records.certificate import Certificate
 
 __version__ = "0.1.0"
 
-__all__ = ["certify", "chip", "load", "save"]
+__all__ = ["Engine", "Sampling", "certify", "chip", "load", "save"]
 
 # Before anything imports torch: OpenMP reads its settings once, when it is loaded.
 prepare_threads()
+
+
+def __getattr__(name: str) -> Any:
+    # Not at import: they load torch.
+    if name in ("Engine", "Sampling"):
+        from beringia import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module 'beringia' has no attribute {name!r}")
 
 
 def chip(name: str, *, index: int = 0, faults: str | None = None, seed: int = 0) -> Chip:

@@ -8,6 +8,7 @@ import torch
 
 import beringia
 from beringia.chips.emulated.device import register
+from beringia.model import greedy
 
 # torch's autograd makes its queues at the first backward pass of a process and learns of no device later.
 register()
@@ -20,6 +21,15 @@ def test_a_model_goes_through_save_and_load_unchanged_and_computes_on_a_chip(tmp
     again = beringia.load(tmp_path / "saved", chip)
     tokens_BT = torch.arange(24).view(2, 12)
     assert torch.equal(model(tokens_BT), again(tokens_BT))
+
+
+def test_an_engine_answers_with_the_model_of_a_directory(tmp_path: Path) -> None:
+    chip = beringia.chip("cpu")
+    model = beringia.load("r2-nano", seed=3)
+    beringia.save(model, tmp_path / "saved")
+    engine = beringia.Engine(tmp_path / "saved", chip)
+    (found,) = engine.generate([[1, 2, 3]], beringia.Sampling(max_tokens=4, temperature=0.0, ignore_end=True))
+    assert list(found.tokens) == greedy(model, [1, 2, 3], 4, None)
 
 
 def test_importing_beringia_does_not_load_torch() -> None:

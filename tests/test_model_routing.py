@@ -95,7 +95,7 @@ def test_the_correction_bias_moves_the_choice_but_not_the_weights() -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     scores = mlp.gate.scores(x)
     mlp.gate.e_score_correction_bias[6:] = 10.0  # both in the second of two groups
-    chosen = mlp.gate.choose(scores)
+    chosen = mlp.gate.choose(scores, mlp.gate.e_score_correction_bias)
     assert torch.equal(chosen.sort().values, torch.tensor([[6, 7]]).expand(5, 2))
     unbiased = scores.gather(1, chosen)
     wanted = 2.5 * unbiased / unbiased.sum(-1, keepdim=True)

@@ -9,6 +9,7 @@ import torch
 from small_models import opened
 from torch.nn import functional as F
 
+from beringia.chips.open import open_chip
 from beringia.qualify.lengths import Heads, probe_lengths, rows_compared
 from beringia.records.certificate import OperatorCheck, ProbeResult
 
@@ -37,6 +38,14 @@ def test_attention_of_a_sound_chip_is_as_in_float64_and_names_nothing(tmp_path: 
     for result, check in probed("", tmp_path, 520).values():
         assert result.outcome == "passed" and check is None
         assert all(0 < measure.used < 1 for measure in result.measures if measure.name == "worst element")
+
+
+def test_the_cpu_itself_is_judged_too() -> None:
+    """Its tensors are not copies of what was drawn unless copies are made, and autograd wrote into those."""
+    chip = open_chip("cpu")
+    for result, check in probe_lengths(chip, BF16, HEADS, (520,), seed=3, begin_step=lambda: None):
+        assert result.outcome == "passed" and check is None
+    chip.close()
 
 
 def test_a_mask_that_is_ignored_past_512_is_wrong_from_there_and_right_before(tmp_path: Path) -> None:

@@ -143,16 +143,16 @@ class LatentAttention(nn.Module):
 
     def _down(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries B T N (H + P), normed latent B T R and shared rotary key B T P, neither rotated."""
-        kv_down = self._by_halves(self.kv_a_proj_with_mqa.affine, self.rank)
+        kv_down = self.by_halves(self.kv_a_proj_with_mqa.affine, self.rank)
         if self.compresses_queries:
             q_low, kv_low = linear_jointly(x_BTD, self.q_a_proj.affine, kv_down)
-            (q,) = linear_jointly(self.q_a_layernorm(q_low), self._by_halves(self.q_b_proj.affine, self.nope))
+            (q,) = linear_jointly(self.q_a_layernorm(q_low), self.by_halves(self.q_b_proj.affine, self.nope))
         else:
-            q, kv_low = linear_jointly(x_BTD, self._by_halves(self.q_proj.affine, self.nope), kv_down)
+            q, kv_low = linear_jointly(x_BTD, self.by_halves(self.q_proj.affine, self.nope), kv_down)
         latent_BTR, k_BTP = torch.split(kv_low, [self.rank, self.rope], dim=-1)
         return split_heads(q, self.nope + self.rope), self.kv_a_layernorm(latent_BTR), k_BTP
 
-    def _by_halves(self, affine: Affine, start: int) -> Affine:
+    def by_halves(self, affine: Affine, start: int) -> Affine:
         """Reorder output rows `start` and on of every head, where rotary pairs are neighbours, half by half.
 
         Moving rows of a weight is cheap; taking every second element of activations is not.

@@ -47,9 +47,9 @@ class Router(nn.Module):
         dtype = precise(x_MD.dtype)
         return F.linear(x_MD.to(dtype), self.weight.to(dtype)).sigmoid()
 
-    def choose(self, scores_ME: torch.Tensor) -> torch.Tensor:
+    def choose(self, scores_ME: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
         """Indices M K of the experts with the best biased scores, within the best groups."""
-        biased_ME = scores_ME.detach() + self.e_score_correction_bias
+        biased_ME = scores_ME.detach() + bias_E
         if self.num_groups_kept < self.num_groups:
             biased_MGE = biased_ME.view(len(biased_ME), self.num_groups, -1)
             group_MG = biased_MGE.topk(2, dim=-1).values.sum(-1)
@@ -184,7 +184,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         x_MD = x_BTD.flatten(0, -2)
         scores_ME = self.gate.scores(x_MD)
-        chosen_MK = self.gate.choose(scores_ME) if self.forced is None else self.forced
+        bias_E = self.gate.e_score_correction_bias
+        chosen_MK = self.gate.choose(scores_ME, bias_E) if self.forced is None else self.forced
         self._note(chosen_MK)
         routed_MD = self.run_experts(self.experts, x_MD, chosen_MK, self.gate.weigh(scores_ME, chosen_MK))
         return routed_MD.view_as(x_BTD) + self.shared_experts(x_BTD)

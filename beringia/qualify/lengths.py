@@ -84,7 +84,8 @@ def _on_chip(chip: Chip, dtype: torch.dtype, heads: Heads, length: int, rows: to
     inputs = drawn(heads.width), drawn(heads.width), drawn(heads.values)
     grad = torch.zeros(1, _HEADS, length, heads.values, dtype=dtype)
     grad[:, :, rows] = drawn(heads.values)[:, :, rows]
-    q, k, v = (tensor.to(chip.device).requires_grad_() for tensor in inputs)
+    # Copies: on the CPU the drawn tensors themselves would take part in autograd.
+    q, k, v = (tensor.to(chip.device, copy=True).requires_grad_() for tensor in inputs)
     output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     output.backward(grad.to(chip.device))  # type: ignore[no-untyped-call]  # untyped in torch
     assert q.grad is not None and k.grad is not None and v.grad is not None

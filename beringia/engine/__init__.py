@@ -1,0 +1,10 @@
+"""Inference for the models of `model/`, on any chip: continuous batching over a paged cache.
+
+Start in `engine.py`. A step: `scheduler.py` says which tokens are computed, `blocks.py` where they go, `forward.py`
+computes their logits from `weights.py` and `cache.py`, `sampling.py` chooses the next ones.
+"""
+
+from beringia.engine.engine import Completion, Engine, Limits
+from beringia.engine.sampling import Sampling, TokenLogprobs
+
+__all__ = ["Completion", "Engine", "Limits", "Sampling", "TokenLogprobs"]

@@ -1,0 +1,276 @@
+"""The engine: requests in, tokens out, step by step.
+
+    engine = Engine("a/hugging-face/dir", chip)
+    for completion in engine.generate([[1, 2, 3], [4, 5]], Sampling(max_tokens=64)):
+        completion.tokens, completion.logprobs
+
+`add` queues a request, `step` computes one step for all that run and returns those that it brought further, `abort`
+gives a request's place to others. One thread calls all of these. Text is not its business: tokens come and go.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from beringia.chips.chip import Chip
+from beringia.engine.blocks import BlockPool
+from beringia.engine.cache import PagedCache, Places
+from beringia.engine.forward import Forward
+from beringia.engine.sampling import Noise, Sampling, TokenLogprobs, choose, logprobs_of
+from beringia.engine.scheduler import Chunk, Scheduler
+from beringia.engine.scheduler import Sequence as Request
+from beringia.engine.weights import Weights
+from beringia.errors import InputError
+from beringia.model import Decoder, load_model
+from beringia.model.experts import MixtureOfExperts, Router
+
+DEFAULT_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine may use."""
+
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    block_tokens: int = 16
+    sequences: int = 256
+    """That run at the same time."""
+    step_tokens: int = 2048
+    """That one step computes: longer prompts are computed in chunks, so that others need not wait for them."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a request came to."""
+
+    tokens: tuple[int, ...]
+    """The new ones, the end token among them."""
+    finish: str
+    """`stop` (an end token), `length` (as many as were asked for, or as the model has positions), `abort`, `error`."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the prompt's tokens but the first."""
+    error: str | None = None
+    """What the chip said, where `finish` is `error`."""
+
+
+class Engine:
+    """A model on a chip, ready to answer."""
+
+    def __init__(
+        self,
+        model: Decoder | str | Path,
+        chip: Chip,
+        *,
+        dtype: torch.dtype | None = None,
+        limits: Limits | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`dtype`: of weights, cache and products; None: the chip's own choice. Raises ModelError, InputError."""
+        decoder = model if isinstance(model, Decoder) else load_model(model, seed=seed)
+        self.config = decoder.config
+        self.chip = chip
+        self.limits = limits or Limits()
+        self._weights = Weights(decoder, chip.device, dtype or chip.capabilities.compute_dtype)
+        self._cache = self._make_cache()
+        self._scheduler = Scheduler(
+            BlockPool(self._cache.layers[0].shape[0], self.limits.block_tokens),
+            max_sequences=self.limits.sequences,
+            step_tokens=self.limits.step_tokens,
+        )
+        self._forward = Forward(self._weights, self._cache, _router_of(decoder))
+        self._numbers = itertools.count()
+        self._seeds = torch.Generator().manual_seed(seed)
+        end = self.config.eos_token_id
+        self._end_tokens = frozenset(end if isinstance(end, tuple) else () if end is None else (end,))
+
+    # Requests
+
+    def add(self, prompt: Sequence[int], sampling: Sampling) -> Request:
+        """Queue a request. Raises InputError where it can never run."""
+        self._check(prompt, sampling)
+        seed = sampling.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, (), generator=self._seeds))
+        request = Request(next(self._numbers), list(prompt), len(prompt), sampling, Noise(seed, self.config.vocab_size))
+        self._scheduler.add(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """Give up a request; its place is free at once."""
+        if request.finished is None:
+            request.finished = "abort"
+            self._scheduler.remove(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._scheduler.waiting or self._scheduler.running)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks of the cache that no request uses."""
+        return self._scheduler.pool.num_free
+
+    def generate(self, prompts: Iterable[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """Complete all prompts, in their order."""
+        prompts = list(prompts)
+        asked = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        requests = [self.add(prompt, own) for prompt, own in zip(prompts, asked, strict=True)]
+        while any(request.finished is None for request in requests):
+            self.step()
+        return [completion_of(request) for request in requests]
+
+    # Steps
+
+    @torch.no_grad()
+    def step(self) -> list[Request]:
+        """Compute one step; the requests that got a token, or that an error of the chip has ended."""
+        # One-token chunks first, as `Places` has them.
+        chunks = sorted(self._scheduler.schedule(), key=lambda chunk: chunk.end - chunk.start > 1)
+        if not chunks:
+            return []
+        wanted, rows = _wanted_rows(chunks)
+        try:
+            places = Places.of(chunks, self.limits.block_tokens, self.chip.device)
+            logits_RV = self._forward(places, torch.tensor(wanted, dtype=torch.int64).to(self.chip.device)).cpu()
+        except RuntimeError as problem:
+            fault = self.chip.classify(problem)
+            if fault is None:
+                raise
+            return self._fail(chunks, f"{self.chip.name} reported {fault.code}: {fault.message}")
+        for chunk, of_chunk in zip(chunks, rows, strict=True):
+            _note_prompt_logprobs(chunk, logits_RV[of_chunk])
+            chunk.sequence.num_computed = chunk.end
+        last_rows = {chunk.sequence: row.stop - 1 for chunk, row in zip(chunks, rows, strict=True) if chunk.completes}
+        self._extend(list(last_rows), logits_RV[list(last_rows.values())])
+        return list(last_rows)
+
+    def load_weights(self, decoder: Decoder) -> str:
+        """Other weights of the same model, between two steps; returns their hash. What runs is computed anew."""
+        if decoder.config != self.config:
+            raise InputError("The engine was made for a model of another configuration: make another engine.")
+        self._weights.load(decoder)
+        self._scheduler.restart()
+        return self._weights.hash
+
+    @property
+    def weights_hash(self) -> str:
+        """Of the effective weights."""
+        return self._weights.hash
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Over all layers."""
+        return self._cache.bytes_per_token
+
+    # Small parts
+
+    def _extend(self, requests: list[Request], logits_RV: torch.Tensor) -> None:
+        """Choose each request's next token."""
+        if not requests:
+            return
+        asked = [request.sampling for request in requests]
+        tokens = choose(logits_RV, asked, [request.noise for request in requests])
+        told = [row for row, sampling in enumerate(asked) if sampling.logprobs is not None]
+        if told:
+            wanted = [asked[row].logprobs or 0 for row in told]
+            found = logprobs_of(logits_RV[told], [tokens[row] for row in told], wanted)
+            for row, one in zip(told, found, strict=True):
+                requests[row].logprobs.append(one)
+        for request, token in zip(requests, tokens, strict=True):
+            request.tokens.append(token)
+            request.finished = self._finish(request, token)
+            if request.finished is not None:
+                self._scheduler.remove(request)
+
+    def _fail(self, chunks: Sequence[Chunk], error: str) -> list[Request]:
+        """End the requests of a step that the chip did not finish; what it wrote into the cache is worth nothing."""
+        requests = [chunk.sequence for chunk in chunks]
+        for request in requests:
+            request.finished, request.error = "error", error
+            self._scheduler.remove(request)
+        self._scheduler.pool.forget_all()
+        return requests
+
+    def _finish(self, request: Request, token: int) -> str | None:
+        sampling = request.sampling
+        if token in sampling.stop_tokens or (token in self._end_tokens and not sampling.ignore_end):
+            return "stop"
+        num_new = len(request.tokens) - request.num_prompt
+        if num_new >= sampling.max_tokens or len(request.tokens) >= self.config.max_position_embeddings:
+            return "length"
+        return None
+
+    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        if not prompt:
+            raise InputError("The prompt has no token; at least one is needed.")
+        foreign = next((token for token in prompt if not 0 <= token < self.config.vocab_size), None)
+        if foreign is not None:
+            raise InputError(f"The prompt has the token {foreign}; the model has 0 to {self.config.vocab_size - 1}.")
+        longest = self.config.max_position_embeddings
+        if len(prompt) >= longest:
+            raise InputError(
+                f"The prompt has {len(prompt)} tokens; with room for one more the model takes {longest - 1}."
+            )
+        capacity = self._scheduler.pool.num_blocks * self.limits.block_tokens
+        needed = min(len(prompt) + sampling.max_tokens, longest)
+        if needed > capacity:
+            raise InputError(
+                f"Prompt and new tokens are up to {needed}, and the cache has room for {capacity}: ask for fewer "
+                "(max_tokens), or give the engine a larger cache (cache_bytes)."
+            )
+
+    def _make_cache(self) -> PagedCache:
+        one = PagedCache(self.config, 1, self.limits.block_tokens, torch.device("meta"), self._weights.dtype)
+        num_blocks = self.limits.cache_bytes // (one.bytes_per_token * self.limits.block_tokens)
+        if num_blocks < 1:
+            raise InputError(f"cache_bytes is {self.limits.cache_bytes}, less than one block takes.")
+        return PagedCache(self.config, num_blocks, self.limits.block_tokens, self.chip.device, self._weights.dtype)
+
+
+def completion_of(request: Request) -> Completion:
+    """What has come of a request so far."""
+    return Completion(
+        tokens=tuple(request.new_tokens),
+        finish=request.finished or "",
+        logprobs=tuple(request.logprobs),
+        prompt_logprobs=tuple(request.prompt_logprobs),
+        error=request.error,
+    )
+
+
+def _router_of(decoder: Decoder) -> Router | None:
+    mixtures = (layer.mlp for layer in decoder.layers if isinstance(layer.mlp, MixtureOfExperts))
+    first = next(mixtures, None)
+    return None if first is None else first.gate
+
+
+def _wanted_rows(chunks: Sequence[Chunk]) -> tuple[list[int], list[slice]]:
+    """Rows whose logits are needed, and which of those are each chunk's: the last row of a chunk that completes its
+    sequence, all rows where the prompt's log-probabilities are asked for."""
+    wanted: list[int] = []
+    rows: list[slice] = []
+    row = 0
+    for chunk in chunks:
+        end = row + chunk.end - chunk.start
+        first = row if chunk.sequence.sampling.prompt_logprobs is not None else end - int(chunk.completes)
+        rows.append(slice(len(wanted), len(wanted) + end - first))
+        wanted += range(first, end)
+        row = end
+    return wanted, rows
+
+
+def _note_prompt_logprobs(chunk: Chunk, logits_TV: torch.Tensor) -> None:
+    """Row t says how likely token t + 1 was."""
+    sequence = chunk.sequence
+    asked = sequence.sampling.prompt_logprobs
+    if asked is None or len(sequence.prompt_logprobs) >= sequence.num_prompt - 1:
+        return
+    next_tokens = sequence.tokens[chunk.start + 1 : min(chunk.end + 1, sequence.num_prompt)]
+    sequence.prompt_logprobs += logprobs_of(logits_TV[: len(next_tokens)], next_tokens, [asked] * len(next_tokens))

@@ -1,0 +1,230 @@
+"""The engine answers what the decoder and transformers answer, whatever else is in its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_models import CONFIGS, SmallSubject
+
+from beringia.chips.chip import Chip
+from beringia.chips.open import open_chip
+from beringia.engine import Completion, Engine, Limits, Sampling
+from beringia.errors import InputError
+from beringia.model import Decoder, greedy, save_model
+
+GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_end=True, logprobs=0)
+SAME_LOGPROB = 1e-4
+"""Asked for in float32. A logit here is a sum of some hundred terms below 10: 100 * 10 * 2^-24 = 6e-5 at the worst,
+measured 2e-6; a wrong position or a missing norm is off by 0.1 and more."""
+
+
+@pytest.fixture
+def cpu() -> Iterator[Chip]:
+    chip = open_chip("cpu")
+    yield chip
+    chip.close()
+
+
+def decoder(name: str, seed: int = 0) -> Decoder:
+    model = SmallSubject(name, seed=seed).build()
+    assert isinstance(model, Decoder)
+    return model.eval()
+
+
+def engine(model: Decoder, chip: Chip, **limits: int) -> Engine:
+    small = {"cache_bytes": 1 << 18, "block_tokens": 4, "step_tokens": 24, "sequences": 5}
+    return Engine(model, chip, dtype=torch.float32, limits=Limits(**(small | limits)))
+
+
+def prompts(count: int, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    return [torch.randint(0, 61, (length,), generator=generator).tolist() for length in lengths]
+
+
+def teacher_forced(model: Decoder, prompt: list[int], new: tuple[int, ...]) -> list[float]:
+    with torch.no_grad():
+        logprobs_TV = model.logits(torch.tensor([[*prompt, *new]]))[0].log_softmax(-1)
+    return [float(logprobs_TV[len(prompt) - 1 + place, token]) for place, token in enumerate(new)]
+
+
+def chosen(completion: Completion) -> list[float]:
+    return [one.chosen for one in completion.logprobs]
+
+
+@pytest.mark.parametrize("use", ["cpu", "emulated:h800"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_greedy_text_and_log_probabilities_are_the_decoder_s(name: str, use: str) -> None:
+    model, chip = decoder(name), open_chip(use)
+    asked = prompts(9)
+    for prompt, found in zip(asked, engine(model, chip).generate(asked, GREEDY), strict=True):
+        assert list(found.tokens) == greedy(model, prompt, 12, None)
+        assert chosen(found) == pytest.approx(teacher_forced(model, prompt, found.tokens), abs=SAME_LOGPROB)
+        assert found.finish == "length"
+    chip.close()
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_greedy_text_and_log_probabilities_are_transformers_own(name: str, cpu: Chip, tmp_path: Path) -> None:
+    model = decoder(name)
+    save_model(model, tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    asked = prompts(4)
+    for prompt, found in zip(asked, engine(model, cpu).generate(asked, GREEDY), strict=True):
+        tokens = torch.tensor([prompt])
+        # No end token: the configuration has none.
+        generated = theirs.generate(tokens, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(tokens))
+        assert list(found.tokens) == generated[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            logprobs_TV = theirs(generated).logits[0].log_softmax(-1)
+        rows = range(len(prompt) - 1, generated.shape[1] - 1)
+        wanted = [float(logprobs_TV[row, token]) for row, token in zip(rows, found.tokens, strict=True)]
+        assert chosen(found) == pytest.approx(wanted, abs=SAME_LOGPROB)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_log_probabilities_of_a_prompt_are_given_for_all_its_tokens_but_the_first(name: str, cpu: Chip) -> None:
+    model = decoder(name)
+    asked = Sampling(max_tokens=2, temperature=0.0, prompt_logprobs=3)
+    for prompt, found in zip(prompts(5), engine(model, cpu).generate(prompts(5), asked), strict=True):
+        wanted = teacher_forced(model, prompt[:1], tuple(prompt[1:]))
+        assert [one.chosen for one in found.prompt_logprobs] == pytest.approx(wanted, abs=SAME_LOGPROB)
+        for one, token in zip(found.prompt_logprobs, prompt[1:], strict=True):
+            assert len(one.top) == 3 and one.top[0][1] == max(value for _, value in one.top)
+            assert (one.top[0][0] == token) == (one.rank == 0)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=12),
+    st.integers(1, 6),
+    st.integers(1, 40),
+    st.sampled_from([1, 3, 8]),
+)
+def test_whatever_else_runs_and_however_little_room_there_is_the_answer_is_the_same(
+    cpu: Chip, asked: list[tuple[int, int]], sequences: int, step_tokens: int, block_tokens: int
+) -> None:
+    """Few blocks, so that sequences are sent back and computed again; equal beginnings, so that blocks are shared."""
+    model = decoder("deepseek_v3")
+    generator = torch.Generator().manual_seed(3)
+    beginnings = [torch.randint(0, 61, (30,), generator=generator).tolist() for _ in range(4)]
+    texts = [beginnings[which][:length] for which, length in asked]
+    row_bytes = (16 + 8) * 4 * 2
+    few = engine(
+        model,
+        cpu,
+        cache_bytes=-(-44 // block_tokens) * block_tokens * row_bytes,
+        sequences=sequences,
+        step_tokens=max(step_tokens, sequences),
+        block_tokens=block_tokens,
+    )
+    for text, found in zip(texts, few.generate(texts, GREEDY), strict=True):
+        assert list(found.tokens) == greedy(model, text, 12, None)
+    assert not few.busy and few.num_free_blocks == -(-44 // block_tokens), "every block came back"
+
+
+def test_sequences_with_one_beginning_share_its_blocks_from_the_first_step_on(cpu: Chip) -> None:
+    server = engine(decoder("llama"), cpu, step_tokens=64)
+    question = prompts(1)[0][:1] * 17
+    free = server.num_free_blocks
+    for _ in range(4):
+        server.add(question, GREEDY)
+    server.step()
+    # 17 tokens: four full blocks for all, and for each the block of the last token.
+    assert free - server.num_free_blocks == 4 + 4
+
+
+def test_a_request_draws_the_same_tokens_alone_and_in_any_company(cpu: Chip) -> None:
+    model = decoder("qwen3")
+    wanted = Sampling(max_tokens=20, temperature=1.0, seed=7, ignore_end=True)
+    (alone,) = engine(model, cpu).generate([[5, 6, 7]], wanted)
+    others = [Sampling(max_tokens=9, temperature=0.7, seed=seed) for seed in range(6)]
+    crowd = engine(model, cpu).generate([*prompts(6), [5, 6, 7]], [*others, wanted])
+    assert crowd[-1].tokens == alone.tokens
+    assert engine(model, cpu).generate([[5, 6, 7]], Sampling(max_tokens=20, seed=8))[0].tokens != alone.tokens
+
+
+def test_end_tokens_and_stop_tokens_end_a_request(cpu: Chip) -> None:
+    model = decoder("llama")
+    (free,) = engine(model, cpu).generate([[1, 2, 3]], GREEDY)
+    stop = free.tokens[4]
+    place = free.tokens.index(stop)
+    asked = Sampling(max_tokens=12, temperature=0.0, stop_tokens=(stop,))
+    (found,) = engine(model, cpu).generate([[1, 2, 3]], asked)
+    assert found.tokens == free.tokens[: place + 1] and found.finish == "stop"
+
+
+def test_a_request_that_is_given_up_frees_its_place(cpu: Chip) -> None:
+    server = engine(decoder("llama"), cpu, sequences=1)
+    free = server.num_free_blocks
+    first, second = server.add([1, 2, 3], GREEDY), server.add([4, 5], GREEDY)
+    server.step()
+    server.abort(first)
+    assert server.step() == [second]
+    server.abort(second)
+    assert not server.busy and server.num_free_blocks == free
+
+
+def test_new_weights_are_used_at_once_and_told_by_their_hash(cpu: Chip) -> None:
+    old, new = decoder("deepseek_v3"), decoder("deepseek_v3", seed=1)
+    server = engine(old, cpu)
+    assert server.weights_hash == engine(old, cpu).weights_hash
+    server.generate([[1, 2, 3, 4, 5, 6, 7, 8, 9]], GREEDY)
+    running = server.add([1, 2, 3], Sampling(max_tokens=5, temperature=0.0, ignore_end=True))
+    server.step()
+    (before,) = running.new_tokens
+    assert server.load_weights(new) == engine(new, cpu).weights_hash != engine(old, cpu).weights_hash
+    while server.busy:
+        server.step()
+    assert running.new_tokens == [before, *greedy(new, [1, 2, 3, before], 4, None)], "its cache is made anew"
+    (found,) = server.generate([[1, 2, 3, 4, 5, 6, 7, 8, 9]], GREEDY)
+    assert list(found.tokens) == greedy(new, [1, 2, 3, 4, 5, 6, 7, 8, 9], 12, None), "no block of the old ones is used"
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("deepseek_v3", 16 + 8), ("llama", 2 * 2 * 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_takes_as_much_cache_as_its_latent_or_its_keys_and_values(
+    cpu: Chip, name: str, numbers: int, dtype: torch.dtype
+) -> None:
+    server = Engine(decoder(name), cpu, dtype=dtype, limits=Limits(cache_bytes=1 << 20))
+    assert server.cache_bytes_per_token == numbers * dtype.itemsize * 2, "two layers"
+
+
+def test_an_error_of_the_chip_ends_the_requests_of_that_step_and_the_engine_goes_on(tmp_path: Path) -> None:
+    script = tmp_path / "once.toml"
+    script.write_text('summary = "fails once"\n[[faults]]\nkind = "exception"\nat_step = 2\ncode = "507014"\n')
+    chip = open_chip("emulated:ascend-910b", faults=str(script))
+    model = decoder("llama")
+    server = engine(model, chip)
+    chip.begin_step(1)
+    request = server.add([1, 2, 3], GREEDY)
+    server.step()
+    chip.begin_step(2)
+    assert server.step() == [request]
+    assert request.finished == "error" and request.error is not None and "507014" in request.error
+    chip.begin_step(3)
+    (found,) = server.generate([[1, 2, 3]], GREEDY)
+    assert list(found.tokens) == greedy(model, [1, 2, 3], 12, None)
+    chip.close()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "words"),
+    [
+        ([], GREEDY, "no token"),
+        ([1, 61], GREEDY, "token 61"),
+        ([1] * 4096, GREEDY, "4096 tokens"),
+        ([1] * 400, Sampling(max_tokens=3000), "cache_bytes"),
+    ],
+)
+def test_a_request_that_can_never_run_is_refused_in_words(
+    cpu: Chip, prompt: list[int], sampling: Sampling, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        engine(decoder("llama"), cpu).add(prompt, sampling)
