@@ -41,6 +41,7 @@ def test_values_outside_a_scale_are_drawn_at_its_edge() -> None:
     assert scale(math.inf) == 100
 
 
+@example(values=[5e-324])
 @given(values=st.lists(finite, min_size=1, max_size=20))
 def test_a_nice_range_holds_every_value(values: list[float]) -> None:
     low, high = nice_range(values)

@@ -60,11 +60,6 @@ class Weights:
         """Of the effective weights: equal exactly where two engines multiply with the same numbers."""
         return hash_state(self._tensors, {})
 
-    @property
-    def num_bytes(self) -> int:
-        """In memory."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
-
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """As in the decoder: norms and routers compute in float32."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -57,7 +58,7 @@ def nice_step(span: float, count: int) -> float:
     """The smallest of 1, 2, 5 times a power of ten that divides `span` into at most about `count` parts."""
     if span <= 0:
         return 1.0
-    rough = span / max(count, 1)
+    rough = max(span / max(count, 1), sys.float_info.min)  # a quarter of the smallest number would be zero
     power: float = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
 
