@@ -58,7 +58,7 @@ def nice_step(span: float, count: int) -> float:
     """The smallest of 1, 2, 5 times a power of ten that divides `span` into at most about `count` parts."""
     if span <= 0:
         return 1.0
-    rough = max(span / max(count, 1), sys.float_info.min)  # a quarter of the smallest number would be zero
+    rough = span / max(count, 1)
     power: float = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
 
@@ -102,8 +102,9 @@ def nice_range(values: Iterable[float], *, from_zero: bool = False) -> tuple[flo
     low, high = min(finite), max(finite)
     if from_zero or 0 <= low < 0.5 * high:
         low = 0.0
-    if high <= low:
-        high = low + (abs(low) or 1.0)
+    smallest = sys.float_info.min
+    if high - low < smallest:  # equal, or so near each other that a part of their distance would be zero
+        high = low + (abs(low) if abs(low) >= smallest else 1.0)
     step = nice_step(high - low, 4)
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
