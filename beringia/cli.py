@@ -219,6 +219,69 @@ def qualify(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory or a preset.", show_default=False)],
+    chip: Annotated[str, typer.Option(help="As `beringia chips` lists them, or auto.")] = "auto",
+    faults: Annotated[str | None, typer.Option(help="Emulated chips only: a fault script.", show_default=False)] = None,
+    dtype: DtypeOption = None,
+    operators: Annotated[
+        Literal["torch", "compiled"] | None,
+        typer.Option(help="Default: compiled where the chip is the CPU.", show_default=False),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: the directory's.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Default: the model's own; for a preset: digits.", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Keys that clients may use, one a line.", show_default=False)
+    ] = None,
+    cache: Annotated[int, typer.Option(help="MiB of cache.")] = 1024,
+    sequences: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 256,
+    queue: Annotated[int, typer.Option(help="Requests that run or wait; more get status 429.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Most new tokens of one request.")] = 4096,
+    drain: Annotated[float, typer.Option(help="Seconds that running requests have after SIGTERM.")] = 30.0,
+    proof: Annotated[
+        Path | None, typer.Option(help="Start only if this shows that the weights are the trained model's.")
+    ] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """An OpenAI-compatible server, and a chat page at its root. Ends with grace on SIGTERM."""
+    from beringia.engine import Limits
+    from beringia.serve.server import Settings, read_keys
+    from beringia.serve.server import serve as run_server
+
+    settings = Settings(
+        model,
+        chip=chip,
+        faults=faults,
+        dtype=dtype,
+        operators=operators,
+        name=name,
+        tokenizer=tokenizer,
+        host=host,
+        port=port,
+        keys=read_keys(api_key_file),
+        engine=Limits(cache_bytes=cache * 2**20, sequences=sequences),
+        open_requests=queue,
+        new_tokens=new_tokens,
+        drain_seconds=drain,
+        proof=proof,
+        seed=seed,
+    )
+
+    def ready(url: str, about: dict[str, Any]) -> None:
+        sentence = f"{about['model']} on {about['sku']} ({about['truth']}), {about['operators']} operators: {url}"
+        print(json.dumps(about | {"url": url}) if as_json else sentence, flush=True)
+
+    run_server(settings, ready)
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="A signed certificate (JSON).", show_default=False)],
     key: Annotated[

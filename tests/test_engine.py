@@ -202,13 +202,10 @@ def test_an_error_of_the_chip_ends_the_requests_of_that_step_and_the_engine_goes
     chip = open_chip("emulated:ascend-910b", faults=str(script))
     model = decoder("llama")
     server = engine(model, chip)
-    chip.begin_step(1)
     request = server.add([1, 2, 3], GREEDY)
     server.step()
-    chip.begin_step(2)
     assert server.step() == [request]
     assert request.finished == "error" and request.error is not None and "507014" in request.error
-    chip.begin_step(3)
     (found,) = server.generate([[1, 2, 3]], GREEDY)
     assert list(found.tokens) == greedy(model, [1, 2, 3], 12, None)
     chip.close()
@@ -219,6 +216,8 @@ def test_an_error_of_the_chip_ends_the_requests_of_that_step_and_the_engine_goes
     [
         ([], GREEDY, "no token"),
         ([1, 61], GREEDY, "token 61"),
+        ([1], Sampling(logit_bias={61: 1.0}), "logit_bias has the token 61"),
+        ([1], Sampling(stop_tokens=(-1,)), "stop_tokens has the token -1"),
         ([1] * 4096, GREEDY, "4096 tokens"),
         ([1] * 400, Sampling(max_tokens=3000), "cache_bytes"),
     ],

@@ -7,7 +7,10 @@ gives the same tokens is tested. Two kinds are written here: `digits` (54 symbol
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +109,29 @@ class Tokenizer:
         """Text of tokens."""
         text: str = self.backend.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for: often a part of a character. Of a special token its name."""
+        return self._bytes(token)
+
+    @cached_property
+    def _bytes(self) -> Callable[[int], bytes]:
+        specials = {number for number, added in self.backend.get_added_tokens_decoder().items() if added.special}
+        by_bytes = isinstance(self.backend.decoder, decoders.ByteLevel)
+        bytes_by_symbol = {_byte_symbol(byte): byte for byte in range(256)}
+
+        @functools.cache
+        def of(token: int) -> bytes:
+            name: str = self.backend.id_to_token(token) or ""
+            if token in specials:
+                return name.encode()
+            if by_bytes and all(symbol in bytes_by_symbol for symbol in name):
+                return bytes(bytes_by_symbol[symbol] for symbol in name)
+            if re.fullmatch("<0x[0-9A-F]{2}>", name):  # SentencePiece's single bytes
+                return bytes([int(name[3:5], 16)])
+            return name.replace("\u2581", " ").encode()  # SentencePiece's space
+
+        return of
 
     def _token(self, role: str) -> int | None:
         name = self.specials.get(role)

@@ -19,8 +19,10 @@ import torch
 
 from beringia.chips.chip import Chip
 from beringia.engine.blocks import BlockPool
-from beringia.engine.cache import PagedCache, Places
+from beringia.engine.cache import PagedCache
 from beringia.engine.forward import Forward
+from beringia.engine.operators import open_operators
+from beringia.engine.places import Places
 from beringia.engine.sampling import Noise, Sampling, TokenLogprobs, choose, logprobs_of
 from beringia.engine.scheduler import Chunk, Scheduler
 from beringia.engine.scheduler import Sequence as Request
@@ -68,23 +70,29 @@ class Engine:
         chip: Chip,
         *,
         dtype: torch.dtype | None = None,
+        operators: str | None = None,
         limits: Limits | None = None,
         seed: int = 0,
     ) -> None:
-        """`dtype`: of weights, cache and products; None: the chip's own choice. Raises ModelError, InputError."""
+        """`dtype`: of weights and cache; None: the chip's own choice. `operators`: `torch`, `compiled` (activations
+        stay float32), or None: compiled where the chip is the CPU. Raises ModelError, InputError."""
         decoder = model if isinstance(model, Decoder) else load_model(model, seed=seed)
         self.config = decoder.config
         self.chip = chip
         self.limits = limits or Limits()
-        self._weights = Weights(decoder, chip.device, dtype or chip.capabilities.compute_dtype)
+        dtype = dtype or chip.capabilities.compute_dtype
+        chosen = open_operators(operators, chip, dtype)
+        self.operators = chosen.name
+        self._weights = Weights(decoder, chosen, chip.device, dtype)
         self._cache = self._make_cache()
         self._scheduler = Scheduler(
             BlockPool(self._cache.layers[0].shape[0], self.limits.block_tokens),
             max_sequences=self.limits.sequences,
             step_tokens=self.limits.step_tokens,
         )
-        self._forward = Forward(self._weights, self._cache, _router_of(decoder))
+        self._forward = Forward(self._weights, self._cache, chosen, _router_of(decoder))
         self._numbers = itertools.count()
+        self.num_steps = 0
         self._seeds = torch.Generator().manual_seed(seed)
         end = self.config.eos_token_id
         self._end_tokens = frozenset(end if isinstance(end, tuple) else () if end is None else (end,))
@@ -93,13 +101,36 @@ class Engine:
 
     def add(self, prompt: Sequence[int], sampling: Sampling) -> Request:
         """Queue a request. Raises InputError where it can never run."""
-        self._check(prompt, sampling)
+        self.check(prompt, sampling)
         seed = sampling.seed
         if seed is None:
             seed = int(torch.randint(2**62, (), generator=self._seeds))
         request = Request(next(self._numbers), list(prompt), len(prompt), sampling, Noise(seed, self.config.vocab_size))
         self._scheduler.add(request)
         return request
+
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raise InputError for a request that can never run. May be called in any thread."""
+        if not prompt:
+            raise InputError("The prompt has no token; at least one is needed.")
+        named = {"The prompt": prompt, "logit_bias": sampling.logit_bias, "stop_tokens": sampling.stop_tokens}
+        for name, tokens in named.items():
+            foreign = next((token for token in tokens if not 0 <= token < self.config.vocab_size), None)
+            if foreign is not None:
+                last = self.config.vocab_size - 1
+                raise InputError(f"{name} has the token {foreign}; the model has 0 to {last}.")
+        longest = self.config.max_position_embeddings
+        if len(prompt) >= longest:
+            raise InputError(
+                f"The prompt has {len(prompt)} tokens; with room for one more the model takes {longest - 1}."
+            )
+        capacity = self._scheduler.pool.num_blocks * self.limits.block_tokens
+        needed = min(len(prompt) + sampling.max_tokens, longest)
+        if needed > capacity:
+            raise InputError(
+                f"Prompt and new tokens are up to {needed}, and the cache has room for {capacity}: ask for fewer "
+                "(max_tokens), or give the engine a larger cache (cache_bytes)."
+            )
 
     def abort(self, request: Request) -> None:
         """Give up a request; its place is free at once."""
@@ -116,6 +147,12 @@ class Engine:
     def num_free_blocks(self) -> int:
         """Blocks of the cache that no request uses."""
         return self._scheduler.pool.num_free
+
+    @property
+    def cache_use(self) -> float:
+        """Share of the cache's blocks that requests use."""
+        pool = self._scheduler.pool
+        return 1.0 - pool.num_free / pool.num_blocks
 
     def generate(self, prompts: Iterable[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
         """Complete all prompts, in their order."""
@@ -136,7 +173,9 @@ class Engine:
         if not chunks:
             return []
         wanted, rows = _wanted_rows(chunks)
+        self.num_steps += 1
         try:
+            self.chip.begin_step(self.num_steps)
             places = Places.of(chunks, self.limits.block_tokens, self.chip.device)
             logits_RV = self._forward(places, torch.tensor(wanted, dtype=torch.int64).to(self.chip.device)).cpu()
         except RuntimeError as problem:
@@ -158,6 +197,11 @@ class Engine:
         self._weights.load(decoder)
         self._scheduler.restart()
         return self._weights.hash
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and cache."""
+        return self._weights.dtype
 
     @property
     def weights_hash(self) -> str:
@@ -206,25 +250,6 @@ class Engine:
         if num_new >= sampling.max_tokens or len(request.tokens) >= self.config.max_position_embeddings:
             return "length"
         return None
-
-    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
-        if not prompt:
-            raise InputError("The prompt has no token; at least one is needed.")
-        foreign = next((token for token in prompt if not 0 <= token < self.config.vocab_size), None)
-        if foreign is not None:
-            raise InputError(f"The prompt has the token {foreign}; the model has 0 to {self.config.vocab_size - 1}.")
-        longest = self.config.max_position_embeddings
-        if len(prompt) >= longest:
-            raise InputError(
-                f"The prompt has {len(prompt)} tokens; with room for one more the model takes {longest - 1}."
-            )
-        capacity = self._scheduler.pool.num_blocks * self.limits.block_tokens
-        needed = min(len(prompt) + sampling.max_tokens, longest)
-        if needed > capacity:
-            raise InputError(
-                f"Prompt and new tokens are up to {needed}, and the cache has room for {capacity}: ask for fewer "
-                "(max_tokens), or give the engine a larger cache (cache_bytes)."
-            )
 
     def _make_cache(self) -> PagedCache:
         one = PagedCache(self.config, 1, self.limits.block_tokens, torch.device("meta"), self._weights.dtype)

@@ -16,49 +16,77 @@ from collections.abc import Iterator
 
 import torch
 
+from beringia.engine.operators.operators import Operators, Weight
 from beringia.model import Decoder
 from beringia.model.attention import GroupedQueryAttention, LatentAttention
 from beringia.model.decoder import DecoderLayer
 from beringia.model.experts import MixtureOfExperts
 from beringia.model.layers import Affine, FeedForward
-from beringia.numerics.state_hash import hash_state
+from beringia.numerics.state_hash import combine, dtype_name, hash_tensor
 
 Named = Iterator[tuple[str, torch.Tensor]]
 
 
 class Weights:
-    """The effective weights by name, on a device, in a dtype; norms and routers in float32."""
+    """The effective weights by name, on a device, in a dtype; norms and routers in float32.
 
-    def __init__(self, decoder: Decoder, device: torch.device, dtype: torch.dtype) -> None:
+    Matrices are as the operators keep them, vectors are tensors.
+    """
+
+    def __init__(self, decoder: Decoder, operators: Operators, device: torch.device, dtype: torch.dtype) -> None:
         self.config = decoder.config
         self.dtype = dtype
         self.device = device
-        self._tensors = {
-            name: tensor.detach().to(device, _dtype_of(name, dtype), copy=True).contiguous()
-            for name, tensor in effective(decoder)
-        }
+        self._operators = operators
+        self._matrices: dict[str, Weight] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
+        for name, tensor in effective(decoder):
+            cast = tensor.detach().to(device, _dtype_of(name, dtype), copy=True).contiguous()
+            if tensor.dim() == 1:
+                self._vectors[name] = cast
+            else:
+                self._matrices[name] = operators.weight(cast)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+    def matrix(self, name: str) -> Weight:
+        """What a product multiplies with."""
+        return self._matrices[name]
 
-    def get(self, name: str) -> torch.Tensor | None:
-        """A tensor that some models have: a bias, a norm of heads."""
-        return self._tensors.get(name)
+    def vector(self, name: str) -> torch.Tensor:
+        """A norm, a router's bias."""
+        return self._vectors[name]
+
+    def bias(self, name: str) -> torch.Tensor | None:
+        """Of a product that has one."""
+        return self._vectors.get(f"{name}.bias")
+
+    def has(self, name: str) -> bool:
+        """Whether this model has such a weight."""
+        return name in self._matrices or name in self._vectors
 
     @property
-    def head(self) -> torch.Tensor:
+    def head(self) -> Weight:
         """V D; the embedding itself where they are tied."""
-        return self._tensors.get("head", self._tensors["embed"])
+        return self._matrices.get("head", self._matrices["embed"])
 
     def load(self, decoder: Decoder) -> None:
         """Other weights of the same model, in place."""
         for name, tensor in effective(decoder):
-            self._tensors[name].copy_(tensor.detach())
+            if name in self._vectors:
+                self._vectors[name].copy_(tensor.detach())
+            else:
+                cast = tensor.detach().to(self.device, _dtype_of(name, self.dtype))
+                self._operators.replace(self._matrices[name], cast)
 
     @property
     def hash(self) -> str:
         """Of the effective weights: equal exactly where two engines multiply with the same numbers."""
-        return hash_state(self._tensors, {})
+        values, layout = {}, {}
+        for name in sorted([*self._vectors, *self._matrices]):  # one at a time: a plain matrix may be a copy
+            vector = self._vectors.get(name)
+            tensor = self._operators.plain(self._matrices[name]) if vector is None else vector
+            values[name] = hash_tensor(tensor, name)
+            layout[name] = dtype_name(tensor.dtype), tuple(tensor.shape)
+        return combine(values, layout, {})
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -114,8 +142,8 @@ def _of_latent(path: str, attention: LatentAttention) -> Named:
         yield from _joined(f"{path}.q_kv_down", attention.by_halves(attention.q_proj.affine, attention.nope), kv_down)
     yield f"{path}.kv_norm", attention.kv_a_layernorm.weight
     up_NXR = attention.kv_b_proj.weight.view(-1, attention.nope + attention.value, attention.rank)
-    yield f"{path}.k_up_NHR", up_NXR[:, : attention.nope]
-    yield f"{path}.v_up_NRV", up_NXR[:, attention.nope :].mT
+    yield f"{path}.k_up_NRH", up_NXR[:, : attention.nope].mT
+    yield f"{path}.v_up_NVR", up_NXR[:, attention.nope :]
     yield from _joined(f"{path}.o", attention.o_proj.affine)
 
 

@@ -1,0 +1,133 @@
+"""Operators in torch's own, on any device that torch computes on.
+
+Letters as in `operators.py`; G key-value heads, J heads a group, T rows of one sequence, Y = J T, S tokens in the
+cache, C sequences that decode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from beringia.engine.operators.operators import CacheLayout, Operators
+from beringia.engine.places import Places, Prompt
+from beringia.model import rope as rotary
+from beringia.model.experts import grouped_linear, sort_by_expert
+from beringia.model.layers import precise
+from beringia.model.rope import Rope
+
+
+class InTorch(Operators):
+    """Activations have the weights' dtype; norms, softmax and router compute in float32."""
+
+    name = "torch"
+
+    def weight(self, tensor_XNK: torch.Tensor) -> torch.Tensor:
+        return tensor_XNK
+
+    def replace(self, weight: torch.Tensor, tensor_XNK: torch.Tensor) -> None:
+        weight.copy_(tensor_XNK)
+
+    def plain(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def embed(self, weight_VD: torch.Tensor, token_M: torch.Tensor) -> torch.Tensor:
+        return weight_VD.index_select(0, token_M)
+
+    def norm(
+        self, x_MXD: torch.Tensor, weight_D: torch.Tensor, eps: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        normed = F.rms_norm(x_MXD.to(weight_D.dtype), weight_D.shape, weight_D, eps).to(x_MXD.dtype)
+        return normed if out is None else out.copy_(normed)
+
+    def linear(
+        self,
+        x_MK: torch.Tensor,
+        weight_NK: torch.Tensor,
+        bias_N: torch.Tensor | None = None,
+        add_to: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        product = F.linear(x_MK.to(weight_NK.dtype), weight_NK, bias_N)
+        return product if add_to is None else add_to.add_(product)
+
+    def by_head(self, x_MNK: torch.Tensor, weight_NXK: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        product = (x_MNK.transpose(0, 1) @ weight_NXK.mT).transpose(0, 1)
+        return product if out is None else out.copy_(product)
+
+    def rotate(self, x_MNP: torch.Tensor, rope: Rope, position_M: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        cos_M1Q, sin_M1Q = (table_LQ.index_select(0, position_M).unsqueeze(1) for table_LQ in rope)
+        return out.copy_(rotary.rotate(x_MNP, (cos_M1Q, sin_M1Q)))
+
+    def keep(self, cache: torch.Tensor, slot_M: torch.Tensor, row_MW: torch.Tensor) -> None:
+        cache.flatten(0, 1).index_copy_(0, slot_M, row_MW)
+
+    def attend(
+        self, q_MNH: torch.Tensor, cache: torch.Tensor, layout: CacheLayout, places: Places, scale: float
+    ) -> torch.Tensor:
+        done = []
+        count = places.num_decoding
+        if count:
+            table_CB, beyond_CS = places.decoding
+            k_CGSH, v_CGSV = _parts(cache, table_CB, layout)
+            hidden_C111S = beyond_CS.view(count, 1, 1, 1, -1)
+            done.append(_softmax(q_MNH[:count].unsqueeze(2), k_CGSH, v_CGSV, hidden_C111S, scale).squeeze(2))
+        for prompt in places.prompts:
+            k_GSH, v_GSV = (part[:, : prompt.end] for part in _parts(cache, prompt.table_B, layout))
+            q_NTH = q_MNH[prompt.rows].transpose(0, 1)
+            done.append(_softmax(q_NTH, k_GSH, v_GSV, _future(prompt, q_MNH.device), scale).transpose(0, 1))
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def gate(self, x_MF: torch.Tensor) -> torch.Tensor:
+        gate, up = x_MF.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def experts(
+        self,
+        x_MD: torch.Tensor,
+        chosen_MA: torch.Tensor,
+        weights_MA: torch.Tensor,
+        gate_up_EFD: torch.Tensor,
+        down_EDF: torch.Tensor,
+    ) -> torch.Tensor:
+        row_P, place_MA, places = sort_by_expert(chosen_MA, len(gate_up_EFD))
+        gate_PF, up_PF = grouped_linear(x_MD.index_select(0, row_P), gate_up_EFD, places).chunk(2, -1)
+        weight_P = weights_MA.new_zeros(len(row_P)).scatter(0, place_MA.flatten(), weights_MA.flatten())
+        h_PF = F.silu(gate_PF) * up_PF * weight_P.unsqueeze(-1).to(x_MD.dtype)
+        out_PD = grouped_linear(h_PF, down_EDF, places)
+        return out_PD.index_select(0, place_MA.flatten()).view(*place_MA.shape, -1).sum(1)
+
+
+def _parts(cache: torch.Tensor, table_XB: torch.Tensor, layout: CacheLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys X G S H and values X G S V of the blocks in a table."""
+    blocks = cache.index_select(0, table_XB.flatten())
+    rows_XSW = blocks.view(*table_XB.shape[:-1], -1, blocks.shape[-1])
+    if layout.groups == 1:
+        one = rows_XSW.unsqueeze(-3)
+        return one[..., : layout.key_width], one[..., layout.value_start :][..., : layout.value_width]
+    width = layout.groups * layout.group_step
+    k, v = (
+        rows_XSW[..., start : start + width].view(*rows_XSW.shape[:-1], layout.groups, layout.group_step)
+        for start in (0, layout.value_start)
+    )
+    return k.transpose(-3, -2), v.transpose(-3, -2)
+
+
+def _softmax(
+    q_XNTH: torch.Tensor, k_XGSH: torch.Tensor, v_XGSV: torch.Tensor, hidden: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of ... N T rows, in float32; `hidden`, which broadcasts to ... G J T S, is not attended to."""
+    wide = precise(q_XNTH.dtype)
+    *lead, heads, new, width = q_XNTH.shape
+    groups, tokens = k_XGSH.shape[-3:-1]
+    # The heads of a group read the same keys: one product.
+    q_XGYH = (q_XNTH.to(wide) * scale).reshape(*lead, groups, -1, width)
+    scores_XGYS = q_XGYH @ k_XGSH.to(wide).mT
+    scores_XGYS.view(*lead, groups, -1, new, tokens).masked_fill_(hidden, -torch.inf)
+    out_XGYV = scores_XGYS.softmax(-1) @ v_XGSV.to(wide)
+    return out_XGYV.view(*lead, heads, new, -1).to(q_XNTH.dtype)
+
+
+def _future(prompt: Prompt, device: torch.device) -> torch.Tensor:
+    """T S: tokens after a row's own."""
+    ones = torch.ones(prompt.end - prompt.start, prompt.end, dtype=torch.bool, device=device)
+    return ones.triu(prompt.start + 1)

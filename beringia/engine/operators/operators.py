@@ -1,0 +1,126 @@
+"""The interface of the operators that the forward pass calls, and which kind a chip gets.
+
+M rows of the step, K in, N out (or heads, where it follows M), D hidden, F width of the feed-forward block, W width of
+a row in the cache, H width of keys, V of values, P rotary width, A experts a token, X anything.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from beringia.chips.chip import Chip
+from beringia.engine.places import Places
+from beringia.errors import InputError
+from beringia.model.rope import Rope
+
+Weight = Any
+"""What products multiply with, as these operators keep it."""
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Where a row of the cache has keys and values: those of group g begin at g * `group_step` and, for values, at
+    `value_start` + g * `group_step`."""
+
+    groups: int
+    key_width: int
+    value_width: int
+    group_step: int
+    value_start: int
+
+
+class Operators(ABC):
+    """Operators on rows. Where `out` is given, the result is written there, and returned."""
+
+    name: str
+    """`torch` or `compiled`, as reports show it."""
+
+    @abstractmethod
+    def weight(self, tensor_XNK: torch.Tensor) -> Weight:
+        """A matrix, or several, as products read it."""
+
+    @abstractmethod
+    def replace(self, weight: Weight, tensor_XNK: torch.Tensor) -> None:
+        """Other numbers for a weight, in place."""
+
+    @abstractmethod
+    def plain(self, weight: Weight) -> torch.Tensor:
+        """The tensor that a weight was made from."""
+
+    @abstractmethod
+    def embed(self, weight_VD: Weight, token_M: torch.Tensor) -> torch.Tensor:
+        """Rows of a weight, in the activations' dtype."""
+
+    @abstractmethod
+    def norm(
+        self, x_MXD: torch.Tensor, weight_D: torch.Tensor, eps: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Root-mean-square norm over the last dimension."""
+
+    @abstractmethod
+    def linear(
+        self,
+        x_MK: torch.Tensor,
+        weight_NK: Weight,
+        bias_N: torch.Tensor | None = None,
+        add_to: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rows times a matrix; added to M N rows, in place, where these are given."""
+
+    @abstractmethod
+    def by_head(self, x_MNK: torch.Tensor, weight_NXK: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Each head's rows times a matrix of its own: M N X."""
+
+    @abstractmethod
+    def rotate(self, x_MNP: torch.Tensor, rope: Rope, position_M: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding; `rope` has all positions."""
+
+    @abstractmethod
+    def keep(self, cache: torch.Tensor, slot_M: torch.Tensor, row_MW: torch.Tensor) -> None:
+        """Write the step's rows into a layer's cache (blocks, tokens in a block, W)."""
+
+    @abstractmethod
+    def attend(
+        self, q_MNH: torch.Tensor, cache: torch.Tensor, layout: CacheLayout, places: Places, scale: float
+    ) -> torch.Tensor:
+        """Every row attends to its sequence's tokens up to itself: M N V."""
+
+    @abstractmethod
+    def gate(self, x_MF: torch.Tensor) -> torch.Tensor:
+        """silu of the first half of each row times the second."""
+
+    @abstractmethod
+    def experts(
+        self,
+        x_MD: torch.Tensor,
+        chosen_MA: torch.Tensor,
+        weights_MA: torch.Tensor,
+        gate_up_EFD: Weight,
+        down_EDF: Weight,
+    ) -> torch.Tensor:
+        """Each row through its chosen experts, summed with these weights."""
+
+
+def open_operators(kind: str | None, chip: Chip, dtype: torch.dtype) -> Operators:
+    """`torch`, `compiled`, or None: compiled on the CPU in float32 and bfloat16, torch elsewhere.
+
+    Raises InputError where compiled ones are asked for, or are what this chip has, and cannot be had.
+    """
+    from beringia.engine.operators.compiled import DTYPES, Compiled
+    from beringia.engine.operators.in_torch import InTorch
+
+    can = chip.device.type == "cpu" and dtype in DTYPES
+    if kind == "torch" or (kind is None and not can):
+        return InTorch()
+    if kind not in (None, "compiled"):
+        raise InputError(f"operators must be 'torch' or 'compiled', but is {kind!r}.")
+    if not can:
+        raise InputError(
+            f"Compiled operators run on the CPU in float32 and bfloat16; this engine is on {chip.name} in {dtype}. "
+            "Use operators='torch'."
+        )
+    return Compiled()

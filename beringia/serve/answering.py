@@ -1,0 +1,124 @@
+"""From a request to tokens for the engine, and from the engine's news to an answer's pieces."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from beringia.data.chat import render_chat
+from beringia.data.tokenizer import Tokenizer
+from beringia.engine import Sampling
+from beringia.engine.sampling import TokenLogprobs
+from beringia.errors import DataError, InputError
+from beringia.serve.answers import Scored
+from beringia.serve.engine_thread import Draining, EngineThread, Full, News, Ticket
+from beringia.serve.failures import Failure, refused
+from beringia.serve.protocol import ChatRequest, CompletionRequest
+from beringia.serve.text import AnswerText, Piece
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    new_tokens: int
+    """At most, and what a chat gets that does not say."""
+    open_requests: int
+    """That wait or run at the same time, answers to one request counted one by one."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an answer goes on from."""
+
+    tokens: list[int]
+    chat_text: str | None = None
+    """The chat as text; None for a plain completion."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one or several tokens added to one answer."""
+
+    piece: Piece
+    tokens: tuple[Scored, ...]
+    finish: str | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def chat_prompt(tokenizer: Tokenizer, request: ChatRequest) -> Prompt:
+    """The chat through the model's own template. Raises Failure where it refuses the turns."""
+    try:
+        text = render_chat(
+            tokenizer, [message.for_template() for message in request.messages], add_generation_prompt=True
+        )
+    except DataError as problem:
+        raise refused(str(problem), "messages") from None
+    return Prompt(tokenizer.encode(text), text)
+
+
+def completion_prompts(tokenizer: Tokenizer, request: CompletionRequest) -> list[Prompt]:
+    """Tokens as they are, texts with what the tokenizer puts before a text."""
+    return [
+        Prompt(tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt)
+        for prompt in request.prompts
+    ]
+
+
+def room_for(engine: EngineThread, prompt: Prompt, asked: int | None, limits: Limits) -> int:
+    """New tokens at most. Raises Failure where the model has no room for them."""
+    context = engine.engine.config.max_position_embeddings
+    if not prompt.tokens:
+        raise refused("The prompt has no token.", "prompt")
+    left = context - len(prompt.tokens)
+    if left < 1 or (asked is not None and asked > left):
+        wanted = "" if asked is None else f" and {asked} new ones were asked for"
+        raise refused(
+            f"The model has room for {context} tokens. The prompt has {len(prompt.tokens)}{wanted}: "
+            "shorten the prompt, or ask for fewer new tokens.",
+            "messages" if prompt.chat_text is not None else "prompt",
+            "context_length_exceeded",
+        )
+    if asked is not None and asked > limits.new_tokens:
+        raise refused(f"{asked} new tokens were asked for; this server gives up to {limits.new_tokens}.", "max_tokens")
+    return min(left, limits.new_tokens) if asked is None else asked
+
+
+def submit(engine: EngineThread, requests: list[tuple[list[int], Sampling]]) -> list[Ticket]:
+    """Hand over to the engine. Raises Failure: 400 for what can never run, 429 without a place, 503 at the end."""
+    try:
+        return engine.submit(requests)
+    except InputError as problem:
+        raise refused(str(problem)) from None
+    except Full:
+        raise Failure(
+            429, "The server has as many requests as it takes: try again later.", code="queue_full", retry_after=1
+        ) from None
+    except Draining:
+        raise Failure(503, "The server is shutting down.", code="shutting_down", retry_after=5) from None
+
+
+async def parts_of(
+    engine: EngineThread, ticket: Ticket, tokenizer: Tokenizer, stops: Sequence[str], chat_text: str | None
+) -> AsyncIterator[Part]:
+    """What each token adds to an answer, until it is finished. Raises Failure where the engine could not go on."""
+    text = AnswerText(tokenizer, stops, chat_text)
+    async for news in ticket:
+        if news.error is not None:
+            raise Failure(500, f"The request failed: {news.error}", code="engine_error")
+        yield _part(text, news)
+        if text.stopped:
+            engine.give_up(ticket)
+            return
+
+
+def _part(text: AnswerText, news: News) -> Part:
+    assert news.token is not None
+    # An end token has no text; a stop token's is left out, like that of a stop string.
+    piece = Piece() if news.finish == "stop" else text.push(news.token)
+    finish = "stop" if text.stopped else news.finish
+    if finish is not None:
+        rest = text.rest()
+        finish = "stop" if text.stopped else finish
+        piece = Piece(piece.content + rest.content, piece.reasoning + rest.reasoning)
+    return Part(piece, (Scored(news.token, news.logprobs),), finish, news.prompt_logprobs)

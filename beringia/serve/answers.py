@@ -1,0 +1,125 @@
+"""Answers in OpenAI's shapes: whole, and in pieces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from beringia.data.tokenizer import Tokenizer
+from beringia.engine.sampling import TokenLogprobs
+from beringia.serve.text import Piece
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(document: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token with its log-probabilities, where these were asked for."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass
+class Choice:
+    """One answer, as far as it is known."""
+
+    content: str = ""
+    reasoning: str = ""
+    tokens: list[Scored] = field(default_factory=list)
+    finish: str | None = None
+
+    def add(self, piece: Piece, tokens: Sequence[Scored], finish: str | None) -> None:
+        """Some more of it."""
+        self.content += piece.content
+        self.reasoning += piece.reasoning
+        self.tokens += tokens
+        self.finish = finish
+
+
+def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """How many tokens there were."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new_tokens,
+        "total_tokens": prompt_tokens + new_tokens,
+    }
+
+
+# Chats
+
+
+def chat_message(choice: Choice) -> dict[str, Any]:
+    """The assistant's turn. Reasoning stands under both names that clients read."""
+    reasoning = choice.reasoning or None
+    return {
+        "role": "assistant",
+        "content": choice.content,
+        "refusal": None,
+        "reasoning": reasoning,
+        "reasoning_content": reasoning,
+    }
+
+
+def chat_delta(piece: Piece) -> dict[str, Any]:
+    """What a piece adds."""
+    delta: dict[str, Any] = {}
+    if piece.reasoning:
+        delta |= {"reasoning": piece.reasoning, "reasoning_content": piece.reasoning}
+    if piece.content:
+        delta["content"] = piece.content
+    return delta
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Scored]) -> dict[str, Any]:
+    """`logprobs` of a choice in a chat."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.bytes_of(token)
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+    content = [
+        entry(one.token, one.logprobs.chosen) | {"top_logprobs": [entry(*pair) for pair in one.logprobs.top]}
+        for one in tokens
+        if one.logprobs is not None
+    ]
+    return {"content": content, "refusal": None}
+
+
+# Completions
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Scored], offset: int) -> dict[str, Any]:
+    """`logprobs` of a choice in a completion; `offset`: characters before the first token."""
+    names = [_name(tokenizer, one.token) for one in tokens]
+    offsets = []
+    for name in names:
+        offsets.append(offset)
+        offset += len(name)
+    return {
+        "tokens": names,
+        "token_logprobs": [None if one.logprobs is None else one.logprobs.chosen for one in tokens],
+        "top_logprobs": [None if one.logprobs is None else _top(tokenizer, one) for one in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _top(tokenizer: Tokenizer, one: Scored) -> dict[str, float]:
+    """By text, the most likely first. Two tokens may have the same text: the more likely one stands for both. The
+    chosen token is always among them, as OpenAI has it."""
+    assert one.logprobs is not None
+    found: dict[str, float] = {}
+    for token, logprob in (*one.logprobs.top, (one.token, one.logprobs.chosen)):
+        found.setdefault(_name(tokenizer, token), logprob)
+    return found
+
+
+def _name(tokenizer: Tokenizer, token: int) -> str:
+    return tokenizer.bytes_of(token).decode(errors="replace")

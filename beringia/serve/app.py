@@ -1,0 +1,440 @@
+"""The HTTP interface: OpenAI's chat completions, completions and models; health, metrics, and the chat page."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from beringia import __version__
+from beringia.data.tokenizer import Tokenizer
+from beringia.serve import answers
+from beringia.serve.answering import (
+    Limits,
+    Part,
+    Prompt,
+    chat_prompt,
+    completion_prompts,
+    parts_of,
+    room_for,
+    submit,
+)
+from beringia.serve.answers import Choice, Scored
+from beringia.serve.engine_thread import EngineThread, Ticket
+from beringia.serve.failures import Failure
+from beringia.serve.gate import Gate
+from beringia.serve.metrics import Metrics
+from beringia.serve.protocol import ChatRequest, CompletionRequest
+
+Made = tuple[int, Part]
+"""Number of an answer, and what was added to it."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served, and how."""
+
+    name: str
+    """Of the model, as clients ask for it."""
+    engine: EngineThread
+    tokenizer: Tokenizer
+    metrics: Metrics
+    limits: Limits
+    about: dict[str, Any]
+    """Chip, weights and more, for the page and `/v1/models`."""
+    page: str
+    keys: tuple[str, ...] = ()
+    body_bytes: int = 4 << 20
+    body_seconds: float = 30.0
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def make_app(served: Served) -> FastAPI:
+    """The application. Its lifespan starts and stops the engine's thread."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        served.engine.start()
+        yield
+        await served.engine.stop()
+
+    app = FastAPI(title="Beringia", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(
+        Gate,
+        keys=served.keys,
+        body_bytes=served.body_bytes,
+        body_seconds=served.body_seconds,
+        metrics=served.metrics,
+    )
+    _add_failures(app)
+    _add_state(app, served)
+    _add_completions(app, served)
+    return app
+
+
+def _add_failures(app: FastAPI) -> None:
+    """Every error is OpenAI's object."""
+
+    async def failed(_: Request, failure: Any) -> JSONResponse:
+        return failure.response()  # type: ignore[no-any-return]
+
+    async def invalid(_: Request, problem: Any) -> JSONResponse:
+        first = problem.errors()[0]
+        # The first part says where the value stands, a last one in brackets which of several types it is not.
+        place = [str(part) for part in first["loc"][1:] if not str(part).endswith("]") and "-" not in str(part)]
+        name = ".".join(place) or None
+        if first["type"] == "extra_forbidden":
+            return Failure(400, f"Unknown field: {name}.", field=name, code="unknown_parameter").response()
+        if first["type"] == "json_invalid":
+            return Failure(400, f"The body is not JSON: {first['ctx']['error']}.", code="invalid_json").response()
+        sentence = str(first["msg"]).removeprefix("Value error, ")
+        return Failure(400, f"{name}: {sentence}." if name else f"{sentence}.", field=name).response()
+
+    async def http(_: Request, problem: Any) -> JSONResponse:
+        return Failure(problem.status_code, f"{problem.detail}.").response()
+
+    async def unexpected(_: Request, problem: Exception) -> JSONResponse:
+        return Failure(500, f"An error that nobody foresaw: {type(problem).__name__}.").response()
+
+    app.add_exception_handler(Failure, failed)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _add_state(app: FastAPI, served: Served) -> None:
+    model = {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "beringia",
+        "max_model_len": served.engine.engine.config.max_position_embeddings,
+        **served.about,
+    }
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> str:
+        return served.page
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Whether the engine can compute."""
+        if served.engine.failure is not None:
+            raise Failure(503, f"The engine has ended: {served.engine.failure}.")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether new requests are taken."""
+        if not served.engine.ready:
+            raise Failure(503, "The server takes no new requests.", retry_after=5)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> JSONResponse:
+        _check_model(served, name)
+        return JSONResponse(model)
+
+
+def _add_completions(app: FastAPI, served: Served) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await Chat(served, body).respond(request)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await Completion(served, body).respond(request)
+
+
+def _check_model(served: Served, name: str) -> None:
+    if name != served.name:
+        raise Failure(
+            404,
+            f"There is no model {name!r} here; this server has {served.name!r}.",
+            code="model_not_found",
+            field="model",
+        )
+
+
+class _Answering:
+    """One request: its answers, as a whole or as a stream."""
+
+    kind: str
+    chunk_kind: str
+    prefix: str
+
+    def __init__(self, served: Served, body: ChatRequest | CompletionRequest) -> None:
+        _check_model(served, body.model)
+        self._served = served
+        self._body = body
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
+        self._prompts: list[Prompt] = []
+        self._tickets: list[Ticket] = []
+
+    async def respond(self, request: Request) -> Response:
+        """The answer. A client that goes away takes its requests with it."""
+        self._tickets = self._submit()
+        self._served.metrics.prompt_tokens.inc(sum(len(prompt.tokens) for prompt in self._prompts))
+        if self._body.stream:
+            return StreamingResponse(
+                self._stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
+        try:
+            document = await _unless_gone(request, self._whole)
+        finally:
+            self._give_up()
+        # Nobody reads what is sent to a client that has gone.
+        return Response(status_code=499) if document is None else JSONResponse(document)
+
+    async def _whole(self) -> dict[str, Any]:
+        choices = [Choice() for _ in self._tickets]
+        prompt_logprobs: list[tuple[Any, ...]] = [()] * len(choices)
+
+        async def collect(number: int) -> None:
+            async for part in self._parts(number):
+                choices[number].add(part.piece, part.tokens, part.finish)
+                prompt_logprobs[number] = prompt_logprobs[number] or part.prompt_logprobs
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(len(choices)):
+                group.create_task(collect(number))
+        new_tokens = 0 if self._body.max_tokens == 0 else sum(len(choice.tokens) for choice in choices)
+        return {
+            **self._head,
+            "object": self.kind,
+            "choices": [self._choice(number, choice, prompt_logprobs[number]) for number, choice in enumerate(choices)],
+            "usage": answers.usage(self._num_prompt_tokens, new_tokens),
+            "system_fingerprint": self._served.about["weights"],
+        }
+
+    async def _stream(self) -> AsyncIterator[bytes]:
+        new_tokens = 0
+        try:
+            async for number, part in self._merged():
+                new_tokens += len(part.tokens)
+                for chunk in self._chunks(number, part):
+                    yield answers.event(self._chunk([chunk]))
+            if self._body.include_usage:
+                counts = answers.usage(self._num_prompt_tokens, new_tokens)
+                yield answers.event(self._chunk([]) | {"usage": counts})
+            yield answers.DONE
+        except Failure as failure:
+            yield answers.event(failure.document)
+        finally:
+            self._give_up()
+
+    async def _merged(self) -> AsyncIterator[Made]:
+        """Parts of all answers as they come."""
+        if len(self._tickets) == 1:
+            async for part in self._parts(0):
+                yield 0, part
+            return
+        made: asyncio.Queue[Made | Failure | None] = asyncio.Queue()
+
+        async def collect(number: int) -> None:
+            try:
+                async for part in self._parts(number):
+                    made.put_nowait((number, part))
+            except Failure as failure:
+                made.put_nowait(failure)
+            made.put_nowait(None)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(len(self._tickets)):
+                group.create_task(collect(number))
+            ended = 0
+            while ended < len(self._tickets):
+                one = await made.get()
+                if isinstance(one, Failure):
+                    raise one
+                if one is None:
+                    ended += 1
+                else:
+                    yield one
+
+    def _parts(self, number: int) -> AsyncIterator[Part]:
+        prompt = self._prompts[number // self._body.choices]
+        return parts_of(
+            self._served.engine, self._tickets[number], self._served.tokenizer, self._body.stops, prompt.chat_text
+        )
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_kind, "choices": choices}
+
+    @property
+    def _num_prompt_tokens(self) -> int:
+        return sum(len(prompt.tokens) for prompt in self._prompts)
+
+    def _give_up(self) -> None:
+        for ticket in self._tickets:
+            self._served.engine.give_up(ticket)
+
+    def _token_ids(self, tokens: tuple[Scored, ...] | list[Scored]) -> dict[str, Any]:
+        return {"token_ids": [one.token for one in tokens]} if self._body.return_token_ids else {}
+
+    # What the two kinds of request do in their own ways
+
+    def _submit(self) -> list[Ticket]:
+        raise NotImplementedError
+
+    def _choice(self, number: int, choice: Choice, prompt_logprobs: tuple[Any, ...]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _chunks(self, number: int, part: Part) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+
+class Chat(_Answering):
+    """`/v1/chat/completions`."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    _body: ChatRequest
+
+    def _submit(self) -> list[Ticket]:
+        body, served = self._body, self._served
+        prompt = chat_prompt(served.tokenizer, body)
+        self._prompts = [prompt]
+        self._begun: set[int] = set()
+        most = room_for(served.engine, prompt, body.most_tokens, served.limits)
+        samplings = [
+            body.sampling(choice, max_tokens=most, logprobs=body.wanted_logprobs) for choice in range(body.choices)
+        ]
+        return submit(served.engine, [(prompt.tokens, sampling) for sampling in samplings])
+
+    def _choice(self, number: int, choice: Choice, prompt_logprobs: tuple[Any, ...]) -> dict[str, Any]:
+        logprobs = None
+        if self._body.logprobs:
+            logprobs = answers.chat_logprobs(self._served.tokenizer, choice.tokens)
+        return {
+            "index": number,
+            "message": answers.chat_message(choice),
+            "logprobs": logprobs,
+            "finish_reason": choice.finish,
+            **self._token_ids(choice.tokens),
+        }
+
+    def _chunks(self, number: int, part: Part) -> list[dict[str, Any]]:
+        chunks = []
+        if number not in self._begun:
+            self._begun.add(number)
+            chunks.append(self._delta(number, {"role": "assistant", "content": ""}))
+        delta = answers.chat_delta(part.piece)
+        # What has no text yet waits; log-probabilities and token numbers do not.
+        if delta or part.finish is not None or self._body.logprobs or self._body.return_token_ids:
+            chunk = self._delta(number, delta, part.finish) | self._token_ids(part.tokens)
+            if self._body.logprobs:
+                chunk["logprobs"] = answers.chat_logprobs(self._served.tokenizer, part.tokens)
+            chunks.append(chunk)
+        return chunks
+
+    def _delta(self, number: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+class Completion(_Answering):
+    """`/v1/completions`."""
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+    _body: CompletionRequest
+
+    def _submit(self) -> list[Ticket]:
+        body, served = self._body, self._served
+        self._prompts = completion_prompts(served.tokenizer, body)
+        self._lengths: dict[int, int] = {}
+        requests = []
+        for prompt in self._prompts:
+            # With max_tokens of 0 only the prompt's log-probabilities count; the engine brings one token with them.
+            most = room_for(served.engine, prompt, body.max_tokens or 1, served.limits)
+            echoed = body.logprobs if body.echo else None
+            requests += [
+                (prompt.tokens, body.sampling(choice, max_tokens=most, logprobs=body.logprobs, prompt_logprobs=echoed))
+                for choice in range(body.choices)
+            ]
+        return submit(served.engine, requests)
+
+    def _choice(self, number: int, choice: Choice, prompt_logprobs: tuple[Any, ...]) -> dict[str, Any]:
+        return self._text(number, choice.content, choice.tokens, choice.finish, prompt_logprobs, first=True)
+
+    def _chunks(self, number: int, part: Part) -> list[dict[str, Any]]:
+        first = number not in self._lengths
+        chunk = self._text(number, part.piece.content, part.tokens, part.finish, part.prompt_logprobs, first=first)
+        self._lengths[number] = self._lengths.get(number, 0) + len(chunk["text"])
+        asked = self._body.logprobs is not None or self._body.return_token_ids
+        return [chunk] if chunk["text"] or part.finish is not None or asked else []
+
+    def _text(
+        self,
+        number: int,
+        text: str,
+        tokens: list[Scored] | tuple[Scored, ...],
+        finish: str | None,
+        prompt_logprobs: tuple[Any, ...],
+        *,
+        first: bool,
+    ) -> dict[str, Any]:
+        body, tokenizer = self._body, self._served.tokenizer
+        if body.max_tokens == 0:
+            text, tokens, finish = "", (), "length"
+        offset = self._lengths.get(number, 0)
+        if body.echo and first:
+            prompt = self._prompts[number // body.choices].tokens
+            text = tokenizer.decode(prompt) + text
+            before = [Scored(prompt[0], None), *map(Scored, prompt[1:], prompt_logprobs or [None] * len(prompt))]
+            tokens = [*before, *tokens]
+        logprobs = None if body.logprobs is None else answers.completion_logprobs(tokenizer, tokens, offset)
+        return {
+            "index": number,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish,
+            **self._token_ids(list(tokens)),
+        }
+
+
+async def _unless_gone(request: Request, answer: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any] | None:
+    """The answer, or None as soon as the client has gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answering = asyncio.ensure_future(answer())
+    watching = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            return None
+        return answering.result()
+    except ExceptionGroup as group:  # of several answers that failed, the first
+        raise group.exceptions[0] from None
+    finally:
+        for task in (answering, watching):
+            task.cancel()
+
+
+def page_text(name: str, about: dict[str, Any]) -> str:
+    """The chat page, with what it shows of the server in it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return templates.get_template("chat.html.jinja").render(name=name, about=about)

@@ -1,0 +1,222 @@
+"""The engine in a thread of its own, and requests that an event loop waits for.
+
+The thread computes steps while anything runs, and hands all news of a step to the event loop at once. It alone touches
+the engine: new requests and those that are given up come to it through a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from beringia.engine import Engine, Sampling
+from beringia.engine.sampling import TokenLogprobs
+from beringia.engine.scheduler import Sequence as Request
+from beringia.errors import InputError
+from beringia.serve.metrics import Metrics
+
+
+class Full(Exception):
+    """The queue has no place."""
+
+
+class Draining(Exception):
+    """The server is about to end and takes nothing new."""
+
+
+@dataclass(frozen=True)
+class News:
+    """What a step brought for one request."""
+
+    token: int | None
+    logprobs: TokenLogprobs | None
+    finish: str | None
+    error: str | None
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way through the server."""
+
+    prompt: list[int]
+    sampling: Sampling
+    news: asyncio.Queue[News] = field(default_factory=asyncio.Queue)
+    request: Request | None = None
+    given_up: bool = False
+    arrived: float = field(default_factory=time.perf_counter)
+    last_token: float | None = None
+
+    async def __aiter__(self) -> AsyncIterator[News]:
+        while True:
+            news = await self.news.get()
+            yield news
+            if news.finish is not None:
+                return
+
+
+class EngineThread:
+    """Runs the engine; all methods but the thread's own are called in the event loop."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, *, most_open: int) -> None:
+        """`most_open`: requests that may wait or run at the same time."""
+        self.engine = engine
+        self._metrics = metrics
+        metrics.cache_use.set_function(lambda: engine.cache_use)
+        self._most_open = most_open
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._open: set[Ticket] = set()
+        self._running: dict[Request, Ticket] = {}
+        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin. Called in the event loop that requests will come from."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def num_open(self) -> int:
+        """Requests that wait or run."""
+        return len(self._open)
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self._thread.is_alive() and not self._draining
+
+    def submit(self, requests: list[tuple[list[int], Sampling]]) -> list[Ticket]:
+        """Hand over several requests, all or none. Raises Full, Draining, and InputError for one that can never run."""
+        if self._draining or not self._thread.is_alive():
+            raise Draining
+        for prompt, sampling in requests:
+            self.engine.check(prompt, sampling)
+        if len(self._open) + len(requests) > self._most_open:
+            raise Full
+        tickets = [Ticket(prompt, sampling) for prompt, sampling in requests]
+        self._open.update(tickets)
+        self._metrics.requests_open.set(len(self._open))
+        for ticket in tickets:
+            self._inbox.put(partial(self._begin, ticket))
+        return tickets
+
+    def give_up(self, ticket: Ticket) -> None:
+        """The client has gone, or has enough: its place is free after the current step."""
+        if ticket in self._open:
+            self._close(ticket)
+            self._inbox.put(partial(self._abort, ticket))
+
+    async def drain(self, seconds: float) -> bool:
+        """Take nothing new, let what runs come to its end; False where it did not in time."""
+        self._draining = True
+        end = time.monotonic() + seconds
+        while self._open and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return not self._open
+
+    async def stop(self) -> None:
+        """End the thread."""
+        self._draining = True
+        self._inbox.put(None)
+        while self._thread.is_alive():
+            await asyncio.sleep(0.01)
+
+    # In the thread
+
+    def _work(self) -> None:
+        try:
+            while self._take_messages():
+                if self.engine.busy:
+                    self._step()
+        except BaseException as problem:
+            self.failure = problem
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._fail_all, f"the engine has ended: {problem}")
+            raise
+
+    def _take_messages(self) -> bool:
+        """Do what the event loop asks for; waits for it where there is nothing to compute. False: end."""
+        while True:
+            try:
+                message = self._inbox.get(block=not self.engine.busy)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            message()
+
+    def _begin(self, ticket: Ticket) -> None:
+        if ticket.given_up:
+            return
+        try:
+            ticket.request = self.engine.add(ticket.prompt, ticket.sampling)
+        except InputError as problem:  # the same was checked before
+            self._tell([(ticket, _error(str(problem)))])
+            return
+        self._running[ticket.request] = ticket
+
+    def _abort(self, ticket: Ticket) -> None:
+        if ticket.request is not None:
+            self.engine.abort(ticket.request)
+            self._running.pop(ticket.request, None)
+
+    def _step(self) -> None:
+        told = []
+        for request in self.engine.step():
+            ticket = self._running[request]
+            told.append((ticket, _news_of(request)))
+            if request.finished is not None:
+                del self._running[request]
+        if told:
+            self._tell(told)
+
+    def _tell(self, told: list[tuple[Ticket, News]]) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._deliver, told)
+
+    # In the event loop
+
+    def _deliver(self, told: list[tuple[Ticket, News]]) -> None:
+        now = time.perf_counter()
+        for ticket, news in told:
+            if ticket.given_up:
+                continue
+            if news.token is not None:
+                self._metrics.note_token(ticket.arrived, ticket.last_token, now)
+                ticket.last_token = now
+            if news.finish is not None:
+                self._close(ticket, news.finish)
+            ticket.news.put_nowait(news)
+
+    def _fail_all(self, message: str) -> None:
+        self._deliver([(ticket, _error(message)) for ticket in list(self._open)])
+
+    def _close(self, ticket: Ticket, finish: str | None = None) -> None:
+        ticket.given_up = finish is None
+        self._open.discard(ticket)
+        self._metrics.note_end(finish or "abort", ticket.arrived)
+        self._metrics.requests_open.set(len(self._open))
+
+
+def _news_of(request: Request) -> News:
+    if request.error is not None:
+        return _error(request.error)
+    first = len(request.tokens) == request.num_prompt + 1
+    return News(
+        request.tokens[-1],
+        request.logprobs[-1] if request.logprobs else None,
+        request.finished,
+        None,
+        tuple(request.prompt_logprobs) if first else (),
+    )
+
+
+def _error(message: str) -> News:
+    return News(None, None, "error", message, ())

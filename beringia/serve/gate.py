@@ -1,0 +1,100 @@
+"""What stands before every route: keys, the size of a body, and how long it may take to arrive. Plain ASGI, so that
+nothing is read of a request that is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from beringia.serve.failures import Failure
+from beringia.serve.metrics import Metrics
+
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+"""Without a key: the page asks for one itself, and probes have none."""
+
+
+class Gate:
+    """Middleware."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: Sequence[str], body_bytes: int, body_seconds: float, metrics: Metrics
+    ) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+        self._body_bytes = body_bytes
+        self._body_seconds = body_seconds
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if message["status"] >= 400:
+                    self._metrics.refused.labels(str(message["status"])).inc()
+            await send(message)
+
+        try:
+            self._check_key(scope)
+            body = await self._read(scope, receive)
+            await self._app(scope, body, noting)
+        except Failure as failure:
+            if started:
+                raise
+            response = failure.response()
+            if failure.status in (408, 413):
+                response.headers["Connection"] = "close"  # the rest of the body is not read
+            await response(scope, receive, noting)
+
+    def _check_key(self, scope: Scope) -> None:
+        if not self._keys or scope["path"] in OPEN_PATHS:
+            return
+        given = _header(scope, b"authorization").removeprefix(b"Bearer ")
+        # Every key is compared, each in constant time: how long this takes says nothing about them.
+        if not any([hmac.compare_digest(given, key) for key in self._keys]):
+            raise Failure(
+                401, "The key is missing or wrong: send one as 'Authorization: Bearer KEY'.", code="invalid_api_key"
+            )
+
+    async def _read(self, scope: Scope, receive: Receive) -> Receive:
+        """The whole body, and then what `receive` says: that the client has gone."""
+        length = _header(scope, b"content-length")
+        if length.isdigit() and int(length) > self._body_bytes:
+            raise self._too_large()
+        parts: list[bytes] = []
+        size, more = 0, scope["method"] in ("POST", "PUT", "PATCH")
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        break
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    more = message.get("more_body", False)
+                    if size > self._body_bytes:
+                        raise self._too_large()
+        except TimeoutError:
+            raise Failure(408, f"The body did not arrive within {self._body_seconds:g} s.", code="timeout") from None
+        whole: list[dict[str, Any]] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
+
+        async def again() -> Message:
+            return whole.pop() if whole else await receive()
+
+        return again
+
+    def _too_large(self) -> Failure:
+        return Failure(413, f"The body has more than {self._body_bytes} bytes.", code="body_too_large")
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((bytes(value) for key, value in scope["headers"] if key == name), b"")

@@ -1,0 +1,198 @@
+"""What clients may ask for: OpenAI's requests, field by field.
+
+A field that is not here is refused, and so is a value that would have to be ignored: penalties, tools, other response
+formats. Beyond OpenAI's own, vLLM's names for top_k, min_p, stop_token_ids, ignore_eos and return_token_ids are known.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from beringia.engine import Sampling
+
+MOST_LOGPROBS = 20
+MOST_CHOICES = 16
+MOST_STOPS = 16
+
+Token = Annotated[int, Field(ge=0)]
+Stop = Annotated[str, Field(min_length=1)]
+
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "best_of": (None,),
+    "frequency_penalty": (None, 0, 0.0),
+    "presence_penalty": (None, 0, 0.0),
+    "suffix": (None,),
+    "response_format": (None, {"type": "text"}),
+    "tools": (None, []),
+    "tool_choice": (None, "none"),
+    "parallel_tool_calls": (None,),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "modalities": (None, ["text"]),
+    "store": (None, False),
+    "service_tier": (None, "auto", "default"),
+}
+"""OpenAI's fields that this server does not compute: values that change nothing are taken, others are refused."""
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside its pieces."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class _Request(BaseModel):
+    """What both kinds of request have."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOPS)] | None = None
+    ignore_eos: bool = False
+    logit_bias: dict[Token, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+    user: str | None = None
+    """Who asks, for the client's own records: nothing depends on it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_would_be_ignored(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name, harmless in _ONLY.items():
+            if name in given and not any(given[name] == value for value in harmless):
+                raise ValueError(f"{name} is not supported by this server")
+        return {name: value for name, value in given.items() if name not in _ONLY}
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> _Request:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for requests with stream: true")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """How many answers."""
+        return self.n or 1
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with how many tokens there were."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(
+        self, choice: int, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> Sampling:
+        """For the engine. Answers to one request have seeds of their own."""
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(0, self.top_k or 0),
+            top_p=self.top_p or 1.0,
+            min_p=self.min_p or 0.0,
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            stop_tokens=tuple(self.stop_token_ids or ()),
+            ignore_end=self.ignore_eos,
+            logit_bias=self.logit_bias or {},
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+class ChatRequest(_Request):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is for requests with logprobs: true")
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        """New tokens at most; None: as many as there is room for."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Most likely tokens beside the chosen one; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Request):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
+    )
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _something_is_asked_for(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens of 0 is for requests with echo: true")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or several, as texts or as tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt

@@ -1,0 +1,259 @@
+"""A server process: load, listen, answer, and end with what was begun."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from beringia.chips.chip import Chip
+from beringia.chips.open import open_chip
+from beringia.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from beringia.engine import Engine
+from beringia.engine import Limits as EngineLimits
+from beringia.errors import InputError
+from beringia.model.presets import PRESETS
+from beringia.serve.answering import Limits
+from beringia.serve.app import Served, make_app, page_text
+from beringia.serve.engine_thread import EngineThread
+from beringia.serve.metrics import Metrics
+
+HEADER_SECONDS = 20.0
+"""For a request's head to arrive. A client that sends it byte by byte would else keep its connection for ever."""
+
+IDLE_SECONDS = 5
+"""A connection without a request stays open this long."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is started with."""
+
+    model: str
+    chip: str = "cpu"
+    faults: str | None = None
+    dtype: str | None = None
+    operators: str | None = None
+    name: str | None = None
+    """None: the directory's, or the preset's."""
+    tokenizer: str | None = None
+    """None: the model's own; for a preset `digits`."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: tuple[str, ...] = ()
+    engine: EngineLimits = field(default_factory=EngineLimits)
+    open_requests: int = 512
+    new_tokens: int = 4096
+    drain_seconds: float = 30.0
+    proof: Path | None = None
+    seed: int = 0
+
+
+def serve(settings: Settings, on_ready: Any = None) -> None:
+    """Serve until SIGTERM or SIGINT; what runs then may end within `drain_seconds`.
+
+    `on_ready(url, about)` is called when requests are taken. Raises InputError.
+    """
+    listening = _listen(settings)
+    chip = open_chip(settings.chip, faults=settings.faults, seed=settings.seed)
+    try:
+        served = load(settings, chip)
+        asyncio.run(_run(settings, served, listening, on_ready))
+    finally:
+        listening.close()
+        chip.close()
+
+
+def read_keys(path: Path | None) -> tuple[str, ...]:
+    """Keys from a file, one a line. Raises InputError."""
+    if path is None:
+        return ()
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as problem:
+        raise InputError(f"The keys in {path} cannot be read: {problem}.") from None
+    if not keys:
+        raise InputError(f"{path} has no key: write one a line.")
+    return keys
+
+
+def load(settings: Settings, chip: Chip) -> Served:
+    """The model in an engine, and what goes with it."""
+    engine = Engine(
+        settings.model,
+        chip,
+        dtype=_dtype(settings.dtype),
+        operators=settings.operators,
+        limits=settings.engine,
+        seed=settings.seed,
+    )
+    tokenizer = _tokenizer(settings)
+    check_vocabulary(tokenizer, engine.config.vocab_size)
+    weights = engine.weights_hash
+    if settings.proof is not None:
+        check_proof(settings.proof, weights)
+    identity = chip.identity
+    name = settings.name or (settings.model if settings.model in PRESETS else Path(settings.model).resolve().name)
+    about = {
+        "chip": chip.name,
+        "sku": identity.sku,
+        "truth": identity.truth,
+        "identity": identity.hash,
+        "weights": weights,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "operators": engine.operators,
+        "proof": None if settings.proof is None else settings.proof.name,
+    }
+    metrics = Metrics()
+    return Served(
+        name=name,
+        engine=EngineThread(engine, metrics, most_open=settings.open_requests),
+        tokenizer=tokenizer,
+        metrics=metrics,
+        limits=Limits(new_tokens=settings.new_tokens, open_requests=settings.open_requests),
+        about=about,
+        page=page_text(name, about),
+        keys=settings.keys,
+    )
+
+
+def check_proof(path: Path, weights: str) -> None:
+    """Raise InputError unless the file proves that weights with this hash are the model that was trained.
+
+    What a proof holds comes with the handover; until then none can be checked, so none is accepted.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise InputError(f"A proof was asked for, and {path} cannot be read: {problem.strerror}.") from None
+    except ValueError as problem:
+        raise InputError(f"A proof was asked for, and {path} is not valid JSON: {problem}.") from None
+    found = document.get("kind") if isinstance(document, dict) else None
+    raise InputError(
+        f"A proof for the weights {weights[:12]} was asked for, and {path} (kind: {found}) is none that this version "
+        "can check. Start without --proof, knowing that nothing shows that this is the model that was trained."
+    )
+
+
+def _tokenizer(settings: Settings) -> Tokenizer:
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer)
+    return load_tokenizer("digits" if settings.model in PRESETS else settings.model)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise InputError(f"dtype must be one of {', '.join(known)}, but is {name!r}.")
+    return known[name]
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Before the model is loaded: a taken port is told at once."""
+    try:
+        local = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        local = settings.host == "localhost"
+    if not local and not settings.keys:
+        raise InputError(
+            f"{settings.host} can be reached from other machines, and no key is set: give --api-key-file, or stay on "
+            "127.0.0.1."
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError as problem:
+        listening.close()
+        raise InputError(f"Cannot listen on {settings.host} port {settings.port}: {problem.strerror}.") from None
+    listening.set_inheritable(True)
+    return listening
+
+
+class _Patience(H11Protocol):
+    """A connection that is closed where the head of its request does not arrive in time."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._disarm()
+        elif self._deadline is None:
+            self._arm()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def _arm(self) -> None:
+        self._disarm()
+        self._deadline = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._too_slow)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        self._deadline = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Ends normally after a signal, when all is done. uvicorn's own raises the signal again then."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+async def _run(settings: Settings, served: Served, listening: socket.socket, on_ready: Any) -> None:
+    config = uvicorn.Config(
+        make_app(served),
+        http=_Patience,
+        ws="none",
+        loop="asyncio",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),
+    )
+    server = _Server(config)
+    running = asyncio.create_task(server.serve(sockets=[listening]))
+    while not server.started and not running.done():
+        await asyncio.sleep(0.01)
+    if server.started and on_ready is not None:
+        host, port = listening.getsockname()[:2]
+        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", served.about | {"model": served.name})
+    await running

@@ -1,0 +1,362 @@
+"""The server, driven by OpenAI's own client: the same answers as the engine's, whole and streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from served import Server, serving
+
+from beringia.chips.open import open_chip
+from beringia.data.tokenizer import load_tokenizer
+from beringia.engine import Engine, Sampling
+
+QUESTION = "+3141592653"
+TURNS: Any = [{"role": "user", "content": QUESTION}]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("r2-nano", "--chip", "cpu", "--sequences", "8", "--queue", "24") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def greedy() -> tuple[list[int], list[float], str]:
+    """What the engine itself says: tokens, their log-probabilities, and their text."""
+    chip = open_chip("cpu")
+    tokenizer = load_tokenizer("digits")
+    engine = Engine("r2-nano", chip)
+    wanted = Sampling(max_tokens=12, temperature=0.0, logprobs=2)
+    (found,) = engine.generate([tokenizer.encode(QUESTION)], wanted)
+    return list(found.tokens), [one.chosen for one in found.logprobs], tokenizer.decode(list(found.tokens))
+
+
+def test_a_chat_is_answered_as_the_engine_answers(client: openai.OpenAI, greedy: Any) -> None:
+    tokens, logprobs, text = greedy
+    answer = client.chat.completions.create(
+        model="r2-nano", messages=TURNS, temperature=0, max_tokens=12, logprobs=True, top_logprobs=2
+    )
+    (choice,) = answer.choices
+    assert choice.message.content == text and choice.message.role == "assistant"
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert [one.logprob for one in choice.logprobs.content] == pytest.approx(logprobs, abs=1e-6)
+    assert bytes(byte for one in choice.logprobs.content for byte in one.bytes or []).decode() == text
+    assert all(len(one.top_logprobs) == 2 for one in choice.logprobs.content)
+    assert answer.usage is not None and answer.usage.completion_tokens == len(tokens)
+    assert answer.usage.prompt_tokens == len(QUESTION)
+
+
+def test_the_pieces_of_a_stream_are_the_answer(client: openai.OpenAI, greedy: Any) -> None:
+    _, logprobs, text = greedy
+    stream = client.chat.completions.create(
+        model="r2-nano",
+        messages=TURNS,
+        temperature=0,
+        max_tokens=12,
+        logprobs=True,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    said = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in said) == text
+    found = [one.logprob for choice in said if choice.logprobs for one in choice.logprobs.content or []]
+    assert found == pytest.approx(logprobs, abs=1e-6)
+    assert said[0].delta.role == "assistant" and said[-1].finish_reason == "length"
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
+
+
+def test_many_at_once_get_what_each_would_get_alone(server: Server, greedy: Any) -> None:
+    async def ask(client: openai.AsyncOpenAI, seed: int) -> str | None:
+        answer = await client.chat.completions.create(
+            model="r2-nano", messages=TURNS, temperature=1.0, seed=seed, max_tokens=12
+        )
+        return answer.choices[0].message.content
+
+    async def ask_all() -> tuple[list[str | None], list[str | None]]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            together = await asyncio.gather(*[ask(client, seed) for seed in range(16)])
+            return list(together), [await ask(client, seed) for seed in range(16)]
+
+    together, alone = asyncio.run(ask_all())
+    assert together == alone and len(set(alone)) > 8
+
+
+def test_several_answers_to_one_request_differ_and_are_those_of_their_seeds(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="r2-nano", messages=TURNS, n=3, seed=5, max_tokens=12)
+    texts = [choice.message.content for choice in answer.choices]
+    assert len(set(texts)) == 3 and [choice.index for choice in answer.choices] == [0, 1, 2]
+    second = client.chat.completions.create(model="r2-nano", messages=TURNS, seed=6, max_tokens=12)
+    assert second.choices[0].message.content == texts[1]
+    stream = client.chat.completions.create(model="r2-nano", messages=TURNS, n=3, seed=5, max_tokens=12, stream=True)
+    streamed = ["", "", ""]
+    for chunk in stream:
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+
+
+def test_texts_and_tokens_are_completed_alike_and_echoed_with_their_log_probabilities(client: openai.OpenAI) -> None:
+    tokens = load_tokenizer("digits").encode(QUESTION)
+    asked: Any = {"model": "r2-nano", "temperature": 0, "max_tokens": 3, "logprobs": 2, "echo": True}
+    answer = client.completions.create(prompt=[QUESTION, "12"], **asked)
+    by_tokens = client.completions.create(prompt=tokens, **asked)
+    first, second = answer.choices
+    assert first.text == by_tokens.choices[0].text and first.text.startswith(QUESTION)
+    assert second.text.startswith("12")
+    assert first.logprobs is not None and by_tokens.choices[0].logprobs is not None
+    assert first.logprobs.token_logprobs == by_tokens.choices[0].logprobs.token_logprobs
+    assert first.logprobs.tokens is not None and "".join(first.logprobs.tokens) == first.text
+    assert first.logprobs.text_offset == list(range(len(first.text)))
+    assert first.logprobs.token_logprobs is not None and first.logprobs.token_logprobs[0] is None
+
+
+def test_a_prompt_is_scored_without_new_tokens_as_lm_eval_asks(client: openai.OpenAI) -> None:
+    from beringia.model import load_model
+
+    tokens = load_tokenizer("digits").encode(QUESTION)
+    answer = client.completions.create(model="r2-nano", prompt=tokens, max_tokens=0, logprobs=1, echo=True)
+    (choice,) = answer.choices
+    with torch.no_grad():
+        logprobs_TV = load_model("r2-nano").logits(torch.tensor([tokens]))[0].log_softmax(-1)
+    wanted = [float(logprobs_TV[place, token]) for place, token in enumerate(tokens[1:])]
+    assert choice.text == QUESTION and choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
+    assert answer.usage is not None and answer.usage.completion_tokens == 0
+
+
+def test_a_stop_string_ends_an_answer_before_it(client: openai.OpenAI, greedy: Any) -> None:
+    _, _, text = greedy
+    stop = text[4:6]
+    kept = text[: text.find(stop)]
+    asked: Any = {"model": "r2-nano", "messages": TURNS, "temperature": 0, "max_tokens": 12, "stop": [stop, "never"]}
+    answer = client.chat.completions.create(**asked)
+    assert answer.choices[0].message.content == kept and answer.choices[0].finish_reason == "stop"
+    chunks = list(client.chat.completions.create(stream=True, **asked))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == kept
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_biased_token_is_always_chosen_or_never(client: openai.OpenAI) -> None:
+    seven = load_tokenizer("digits").encode("7")[0]
+    asked: Any = {"model": "r2-nano", "messages": TURNS, "max_tokens": 6}
+    always = client.chat.completions.create(logit_bias={str(seven): 100}, **asked)
+    assert always.choices[0].message.content == "777777"
+
+
+def test_models_are_listed_with_what_is_known_of_them(client: openai.OpenAI, server: Server) -> None:
+    (model,) = client.models.list().data
+    assert model.id == "r2-nano" and client.models.retrieve("r2-nano").id == "r2-nano"
+    assert server.about["truth"] == "real" and server.about["operators"] == "compiled"
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/ready").json() == {"status": "ready"}
+
+
+WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({"messages": []}, 400, "messages", None),
+    ({"messages": [{"role": "wizard", "content": "1"}]}, 400, "messages.0.role", None),
+    ({"messages": [{"role": "user", "content": "1" * 5000}]}, 400, "room for 4096", "context_length_exceeded"),
+    ({"messages": TURNS, "max_tokens": 4090}, 400, "room for 4096", "context_length_exceeded"),
+    ({"messages": TURNS, "max_tokens": 0}, 400, "max_tokens", None),
+    ({"messages": TURNS, "temperature": -1}, 400, "temperature", None),
+    ({"messages": TURNS, "top_p": 0}, 400, "top_p", None),
+    ({"messages": TURNS, "logit_bias": {"99": 1}}, 400, "99", None),
+    ({"messages": TURNS, "n": 1000}, 400, "n:", None),
+    ({"messages": TURNS, "frequency_penalty": 0.5}, 400, "frequency_penalty", None),
+    ({"messages": TURNS, "tools": [{"type": "function"}]}, 400, "tools", None),
+    ({"messages": TURNS, "response_format": {"type": "json_object"}}, 400, "response_format", None),
+    ({"messages": TURNS, "top_logprobs": 3}, 400, "top_logprobs", None),
+    ({"messages": TURNS, "colour": "red"}, 400, "Unknown field: colour", "unknown_parameter"),
+    ({"messages": TURNS, "model": "gpt-5"}, 404, "There is no model 'gpt-5'", "model_not_found"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "words", "code"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_is_said_in_openai_s_error_object(
+    server: Server, body: dict[str, Any], status: int, words: str, code: str | None
+) -> None:
+    found = server.post({"model": "r2-nano"} | body)
+    error = found.json()["error"]
+    assert found.status_code == status and words in error["message"], error
+    assert error["code"] == code and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        (
+            b'{"model": "r2-nano", "messages": [{"role": "user", "content": "1"}], "temperature": NaN}',
+            400,
+            "temperature",
+        ),
+        (b'{"model": "r2-nano", "messages": [{"role": "user", "content": "\xff\xfe"}]}', 400, "body"),
+        (b"{", 400, "not JSON"),
+        (b"[1]", 400, ""),
+        (b'{"a": "' + b"x" * 10_000_000 + b'"}', 413, "more than"),
+    ],
+    ids=["nan", "utf-8", "cut", "list", "10 MB"],
+)
+def test_a_body_that_is_no_request_is_refused(server: Server, content: bytes, status: int, words: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    found = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
+    assert found.status_code == status and words in found.json()["error"]["message"], found.text
+
+
+def test_best_of_is_refused_and_unknown_paths_are_told(server: Server) -> None:
+    refused = server.post({"model": "r2-nano", "prompt": "1", "best_of": 2}, path="/v1/completions")
+    assert refused.status_code == 400 and "best_of" in refused.json()["error"]["message"]
+    assert httpx.get(f"{server.url}/v1/embeddings").json()["error"]["message"] == "Not Found."
+
+
+def test_a_client_that_goes_away_frees_its_place(server: Server) -> None:
+    body = {"model": "r2-nano", "messages": TURNS, "max_tokens": 4000, "ignore_eos": True}
+    for stream in (True, False):
+        with (
+            httpx.Client() as client,
+            pytest.raises(httpx.ReadTimeout),
+            client.stream(
+                "POST", f"{server.url}/v1/chat/completions", json=body | {"stream": stream}, timeout=0.3
+            ) as on,
+        ):
+            if stream:
+                next(on.iter_bytes())
+                raise httpx.ReadTimeout("enough")
+        _wait_until(lambda: server.metric("beringia_requests_open") == 0)
+    _wait_until(lambda: server.metric("beringia_cache_use") == 0)
+    assert server.metric('beringia_requests_total{finish="abort"}') >= 2
+
+
+def test_more_requests_than_there_are_places_get_429_and_the_others_their_answers(server: Server) -> None:
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        body = {"model": "r2-nano", "messages": TURNS, "max_tokens": 150, "ignore_eos": True}
+        return await client.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=100)) as client:
+            return await asyncio.gather(*[ask(client) for _ in range(60)])
+
+    found = asyncio.run(ask_all())
+    statuses = [response.status_code for response in found]
+    assert set(statuses) == {200, 429} and statuses.count(200) >= 24
+    refused = next(response for response in found if response.status_code == 429)
+    assert refused.headers["Retry-After"] == "1" and refused.json()["error"]["code"] == "queue_full"
+
+
+def test_a_client_that_sends_its_request_byte_by_byte_does_not_keep_its_connection(tmp_path: Path) -> None:
+    import socket
+
+    from beringia.serve import server as module
+
+    assert module.HEADER_SECONDS <= 30
+    patched = tmp_path / "impatient.py"
+    patched.write_text(
+        "import sys\nfrom beringia.serve import server\nserver.HEADER_SECONDS = 1.0\n"
+        "from beringia.cli import main\nmain(sys.argv[1:])\n"
+    )
+    with serving("r2-nano", "--chip", "cpu", program=(str(patched),)) as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            began = time.monotonic()
+            connection.settimeout(10)
+            for byte in b"GET /health HTTP/1.1\r\nHost: a\r\n" * 10:
+                try:
+                    connection.sendall(bytes([byte]))
+                except OSError:
+                    break
+                time.sleep(0.1)
+            assert time.monotonic() - began < 8, "it was closed on"
+        assert httpx.get(f"{running.url}/health").status_code == 200
+
+
+def test_with_keys_only_their_holders_are_served(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\nsecond-key\n")
+    with serving("r2-nano", "--chip", "cpu", "--api-key-file", str(keys)) as running:
+        for key, status in (("first-key", 200), ("second-key", 200), ("third-key", 401)):
+            found = httpx.get(f"{running.url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert found.status_code == status
+        missing = running.post({"model": "r2-nano", "messages": TURNS})
+        assert missing.status_code == 401 and missing.json()["error"]["code"] == "invalid_api_key"
+        assert missing.headers["WWW-Authenticate"] == "Bearer"
+        assert httpx.get(f"{running.url}/health").status_code == 200, "probes have no key"
+
+
+def test_sigterm_lets_what_runs_come_to_its_end(tmp_path: Path) -> None:
+    with serving("r2-nano", "--chip", "cpu") as running:
+        body = {"model": "r2-nano", "messages": TURNS, "max_tokens": 600, "ignore_eos": True, "stream": True}
+        lines: list[str] = []
+        begun = threading.Event()
+
+        def ask() -> None:
+            with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body, timeout=60) as answer:
+                for line in answer.iter_lines():
+                    lines.append(line)
+                    if len(lines) > 6:
+                        begun.set()
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert begun.wait(30)
+        code, said = running.stop()
+        thread.join(30)
+        assert lines[-2:] == ["data: [DONE]", ""] and code == 0, said
+
+
+def test_an_address_that_others_reach_needs_keys_and_a_taken_port_is_told(server: Server) -> None:
+    with pytest.raises(AssertionError, match="--api-key-file"), serving("r2-nano", "--host", "0.0.0.0"):
+        pass
+    port = server.url.rpartition(":")[2]
+    with pytest.raises(AssertionError, match="Cannot listen"), serving("r2-nano", "--port", port):
+        pass
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"kind": "handover"}'])
+def test_without_the_proof_that_was_asked_for_nothing_is_served(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "proof.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(AssertionError, match="proof"), serving("r2-nano", "--chip", "cpu", "--proof", str(path)):
+        pass
+
+
+def test_an_error_of_the_chip_fails_its_requests_in_words_and_the_server_goes_on(tmp_path: Path) -> None:
+    script = tmp_path / "once.toml"
+    script.write_text('summary = "fails once"\n[[faults]]\nkind = "exception"\nat_step = 3\ncode = "507014"\n')
+    with serving("r2-nano", "--chip", "emulated:ascend-910b", "--faults", str(script)) as running:
+        body = {"model": "r2-nano", "messages": TURNS, "temperature": 0, "max_tokens": 8}
+        failed = running.post(body)
+        assert failed.status_code == 500 and "507014" in failed.json()["error"]["message"]
+        assert running.post(body).status_code == 200
+        assert running.about["truth"] == "emulated"
+
+
+def _wait_until(holds: Any, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.05)
+    return True
+
+
+def test_log_probabilities_of_nothing_likely_are_finite(client: openai.OpenAI) -> None:
+    """JSON has no infinity."""
+    answer = client.completions.create(
+        model="r2-nano", prompt="1", max_tokens=2, logprobs=20, logit_bias={"5": -100}, temperature=0
+    )
+    assert answer.choices[0].logprobs is not None
+    assert all(math.isfinite(value) for value in answer.choices[0].logprobs.token_logprobs or [])
