@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from beringia import __version__
-from beringia.errors import BeringiaError, Inconclusive, RecipeError
+from beringia.errors import BeringiaError, Inconclusive, InputError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -244,6 +244,15 @@ def serve(
     queue: Annotated[int, typer.Option(help="Requests that run or wait; more get status 429.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Most new tokens of one request.")] = 4096,
     drain: Annotated[float, typer.Option(help="Seconds that running requests have after SIGTERM.")] = 30.0,
+    engine: Annotated[
+        Literal["own", "vllm"], typer.Option(help="vllm: vLLM in the interpreter that --python names.")
+    ] = "own",
+    python: Annotated[Path, typer.Option(help="vllm only: an interpreter that has it.")] = Path(
+        ".venv-vllm/bin/python"
+    ),
+    vllm_option: Annotated[
+        list[str] | None, typer.Option(help="vllm only: a further argument of `vllm serve`.", show_default=False)
+    ] = None,
     proof: Annotated[
         Path | None, typer.Option(help="Start only if this shows that the weights are the trained model's.")
     ] = None,
@@ -251,8 +260,43 @@ def serve(
     as_json: JsonOption = False,
 ) -> None:
     """An OpenAI-compatible server, and a chat page at its root. Ends with grace on SIGTERM."""
+
+    def ready(url: str, about: dict[str, Any]) -> None:
+        where = (
+            f" on {about['sku']} ({about['truth']}), {about['operators']} operators" if "sku" in about else " in vLLM"
+        )
+        print(json.dumps(about | {"url": url}) if as_json else f"{about['model']}{where}: {url}", flush=True)
+
+    if engine == "vllm":
+        only_own = {"--faults": faults, "--operators": operators, "--tokenizer": tokenizer, "--proof": proof}
+        given = [name for name, value in only_own.items() if value is not None]
+        if given:
+            raise InputError(
+                f"{given[0]} is for the own engine; vLLM has no such thing (--vllm-option passes others on)."
+            )
+        from beringia.serve.keys import read_keys as read
+        from beringia.serve.vllm import VllmSettings, run_vllm
+
+        run_vllm(
+            VllmSettings(
+                Path(model),
+                chip,
+                python,
+                name=name,
+                host=host,
+                port=port,
+                key=next(iter(read(api_key_file)), None),
+                dtype=dtype,
+                sequences=sequences,
+                drain_seconds=drain,
+                more=tuple(vllm_option or ()),
+            ),
+            ready,
+        )
+        return
     from beringia.engine import Limits
-    from beringia.serve.server import Settings, read_keys
+    from beringia.serve.keys import read_keys
+    from beringia.serve.server import Settings
     from beringia.serve.server import serve as run_server
 
     settings = Settings(
@@ -273,11 +317,6 @@ def serve(
         proof=proof,
         seed=seed,
     )
-
-    def ready(url: str, about: dict[str, Any]) -> None:
-        sentence = f"{about['model']} on {about['sku']} ({about['truth']}), {about['operators']} operators: {url}"
-        print(json.dumps(about | {"url": url}) if as_json else sentence, flush=True)
-
     run_server(settings, ready)
 
 

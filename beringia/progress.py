@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from beringia.records.events import (
     Alarm,
+    Answered,
     AnyEvent,
     Canary,
     CheckpointRejected,
@@ -94,6 +95,11 @@ def describe(event: AnyEvent) -> str | None:
             return f"checkpoint {event.step} cannot be used: {event.message}"
         case Exported():
             return f"exported step {event.step} to {event.directory}"
+        case Answered():
+            return (
+                f"{event.chip} answers {event.questions} held-out questions: accuracy {event.accuracy:.3f}, "
+                f"log-probabilities {event.mean_logprob_difference:.2g} from {event.trained_on}'s"
+            )
         case RunFinished():
             return f"{event.status} at step {event.step}: {event.message}"
         case _:

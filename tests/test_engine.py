@@ -171,6 +171,125 @@ def test_a_request_that_is_given_up_frees_its_place(cpu: Chip) -> None:
     assert not server.busy and server.num_free_blocks == free
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30), st.booleans()), min_size=1, max_size=10),
+    st.integers(1, 6),
+    st.integers(8, 40),
+    st.sampled_from([1, 3, 8]),
+)
+def test_with_drafts_every_answer_is_the_one_without_drafts(
+    cpu: Chip, asked: list[tuple[int, int, bool]], sequences: int, step_tokens: int, block_tokens: int
+) -> None:
+    """Exact in distribution, and more: each draw is the same. Few blocks; equal beginnings; greedy and not."""
+    model = decoder("deepseek_v3")
+    generator = torch.Generator().manual_seed(3)
+    beginnings = [torch.randint(0, 61, (30,), generator=generator).tolist() for _ in range(4)]
+    texts = [beginnings[which][:length] for which, length, _ in asked]
+    samplings = [
+        Sampling(max_tokens=12, temperature=0.0 if greedily else 0.8, seed=seed, ignore_end=True, logprobs=1)
+        for seed, (_, _, greedily) in enumerate(asked)
+    ]
+    row_bytes = (16 + 8) * 4 * 2
+    engines = [
+        Engine(
+            model,
+            cpu,
+            speculate=speculate,
+            limits=Limits(
+                cache_bytes=-(-44 // block_tokens) * block_tokens * row_bytes * (2 + speculate) // 2,
+                sequences=sequences,
+                step_tokens=step_tokens,
+                block_tokens=block_tokens,
+            ),
+        )
+        for speculate in (False, True)
+    ]
+    plain, drafting = (one.generate(texts, samplings) for one in engines)
+    assert plain == drafting
+    assert engines[1].num_drafted > 0 and engines[1].num_free_blocks == -(-44 // block_tokens)
+
+
+@pytest.mark.parametrize(
+    ("use", "operators"), [("cpu", "compiled"), ("cpu", "torch"), ("emulated:h800", None), ("emulated:mi300x", None)]
+)
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_invariant_engine_gives_the_same_bits_in_any_company(
+    use: str, operators: str | None, name: str, dtype: torch.dtype
+) -> None:
+    """Alone, or with a random mix of others that come and go, with chunks cut elsewhere."""
+    model, chip = decoder(name), open_chip(use)
+    asked = Sampling(max_tokens=20, temperature=0.9, seed=5, ignore_end=True, logprobs=3, prompt_logprobs=1)
+    question = prompts(1, seed=9)[0]
+
+    def answer(others: list[list[int]], **limits: int) -> Completion:
+        server = Engine(
+            model,
+            chip,
+            dtype=dtype,
+            operators=operators,
+            batch_invariant=True,
+            limits=Limits(**({"cache_bytes": 1 << 18, "block_tokens": 4} | limits)),
+        )
+        assert server.batch_invariant
+        lengths = [1 + number % 7 for number in range(len(others))]
+        samplings = [Sampling(max_tokens=length, seed=length) for length in lengths]
+        return server.generate([*others, question], [*samplings, asked])[-1]
+
+    alone = answer([])
+    for mix, limits in (
+        (3, {}),
+        (17, {"step_tokens": 29}),
+        (6, {"sequences": 3, "step_tokens": 11, "block_tokens": 8}),
+    ):
+        assert answer(prompts(mix, seed=mix), **limits) == alone
+    chip.close()
+
+
+@pytest.mark.parametrize("use", ["cpu", "emulated:h800"])
+def test_a_draft_is_what_the_multi_token_layer_predicts(use: str) -> None:
+    model, chip = decoder("deepseek_v3"), open_chip(use)
+    server = Engine(model, chip, dtype=torch.float32, speculate=True, limits=Limits(cache_bytes=1 << 18, step_tokens=7))
+    requests = [server.add(prompt, GREEDY) for prompt in prompts(3)]
+    compared = 0
+    while server.busy:
+        server.step()
+        for request in requests:
+            if request.draft:
+                assert request.draft[0] == predicted(model, request.tokens)
+                compared += 1
+    assert compared > 15
+    chip.close()
+
+
+def predicted(model: Decoder, tokens: list[int]) -> int:
+    """The token after `tokens`, by the multi-token layer: from the hidden states of all but the last, and the next."""
+    assert model.mtp is not None
+    with torch.no_grad():
+        hidden_BTD = model._hidden(torch.tensor([tokens]), None)[:, :-1]
+        next_BTD = model.model.embed_tokens(torch.tensor([tokens[1:]]))
+        found_BTD = model.mtp.predict(hidden_BTD, next_BTD, model.rope(torch.arange(len(tokens) - 1)))
+        return int(model._head(found_BTD)[0, -1].argmax())
+
+
+def test_drafts_save_steps_where_the_multi_token_layer_is_right(cpu: Chip) -> None:
+    """All weights but the embeddings are zero, so that trunk and draft both say the last token again."""
+    model = decoder("deepseek_v3")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name and "norm" not in name and "eh_proj" not in name:
+                parameter.zero_()
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+        assert model.mtp is not None
+        model.mtp.eh_proj.weight.copy_(torch.cat((torch.eye(32), torch.zeros(32, 32)), dim=1))
+    server = Engine(model, cpu, dtype=torch.float32, speculate=True)
+    (found,) = server.generate([[7]], GREEDY)
+    assert found.tokens == (7,) * 12
+    # The prompt's step brings one token, each later one two, but the last one, which may not draft.
+    assert server.num_steps == 7 and server.num_accepted == 5
+
+
 def test_new_weights_are_used_at_once_and_told_by_their_hash(cpu: Chip) -> None:
     old, new = decoder("deepseek_v3"), decoder("deepseek_v3", seed=1)
     server = engine(old, cpu)

@@ -55,7 +55,10 @@ def plain(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def test_draws_have_the_frequencies_of_the_softmax_that_was_asked_for(sampling: Sampling) -> None:
     row_V = logits(1)[0]
     noise = Noise(11, VOCAB)
-    drawn = [choose(row_V.unsqueeze(0), [sampling], [noise])[0] for _ in range(DRAWS)]
+    drawn = []
+    for _ in range(DRAWS):
+        drawn += choose(row_V.unsqueeze(0), [sampling], [noise], [0])
+        noise.advance()
     counts = torch.bincount(torch.tensor(drawn), minlength=VOCAB).double()
     expected = plain(row_V, sampling) * DRAWS
     allowed = expected > 0
@@ -72,7 +75,8 @@ def test_filters_keep_the_same_tokens_whatever_the_other_rows_ask(
     asked = [Sampling(), Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=0.9), Sampling(temperature=0.0)]
 
     def draw(rows: list[int]) -> list[int]:
-        return choose(rows_RV[rows], [asked[row] for row in rows], [Noise(row, VOCAB) for row in rows])
+        noises = [Noise(row, VOCAB) for row in rows]
+        return choose(rows_RV[rows], [asked[row] for row in rows], noises, [0] * len(rows))
 
     together = draw([0, 1, 2])
     assert together == [draw([row])[0] for row in range(3)]
@@ -83,7 +87,8 @@ def test_filters_keep_the_same_tokens_whatever_the_other_rows_ask(
 def test_a_bias_moves_a_logit_and_leaves_the_log_probability_the_model_s_own() -> None:
     row_RV = logits(1)
     worst = int(row_RV.argmin())
-    assert choose(row_RV, [Sampling(temperature=0.0, logit_bias={worst: 100.0})], [Noise(0, VOCAB)]) == [worst]
+    biased = Sampling(temperature=0.0, logit_bias={worst: 100.0})
+    assert choose(row_RV, [biased], [Noise(0, VOCAB)], [0]) == [worst]
     (told,) = logprobs_of(row_RV, [worst], [2])
     wanted_V = row_RV[0].double().log_softmax(-1)
     assert told.chosen == pytest.approx(float(wanted_V[worst]), abs=1e-6) and told.rank == VOCAB - 1
@@ -92,11 +97,18 @@ def test_a_bias_moves_a_logit_and_leaves_the_log_probability_the_model_s_own() -
     assert [value for _, value in told.top] == pytest.approx(best.values.tolist(), abs=1e-6)
 
 
-def test_noise_is_the_same_for_a_seed_however_large_the_vocabulary_that_is_drawn_at_once() -> None:
-    first, again, other = Noise(3, 9000), Noise(3, 9000), Noise(4, 9000)
-    rows = [first.row().clone() for _ in range(5)]
-    assert all(torch.equal(row, again.row()) for row in rows)
-    assert not torch.equal(rows[0], other.row()) and not torch.equal(rows[0], rows[1])
+@settings(max_examples=20)
+@given(st.integers(1, 20_000), st.lists(st.integers(0, 2), min_size=1, max_size=12))
+def test_noise_is_the_same_for_a_seed_however_far_ahead_it_is_looked_at(vocab: int, looks: list[int]) -> None:
+    noise, plain_noise, other = Noise(3, vocab), Noise(3, vocab), Noise(4, vocab)
+    rows = []
+    for _ in range(len(looks) + 2):
+        rows.append(plain_noise.row().clone())
+        plain_noise.advance()
+    for place, ahead in enumerate(looks):
+        assert torch.equal(noise.row(ahead), rows[place + ahead])
+        assert not torch.equal(rows[place], rows[place + 1]) and not torch.equal(noise.row(), other.row())
+        noise.advance()
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 
+from beringia.campaign.answers import answer
 from beringia.campaign.export import compare_with_transformers, export
 from beringia.campaign.qualification import qualify_chips
 from beringia.errors import Refusal
-from beringia.records.events import AnyEvent, Exported, RunFinished
+from beringia.records.events import Answered, AnyEvent, Exported, RunFinished
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.report.history import read_history
@@ -22,7 +23,7 @@ from beringia.supervise.supervisor import supervise
 def run_campaign(
     recipe: Recipe, recipe_text: str, run: RunDirectory, *, on_event: Callable[[AnyEvent], None] | None = None
 ) -> Summary:
-    """Qualify the chips, train with crossings as needed, export, compare, report.
+    """Qualify the chips, train with crossings as needed, export, compare, answer on the inference chip, report.
 
     Going on after an interruption is the same call.
 
@@ -32,14 +33,15 @@ def run_campaign(
         qualify_chips(recipe, recipe_text, run, on_event)
         finished = supervise(recipe, recipe_text, run, on_event=on_event)
         if finished.status == "done":
-            _hand_on(run, finished, on_event)
+            _hand_on(run, on_event)
+            _serve(recipe, run, finished, on_event)
     finally:
         if run.events.exists():
             write_report(run.root)
     return summarise(read_history(run.root))
 
 
-def _hand_on(run: RunDirectory, finished: RunFinished, on_event: Callable[[AnyEvent], None] | None) -> None:
+def _hand_on(run: RunDirectory, on_event: Callable[[AnyEvent], None] | None) -> None:
     with RunLock(run) as lock:
         log = EventLog(run, on_event)
         if any(isinstance(event, Exported) for event in log.history):
@@ -64,3 +66,19 @@ def _hand_on(run: RunDirectory, finished: RunFinished, on_event: Callable[[AnyEv
             f"transformers computes other logits from {run.export} than Beringia: they differ by "
             f"{comparison.largest_difference:.3g}, where rounding explains {comparison.bound:.3g}."
         )
+
+
+def _serve(
+    recipe: Recipe, run: RunDirectory, finished: RunFinished, on_event: Callable[[AnyEvent], None] | None
+) -> None:
+    if recipe.serve.chip is None:
+        return
+    with RunLock(run) as lock:
+        log = EventLog(run, on_event)
+        try:
+            if not any(isinstance(event, Answered) for event in log.history):
+                assert finished.chip is not None, "a run that is done was on a chip"
+                answered = answer(recipe, run, finished.chip, finished.step)
+                log.append(answered, epoch=lock.epoch, chip=recipe.serve.chip)
+        finally:
+            log.close()

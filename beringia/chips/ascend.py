@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from beringia.chips.ascend_faults import classify_ascend
-from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Presence
+from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Presence, ServeArguments
 from beringia.errors import ChipUnavailable
 from beringia.records.identity import ChipIdentity
 
@@ -211,6 +211,24 @@ def find() -> list[Presence]:
         Presence("npu", "Ascend, not opened", "real", None, here=True, state=f"not opened; {NEVER_RUN}", index=index)
         for index in range(len(devices))
     ]
+
+
+def serve_arguments(quantization: str | None, *, latent: bool, experts: bool) -> ServeArguments:
+    """As vllm-ascend's documentation serves DeepSeek-R1 in W8A8; never run here.
+
+    Its own INT8 files need the flag, compressed-tensors ones do not. Decoding runs in captured graphs.
+    """
+    arguments = ["--compilation-config", '{"cudagraph_mode":"FULL_DECODE_ONLY"}']
+    if quantization == "ascend":
+        arguments += ["--quantization", "ascend"]
+    if experts:
+        arguments += ["--enable-expert-parallel"]
+    environment = {
+        "HCCL_OP_EXPANSION_MODE": "AIV",
+        "HCCL_BUFFSIZE": "200",
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+    }
+    return ServeArguments(tuple(arguments), environment)
 
 
 def open_device(index: int) -> Ascend:

@@ -8,7 +8,8 @@ to do about a fault is the supervisor's business.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,14 @@ class Presence:
     state: str
     """One sentence: the state of a chip that is here, or what was looked for, what was found and what to do."""
     index: int = 0
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """What vLLM needs on a chip, beside the model."""
+
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Presence
+from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Presence, ServeArguments
 from beringia.chips.classification import Rule, device_text, gravest_match
 from beringia.records.identity import ChipIdentity
 
@@ -47,6 +47,12 @@ CPU_RULES: tuple[Rule, ...] = (
     ),
 )
 """Errors of a CPU, and of gloo and torch's TCP store on it. Texts: gloo `transport/tcp`, c10d `socket.cpp`."""
+
+
+def serve_arguments(quantization: str | None, *, latent: bool, experts: bool) -> ServeArguments:
+    """vLLM 0.32 on the CPU: its latent attention fails at run time for blocks of 16, and takes few head sizes."""
+    environment = {"VLLM_MLA_DISABLE": "1"} if latent else {}
+    return ServeArguments(("--block-size", "32"), environment)
 
 
 class Cpu(Chip):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from beringia.chips.chip import Capabilities, ChipFault, Presence
+from beringia.chips.chip import Capabilities, ChipFault, Presence, ServeArguments
 from beringia.chips.cuda_faults import classify_cuda
 from beringia.chips.torch_cuda import (
     Facts,
@@ -133,6 +133,11 @@ def parse_listing(printed: str | None) -> list[tuple[str, int | None]]:
         # A device on Grace says [N/A]: it shares the host's memory.
         devices.append((name.strip(), int(mebibytes) * _MEBIBYTE if mebibytes.strip().isdigit() else None))
     return devices
+
+
+def serve_arguments(quantization: str | None, *, latent: bool, experts: bool) -> ServeArguments:
+    """vLLM is made for these: it chooses by itself."""
+    return ServeArguments()
 
 
 def open_device(index: int) -> Nvidia:

@@ -15,7 +15,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-from beringia.chips.chip import Chip, Presence
+from beringia.chips.chip import Chip, Presence, ServeArguments
 from beringia.errors import ChipUnavailable
 
 _FILES: dict[str, tuple[str, ...]] = {
@@ -57,6 +57,21 @@ def check_present(name: str, *, faults: str | None = None) -> None:
 def first_present() -> str:
     """What `auto` means on this machine: the first present of cuda, npu, cpu."""
     return next(name for name in _AUTO if any(found.here for found in _look_for(name)))
+
+
+def serve_arguments(name: str, quantization: str | None, *, latent: bool, experts: bool) -> ServeArguments:
+    """What vLLM needs to serve a model on a real chip, which need not be here: vLLM opens it in its own interpreter.
+
+    `quantization`: of the model's files, as its configuration names it; `latent`: whether its attention is latent;
+    `experts`: whether it has routed ones. Raises ChipUnavailable for a chip that vLLM cannot use.
+    """
+    if name.startswith(_EMULATED):
+        raise ChipUnavailable(f"vLLM cannot serve on {name}: emulated chips are served by the engine (--engine own).")
+    name = first_present() if name == "auto" else name
+    if name not in _FILES:
+        raise ChipUnavailable(_unknown(name))
+    found: ServeArguments = _module(_FILES[name][0]).serve_arguments(quantization, latent=latent, experts=experts)
+    return found
 
 
 def present() -> list[Presence]:

@@ -36,12 +36,20 @@ class PagedCache:
     """One tensor a layer: blocks, tokens in a block, W."""
 
     def __init__(
-        self, config: DecoderConfig, num_blocks: int, block_tokens: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: DecoderConfig,
+        num_blocks: int,
+        block_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        drafts: bool = False,
     ) -> None:
+        """`drafts`: with a layer more, for multi-token prediction."""
         self.layout = layout_of(config)
         shape = (num_blocks, block_tokens, row_width(config))
         # Zeros: rows past a sequence's end are masked, but 0 times what was in memory before could be NaN.
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers + drafts)]
 
     @property
     def bytes_per_token(self) -> int:

@@ -71,28 +71,37 @@ class Engine:
         *,
         dtype: torch.dtype | None = None,
         operators: str | None = None,
+        speculate: bool = False,
+        batch_invariant: bool = False,
         limits: Limits | None = None,
         seed: int = 0,
     ) -> None:
         """`dtype`: of weights and cache; None: the chip's own choice. `operators`: `torch`, `compiled` (activations
-        stay float32), or None: compiled where the chip is the CPU. Raises ModelError, InputError."""
+        stay float32), or None: compiled where the chip is the CPU. `speculate`: draft a token a step with the
+        model's multi-token prediction layer; the answers stay the same. `batch_invariant`: the same bits whatever
+        else is in the batch; compiled operators always give them. Raises ModelError, InputError."""
         decoder = model if isinstance(model, Decoder) else load_model(model, seed=seed)
         self.config = decoder.config
         self.chip = chip
         self.limits = limits or Limits()
         dtype = dtype or chip.capabilities.compute_dtype
-        chosen = open_operators(operators, chip, dtype)
+        chosen = open_operators(operators, chip, dtype, batch_invariant=batch_invariant)
         self.operators = chosen.name
-        self._weights = Weights(decoder, chosen, chip.device, dtype)
+        self.batch_invariant = chosen.batch_invariant
+        self.speculates = speculate
+        if speculate and decoder.mtp is None:
+            raise InputError("speculate needs a multi-token prediction layer, and this model has none.")
+        self._weights = Weights(decoder, chosen, chip.device, dtype, drafts=speculate)
         self._cache = self._make_cache()
         self._scheduler = Scheduler(
             BlockPool(self._cache.layers[0].shape[0], self.limits.block_tokens),
             max_sequences=self.limits.sequences,
             step_tokens=self.limits.step_tokens,
+            drafts=speculate,
         )
         self._forward = Forward(self._weights, self._cache, chosen, _router_of(decoder))
         self._numbers = itertools.count()
-        self.num_steps = 0
+        self.num_steps = self.num_drafted = self.num_accepted = 0
         self._seeds = torch.Generator().manual_seed(seed)
         end = self.config.eos_token_id
         self._end_tokens = frozenset(end if isinstance(end, tuple) else () if end is None else (end,))
@@ -168,8 +177,7 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Request]:
         """Compute one step; the requests that got a token, or that an error of the chip has ended."""
-        # One-token chunks first, as `Places` has them.
-        chunks = sorted(self._scheduler.schedule(), key=lambda chunk: chunk.end - chunk.start > 1)
+        chunks = self._scheduler.schedule()
         if not chunks:
             return []
         wanted, rows = _wanted_rows(chunks)
@@ -177,18 +185,16 @@ class Engine:
         try:
             self.chip.begin_step(self.num_steps)
             places = Places.of(chunks, self.limits.block_tokens, self.chip.device)
-            logits_RV = self._forward(places, torch.tensor(wanted, dtype=torch.int64).to(self.chip.device)).cpu()
+            logits_RV, hidden_MD = self._forward(places, self._index(wanted))
+            done = self._finish_step(chunks, rows, logits_RV.cpu())
+            if self.speculates:
+                self._draft(chunks, hidden_MD)
         except RuntimeError as problem:
             fault = self.chip.classify(problem)
             if fault is None:
                 raise
             return self._fail(chunks, f"{self.chip.name} reported {fault.code}: {fault.message}")
-        for chunk, of_chunk in zip(chunks, rows, strict=True):
-            _note_prompt_logprobs(chunk, logits_RV[of_chunk])
-            chunk.sequence.num_computed = chunk.end
-        last_rows = {chunk.sequence: row.stop - 1 for chunk, row in zip(chunks, rows, strict=True) if chunk.completes}
-        self._extend(list(last_rows), logits_RV[list(last_rows.values())])
-        return list(last_rows)
+        return done
 
     def load_weights(self, decoder: Decoder) -> str:
         """Other weights of the same model, between two steps; returns their hash. What runs is computed anew."""
@@ -215,29 +221,102 @@ class Engine:
 
     # Small parts
 
-    def _extend(self, requests: list[Request], logits_RV: torch.Tensor) -> None:
-        """Choose each request's next token."""
-        if not requests:
+    def _finish_step(self, chunks: Sequence[Chunk], rows: Sequence[slice], logits_RV: torch.Tensor) -> list[Request]:
+        """Take in what the rows say; the requests that got tokens."""
+        choosing: list[tuple[Request, range]] = []
+        for chunk, of_chunk in zip(chunks, rows, strict=True):
+            _note_prompt_logprobs(chunk, logits_RV[of_chunk])
+            chunk.sequence.num_computed = chunk.end - chunk.drafted
+            if chunk.completes:
+                choosing.append((chunk.sequence, range(of_chunk.stop - 1 - chunk.drafted, of_chunk.stop)))
+        self._extend(choosing, logits_RV)
+        return [request for request, _ in choosing]
+
+    def _extend(self, choosing: Sequence[tuple[Request, range]], logits_RV: torch.Tensor) -> None:
+        """Choose each request's next token, and where that is the drafted one, the token after it.
+
+        So the tokens are those that are chosen without drafts: a draft only decides how many a step brings.
+        """
+        flat = [(request, row, row - rows.start) for request, rows in choosing for row in rows]
+        if not flat:
             return
-        asked = [request.sampling for request in requests]
-        tokens = choose(logits_RV, asked, [request.noise for request in requests])
+        asked = [request.sampling for request, _, _ in flat]
+        chosen_rows_RV = logits_RV[[row for _, row, _ in flat]]
+        noises, ahead = [request.noise for request, _, _ in flat], [later for _, _, later in flat]
+        tokens = choose(chosen_rows_RV, asked, noises, ahead)
         told = [row for row, sampling in enumerate(asked) if sampling.logprobs is not None]
+        logprobs = {}
         if told:
             wanted = [asked[row].logprobs or 0 for row in told]
-            found = logprobs_of(logits_RV[told], [tokens[row] for row in told], wanted)
-            for row, one in zip(told, found, strict=True):
-                requests[row].logprobs.append(one)
-        for request, token in zip(requests, tokens, strict=True):
-            request.tokens.append(token)
-            request.finished = self._finish(request, token)
+            found = logprobs_of(chosen_rows_RV[told], [tokens[row] for row in told], wanted)
+            logprobs = dict(zip(told, found, strict=True))
+        for row, (request, _, later) in enumerate(flat):
+            if later and (request.finished is not None or request.tokens[-1] != request.draft[later - 1]):
+                continue
+            if later:
+                self._accept(request)
+            self._append(request, tokens[row], logprobs.get(row))
+        for request, _ in choosing:
+            request.draft = ()
             if request.finished is not None:
                 self._scheduler.remove(request)
+
+    def _append(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
+        request.tokens.append(token)
+        request.noise.advance()
+        if logprobs is not None:
+            request.logprobs.append(logprobs)
+        request.finished = self._finish(request, token)
+
+    def _accept(self, request: Request) -> None:
+        """The drafted token, computed in this step, was right."""
+        self.num_accepted += 1
+        self._scheduler.note_computed(request, request.num_computed, request.num_computed + 1)
+        request.num_computed += 1
+
+    def _draft(self, chunks: Sequence[Chunk], hidden_MD: torch.Tensor) -> None:
+        """Draft the token after each request's newest one, from the rows whose next token is known."""
+        known: list[Chunk] = []
+        rows: list[int] = []
+        ready: list[tuple[Request, int]] = []
+        first = 0
+        for chunk in chunks:
+            request = chunk.sequence
+            count = min(chunk.end, len(request.tokens) - 1) - chunk.start
+            if request.finished is None and count > 0:
+                rows += range(first, first + count)
+                known.append(Chunk(request, chunk.start + 1, chunk.start + 1 + count))
+                if known[-1].completes and self._has_room_for_two(request):
+                    ready.append((request, len(rows) - 1))
+            first += chunk.end - chunk.start
+        if not known:
+            return
+        places = Places.of(known, self.limits.block_tokens, self.chip.device)
+        hidden_MD = hidden_MD.index_select(0, self._index(rows))
+        logits_RV = self._forward.draft(places, hidden_MD, self._index([row for _, row in ready])).cpu()
+        if not ready:
+            return
+        requests = [request for request, _ in ready]
+        # With the noise that its check will have: a draft is right wherever the two distributions' draws agree.
+        drafts = choose(logits_RV, [r.sampling for r in requests], [r.noise for r in requests], [0] * len(ready))
+        for request, draft in zip(requests, drafts, strict=True):
+            request.draft = (draft,)
+        self.num_drafted += len(ready)
+
+    def _has_room_for_two(self, request: Request) -> bool:
+        """Whether two more tokens are wanted, and the model has positions for them."""
+        wanted = request.sampling.max_tokens - len(request.new_tokens)
+        return min(wanted, self.config.max_position_embeddings - len(request.tokens)) > 1
+
+    def _index(self, rows: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int64).to(self.chip.device)
 
     def _fail(self, chunks: Sequence[Chunk], error: str) -> list[Request]:
         """End the requests of a step that the chip did not finish; what it wrote into the cache is worth nothing."""
         requests = [chunk.sequence for chunk in chunks]
         for request in requests:
-            request.finished, request.error = "error", error
+            if request.finished is None:
+                request.finished, request.error = "error", error
             self._scheduler.remove(request)
         self._scheduler.pool.forget_all()
         return requests
@@ -252,11 +331,15 @@ class Engine:
         return None
 
     def _make_cache(self) -> PagedCache:
-        one = PagedCache(self.config, 1, self.limits.block_tokens, torch.device("meta"), self._weights.dtype)
+        one = self._cache_of(1, torch.device("meta"))
         num_blocks = self.limits.cache_bytes // (one.bytes_per_token * self.limits.block_tokens)
         if num_blocks < 1:
             raise InputError(f"cache_bytes is {self.limits.cache_bytes}, less than one block takes.")
-        return PagedCache(self.config, num_blocks, self.limits.block_tokens, self.chip.device, self._weights.dtype)
+        return self._cache_of(num_blocks, self.chip.device)
+
+    def _cache_of(self, num_blocks: int, device: torch.device) -> PagedCache:
+        block_tokens, dtype = self.limits.block_tokens, self._weights.dtype
+        return PagedCache(self.config, num_blocks, block_tokens, device, dtype, drafts=self.speculates)
 
 
 def completion_of(request: Request) -> Completion:
@@ -277,14 +360,16 @@ def _router_of(decoder: Decoder) -> Router | None:
 
 
 def _wanted_rows(chunks: Sequence[Chunk]) -> tuple[list[int], list[slice]]:
-    """Rows whose logits are needed, and which of those are each chunk's: the last row of a chunk that completes its
-    sequence, all rows where the prompt's log-probabilities are asked for."""
+    """Rows whose logits are needed, and which of those are each chunk's: in a chunk that completes its sequence the row
+    of its last token and those of its draft, all rows where the prompt's log-probabilities are asked for."""
     wanted: list[int] = []
     rows: list[slice] = []
     row = 0
     for chunk in chunks:
         end = row + chunk.end - chunk.start
-        first = row if chunk.sequence.sampling.prompt_logprobs is not None else end - int(chunk.completes)
+        first = end - chunk.drafted - 1 if chunk.completes else end
+        if chunk.sequence.sampling.prompt_logprobs is not None:
+            first = row
         rows.append(slice(len(wanted), len(wanted) + end - first))
         wanted += range(first, end)
         row = end

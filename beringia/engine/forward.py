@@ -40,23 +40,43 @@ class Forward:
         cos_LQ, sin_LQ = rotary.table(weights.config, torch.arange(weights.config.max_position_embeddings))
         self._rope = cos_LQ.to(weights.device), sin_LQ.to(weights.device)
 
-    def __call__(self, places: Places, wanted: torch.Tensor) -> torch.Tensor:
-        """Float32 logits of the wanted rows, on the device."""
-        config, weights, operators = self._config, self._weights, self._operators
-        x_MD = operators.embed(weights.matrix("embed"), places.token_M)
+    def __call__(self, places: Places, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 logits of the wanted rows; and all rows before the head, for drafts. On the device."""
+        config, operators = self._config, self._operators
+        x_MD = operators.embed(self._weights.matrix("embed"), places.token_M)
         for layer in range(config.num_hidden_layers):
-            path = f"layers.{layer}"
-            normed_MD = self._norm(x_MD, f"{path}.input_norm", config.rms_norm_eps)
-            attended_MX = self._attention(normed_MD, f"{path}.attention", layer, places)
-            x_MD = self._linear(attended_MX, f"{path}.attention.o", add_to=x_MD)
-            x_MD = self._feed(self._norm(x_MD, f"{path}.post_norm", config.rms_norm_eps), path, layer, x_MD)
-        x_MD = self._norm(x_MD.index_select(0, wanted), "norm", config.rms_norm_eps)
-        return operators.linear(x_MD, weights.head).to(torch.float32)
+            x_MD = self._layer(x_MD, layer, places)
+        hidden_MD = self._norm(x_MD, "norm", config.rms_norm_eps)
+        return self._head(hidden_MD.index_select(0, wanted)), hidden_MD
+
+    def draft(self, places: Places, hidden_MD: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Float32 logits of the token after each wanted row's, from the multi-token prediction layer (DeepSeek-V3,
+        arXiv 2412.19437 section 2.2): each row has a token, and the hidden state of the token before it.
+
+        Its cache holds what a token and all before it determine, so that beginnings are shared as in other layers;
+        the first token has no row.
+        """
+        config, operators = self._config, self._operators
+        x_MD = operators.embed(self._weights.matrix("embed"), places.token_M)
+        joined_MX = x_MD.new_empty(len(x_MD), 2 * config.hidden_size)
+        self._norm(x_MD, "draft.embed_norm", config.rms_norm_eps, out=joined_MX[:, : config.hidden_size])
+        self._norm(hidden_MD, "draft.hidden_norm", config.rms_norm_eps, out=joined_MX[:, config.hidden_size :])
+        x_MD = self._layer(self._linear(joined_MX, "draft.join"), config.num_hidden_layers, places, start=1)
+        return self._head(self._norm(x_MD.index_select(0, wanted), "draft.norm", config.rms_norm_eps))
+
+    def _layer(self, x_MD: torch.Tensor, layer: int, places: Places, start: int = 0) -> torch.Tensor:
+        path, eps = f"layers.{layer}", self._config.rms_norm_eps
+        attended_MX = self._attention(self._norm(x_MD, f"{path}.input_norm", eps), path, layer, places, start)
+        x_MD = self._linear(attended_MX, f"{path}.attention.o", add_to=x_MD)
+        return self._feed(self._norm(x_MD, f"{path}.post_norm", eps), path, x_MD)
+
+    def _head(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        return self._operators.linear(hidden_RD, self._weights.head).to(torch.float32)
 
     # Attention
 
-    def _grouped(self, x_MD: torch.Tensor, path: str, layer: int, places: Places) -> torch.Tensor:
-        config = self._config
+    def _grouped(self, x_MD: torch.Tensor, path: str, layer: int, places: Places, start: int) -> torch.Tensor:
+        config, path = self._config, f"{path}.attention"
         heads_MXH = self._linear(x_MD, f"{path}.qkv").view(len(x_MD), -1, config.head_dim)
         q_MNH, k_MGH, _ = torch.split(heads_MXH, [config.num_attention_heads, *[config.num_key_value_heads] * 2], dim=1)
         if self._weights.has(f"{path}.q_norm"):
@@ -65,10 +85,10 @@ class Forward:
         self._rotate(q_MNH, places, out=q_MNH)
         self._rotate(k_MGH, places, out=k_MGH)
         row_MW = heads_MXH[:, config.num_attention_heads :].flatten(1)
-        return self._attend(q_MNH, row_MW, layer, places).flatten(1)
+        return self._attend(q_MNH, row_MW, layer, places, start).flatten(1)
 
-    def _latent(self, x_MD: torch.Tensor, path: str, layer: int, places: Places) -> torch.Tensor:
-        config, weights, operators = self._config, self._weights, self._operators
+    def _latent(self, x_MD: torch.Tensor, path: str, layer: int, places: Places, start: int) -> torch.Tensor:
+        config, weights, operators, path = self._config, self._weights, self._operators, f"{path}.attention"
         rank, nope, turned = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
         q_MX, latent_MR, k_MP = self._linear(x_MD, f"{path}.q_kv_down").tensor_split([-(rank + turned), -turned], dim=1)
         if config.q_lora_rank is not None:
@@ -81,18 +101,20 @@ class Forward:
         # Into the latent space: q k = q (up latent) = (q up) latent.
         operators.by_head(q_MNH, weights.matrix(f"{path}.k_up_NRH"), out=q_MNW[..., :rank])
         self._rotate(q_MNP, places, out=q_MNW[..., rank:])
-        latent_MNR = self._attend(q_MNW, row_MW, layer, places)
+        latent_MNR = self._attend(q_MNW, row_MW, layer, places, start)
         return operators.by_head(latent_MNR, weights.matrix(f"{path}.v_up_NVR")).flatten(1)
 
-    def _attend(self, q_MNH: torch.Tensor, row_MW: torch.Tensor, layer: int, places: Places) -> torch.Tensor:
+    def _attend(
+        self, q_MNH: torch.Tensor, row_MW: torch.Tensor, layer: int, places: Places, start: int
+    ) -> torch.Tensor:
         cache = self._cache.layers[layer]
         self._operators.keep(cache, places.slot_M, row_MW)
-        return self._operators.attend(q_MNH, cache, self._cache.layout, places, self._scale)
+        return self._operators.attend(q_MNH, cache, self._cache.layout, places, self._scale, start)
 
     # Feed-forward, added to what comes beside it
 
-    def _feed(self, x_MD: torch.Tensor, path: str, layer: int, add_to: torch.Tensor) -> torch.Tensor:
-        if not self._config.is_sparse(layer):
+    def _feed(self, x_MD: torch.Tensor, path: str, add_to: torch.Tensor) -> torch.Tensor:
+        if self._weights.has(f"{path}.mlp.down"):
             return self._block(x_MD, f"{path}.mlp", add_to)
         add_to += self._experts(x_MD, f"{path}.experts")
         return self._block(x_MD, f"{path}.shared", add_to)
@@ -104,9 +126,8 @@ class Forward:
     def _experts(self, x_MD: torch.Tensor, path: str) -> torch.Tensor:
         weights, router, operators = self._weights, self._router, self._operators
         assert router is not None
-        scores_ME = operators.linear(x_MD, weights.matrix(f"{path}.router")).sigmoid()
-        chosen_MA = router.choose(scores_ME, weights.vector(f"{path}.router_bias"))
-        weights_MA = router.weigh(scores_ME, chosen_MA)
+        bias_E = weights.vector(f"{path}.router_bias")
+        chosen_MA, weights_MA = operators.route(x_MD, weights.matrix(f"{path}.router"), bias_E, router)
         gate_up, down = weights.matrix(f"{path}.gate_up_EFD"), weights.matrix(f"{path}.down_EDF")
         return operators.experts(x_MD, chosen_MA, weights_MA, gate_up, down)
 

@@ -5,12 +5,14 @@ M rows of the step, C sequences in it, B blocks of a sequence, S tokens of a seq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from beringia.engine.scheduler import Chunk
 
@@ -27,8 +29,32 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """Chunks with one token, together."""
+
+    rows_C: torch.Tensor
+    table_CB: torch.Tensor
+    """Their blocks, up to the longest one's."""
+    beyond_CS: torch.Tensor
+    """True where a sequence has no token."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of one sequence within an aligned range of positions."""
+
+    rows: slice
+    within: slice
+    """Which of the range's positions they have."""
+    start: int
+    """Of the range."""
+    table_B: torch.Tensor
+    """Blocks up to the range's end."""
+
+
+@dataclass(frozen=True)
 class Places:
-    """A step's rows, chunk by chunk: those with one token first. Integers are int64."""
+    """A step's rows, chunk by chunk. Integers are int64."""
 
     chunks: tuple[tuple[int, int], ...]
     """Start and end of each."""
@@ -44,11 +70,11 @@ class Places:
 
     @staticmethod
     def of(chunks: Sequence[Chunk], block_tokens: int, device: torch.device) -> Places:
-        """Where the chunks' tokens go; chunks with one token come first."""
+        """Where the chunks' tokens go."""
         starts = np.array([chunk.start for chunk in chunks])
         ends = np.array([chunk.end for chunk in chunks])
         lengths = ends - starts
-        tokens = [token for chunk in chunks for token in chunk.sequence.tokens[chunk.start : chunk.end]]
+        tokens = [token for chunk in chunks for token in chunk.tokens]
         sequence_M = np.repeat(np.arange(len(chunks)), lengths)
         position_M = np.arange(len(tokens)) + np.repeat(ends - lengths.cumsum(), lengths)
         table_CB = np.zeros((len(chunks), -(-int(ends.max()) // block_tokens)), dtype=np.int64)
@@ -71,26 +97,40 @@ class Places:
     # For operators that compute whole tensors: sequences with one row together, each longer chunk by itself.
 
     @cached_property
-    def num_decoding(self) -> int:
-        """Chunks with one token."""
-        return sum(end - start == 1 for start, end in self.chunks)
-
-    @cached_property
-    def decoding(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks of those, and where they have no token (C S, true there)."""
-        ends = [end for _, end in self.chunks[: self.num_decoding]]
-        table_CB = self.table_CB[: len(ends), : -(-max(ends, default=0) // self.block_tokens)]
-        position_S = torch.arange(table_CB.shape[1] * self.block_tokens)
-        beyond_CS = position_S >= torch.tensor(ends, dtype=torch.int64).unsqueeze(1)
-        return table_CB, beyond_CS.to(table_CB.device)
+    def decoding(self) -> Decoding | None:
+        """Chunks with one token; None where there is none."""
+        single = [number for number, (start, end) in enumerate(self.chunks) if end - start == 1]
+        if not single:
+            return None
+        rows_C, single_C = torch.tensor(self._first_rows)[single], torch.tensor(single)
+        end_C = torch.tensor([self.chunks[number][1] for number in single])
+        num_blocks = -(-int(end_C.max()) // self.block_tokens)
+        table_CB = self.table_CB.index_select(0, single_C.to(self.table_CB.device))[:, :num_blocks]
+        beyond_CS = torch.arange(num_blocks * self.block_tokens) >= end_C.unsqueeze(1)
+        return Decoding(rows_C.to(table_CB.device), table_CB, beyond_CS.to(table_CB.device))
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
         """The others."""
         prompts = []
-        row = self.num_decoding
-        for number, (start, end) in enumerate(self.chunks[row:], start=row):
-            table_B = self.table_CB[number, : -(-end // self.block_tokens)]
-            prompts.append(Prompt(slice(row, row + end - start), start, end, table_B))
-            row += end - start
+        for number, (row, (start, end)) in enumerate(zip(self._first_rows, self.chunks, strict=True)):
+            if end - start > 1:
+                table_B = self.table_CB[number, : -(-end // self.block_tokens)]
+                prompts.append(Prompt(slice(row, row + end - start), start, end, table_B))
         return tuple(prompts)
+
+    def tiles(self, size: int) -> Iterator[Tile]:
+        """Rows of each chunk by aligned ranges of `size` positions, so that what is beside a row is its position's."""
+        for number, (row, (start, end)) in enumerate(zip(self._first_rows, self.chunks, strict=True)):
+            for first in range(start // size * size, end, size):
+                begin, stop = max(start, first), min(end, first + size)
+                lacking = -(-(first + size) // self.block_tokens) - self.table_CB.shape[1]
+                table_B = self.table_CB[number, : -(-(first + size) // self.block_tokens)]
+                table_B = F.pad(table_B, (0, max(0, lacking)))  # with the first block, which nobody reads there
+                rows = slice(row + begin - start, row + stop - start)
+                yield Tile(rows, slice(begin - first, stop - first), first, table_B)
+
+    @property
+    def _first_rows(self) -> list[int]:
+        """Of each chunk."""
+        return list(itertools.accumulate((end - start for start, end in self.chunks), initial=0))[:-1]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from beringia.errors import InputError
@@ -82,18 +83,25 @@ class Noise:
 
     def __init__(self, seed: int, vocab_size: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._rows = max(1, _DRAWN_AT_ONCE // vocab_size)
-        self._drawn = torch.empty(self._rows, vocab_size, dtype=torch.float64)
-        self._next = self._rows
+        self._shape = max(1, _DRAWN_AT_ONCE // vocab_size), vocab_size
+        self._drawn: list[torch.Tensor] = []
+        self._next = 0
 
-    def row(self) -> torch.Tensor:
-        """The next token's noise, shape V. A view that the call after next may overwrite."""
-        if self._next == self._rows:
+    def row(self, ahead: int = 0) -> torch.Tensor:
+        """The noise of the next token, or of one after it: shape V."""
+        block, row = divmod(self._next + ahead, self._shape[0])
+        while len(self._drawn) <= block:
+            drawn = torch.empty(self._shape, dtype=torch.float64)
             # -log of an exponential number is a Gumbel number.
-            self._drawn.exponential_(generator=self._generator).log_().neg_()
-            self._next = 0
+            self._drawn.append(drawn.exponential_(generator=self._generator).log_().neg_())
+        return self._drawn[block][row]
+
+    def advance(self) -> None:
+        """The next token is there."""
         self._next += 1
-        return self._drawn[self._next - 1]
+        if self._next == self._shape[0] and self._drawn:
+            self._drawn.pop(0)
+            self._next = 0
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,10 @@ class TokenLogprobs:
     """Of the chosen token; 0: the most likely."""
 
 
-def choose(logits_RV: torch.Tensor, asked: Sequence[Sampling], noises: Sequence[Noise]) -> list[int]:
-    """A token for each row of float32 logits on the CPU."""
+def choose(
+    logits_RV: torch.Tensor, asked: Sequence[Sampling], noises: Sequence[Noise], ahead: Sequence[int]
+) -> list[int]:
+    """A token for each row of float32 logits on the CPU; `ahead`: after how many more tokens it would come."""
     if all(sampling.greedy and not sampling.logit_bias for sampling in asked):
         return _tokens(logits_RV.argmax(-1))
     biased_RV = _with_biases(logits_RV, asked)
@@ -118,9 +128,9 @@ def choose(logits_RV: torch.Tensor, asked: Sequence[Sampling], noises: Sequence[
     scaled_RV = biased_RV.double() / temperature_R1
     if any(sampling.filters for sampling in asked):
         scaled_RV = _filtered(scaled_RV, asked)
-    for row, (sampling, noise) in enumerate(zip(asked, noises, strict=True)):
+    for row, (sampling, noise, later) in enumerate(zip(asked, noises, ahead, strict=True)):
         if not sampling.greedy:
-            scaled_RV[row] += noise.row()
+            scaled_RV[row] += noise.row(later)
     return _tokens(scaled_RV.argmax(-1))
 
 
@@ -161,15 +171,23 @@ def _column(values: Sequence[float]) -> torch.Tensor:
 
 
 def logprobs_of(logits_RV: torch.Tensor, tokens: Sequence[int], wanted: Sequence[int]) -> list[TokenLogprobs]:
-    """Of one token in each row of float32 logits, with `wanted` most likely ones beside."""
-    logprobs_RV = logits_RV.log_softmax(-1)
-    chosen_R1 = logprobs_RV.gather(1, torch.tensor(tokens).unsqueeze(1))
-    ranks = (logprobs_RV > chosen_R1).sum(-1).tolist()
-    top_RL = logprobs_RV.topk(min(max(wanted, default=0), logits_RV.shape[1]), dim=-1)
-    rows = zip(
-        chosen_R1.flatten().tolist(), ranks, top_RL.indices.tolist(), top_RL.values.tolist(), wanted, strict=True
-    )
+    """Of one token in each row of float32 logits, with `wanted` most likely ones beside. A row's are the same bits
+    whatever rows are beside it: numpy adds up each row by itself, torch's log_softmax does not."""
+    normaliser_R1 = _normaliser(logits_RV)
+    chosen_R1 = logits_RV.gather(1, torch.tensor(tokens).unsqueeze(1))
+    ranks = (logits_RV > chosen_R1).sum(-1).tolist()
+    top_RL = logits_RV.topk(min(max(wanted, default=0), logits_RV.shape[1]), dim=-1)
+    chosen = (chosen_R1.double() - normaliser_R1).flatten().tolist()
+    top = (top_RL.values.double() - normaliser_R1).tolist()
+    rows = zip(chosen, ranks, top_RL.indices.tolist(), top, wanted, strict=True)
     return [
-        TokenLogprobs(chosen, tuple(zip(best[:count], values[:count], strict=True)), rank)
-        for chosen, rank, best, values, count in rows
+        TokenLogprobs(own, tuple(zip(best[:count], values[:count], strict=True)), rank)
+        for own, rank, best, values, count in rows
     ]
+
+
+def _normaliser(logits_RV: torch.Tensor) -> torch.Tensor:
+    """The logarithm of the sum of exponentials: float64, R 1."""
+    wide_RV = logits_RV.numpy().astype(np.float64)
+    largest_R1 = wide_RV.max(axis=1, keepdims=True, initial=-np.inf)
+    return torch.from_numpy(largest_R1 + np.log(np.exp(wide_RV - largest_R1).sum(axis=1, keepdims=True)))

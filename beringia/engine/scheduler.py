@@ -3,6 +3,9 @@
 A sequence waits, then runs. In every step each running sequence whose prompt is computed gets one token; what is left
 of the step's tokens goes to prompts, whole or in chunks, in the order of arrival. Where the cache has no block left for
 a running sequence, the newest one goes back to waiting and is computed again later.
+
+A sequence may carry a draft of its next token: it is computed behind the newest one, and counts only if that one's
+logits choose it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ class Sequence:
     sampling: Sampling
     noise: Noise
     num_computed: int = 0
+    draft: tuple[int, ...] = ()
+    """What the next token may be, not yet checked; one or none."""
     table: list[int] = field(default_factory=list)
     """Its blocks, in order."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -54,20 +59,32 @@ class Chunk:
 
     @property
     def completes(self) -> bool:
-        """Whether its last token is the sequence's last, whose logits choose the next one."""
-        return self.end == len(self.sequence.tokens)
+        """Whether it has the sequence's last token, whose logits choose the next one."""
+        return self.end >= len(self.sequence.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The draft among them."""
+        tokens = self.sequence.tokens[self.start : self.end]
+        return [*tokens, *self.sequence.draft] if self.drafted else tokens
+
+    @property
+    def drafted(self) -> int:
+        """How many of its tokens are a draft."""
+        return max(0, self.end - len(self.sequence.tokens))
 
 
 class Scheduler:
     """The queue, the running sequences, and their blocks."""
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, step_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, *, max_sequences: int, step_tokens: int, drafts: bool = False) -> None:
         self.pool = pool
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of arrival."""
         self._max_sequences = max_sequences
         self._step_tokens = step_tokens
+        self._drafts = drafts
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -76,9 +93,12 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step's chunks; those that decode come first. Takes the blocks that they need."""
         chunks: list[Chunk] = []
+        budget = self._step_tokens
         for sequence in self._decoding():
-            self._take(sequence, 1, chunks)
-        budget = self._step_tokens - len(chunks)
+            end = len(sequence.tokens) + len(sequence.draft)
+            chunks.append(Chunk(sequence, sequence.num_computed, end))
+            self.note_computed(sequence, sequence.num_computed, len(sequence.tokens))
+            budget -= end - sequence.num_computed
         for sequence in [s for s in self.running if not s.decodes]:
             budget -= self._take(sequence, budget, chunks)
         while self.waiting and budget > 0 and len(self.running) < self._max_sequences:
@@ -96,6 +116,10 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
 
+    def note_computed(self, sequence: Sequence, start: int, end: int) -> None:
+        """These tokens are in the cache after this step."""
+        self.pool.remember(sequence.table, sequence.tokens, start, end)
+
     def restart(self) -> None:
         """Compute all running sequences again from their first token: the weights have changed."""
         while self.running:
@@ -107,7 +131,9 @@ class Scheduler:
     def _decoding(self) -> Iterable[Sequence]:
         """Running sequences that need one token computed, each with a block for it."""
         for sequence in [s for s in self.running if s.decodes]:
-            while sequence in self.running and not self.pool.extend(sequence.table, len(sequence.tokens)):
+            # With drafts: room for the draft, and for the token after it, whose draft is made in the same step.
+            needed = len(sequence.tokens) + (len(sequence.draft) + 1 if self._drafts else 0)
+            while sequence in self.running and not self.pool.extend(sequence.table, needed):
                 newest = self.running.pop()
                 self._send_back(newest)
                 self.waiting.appendleft(newest)
@@ -119,7 +145,7 @@ class Scheduler:
         start = sequence.num_computed
         end = min(len(sequence.tokens), start + budget)
         if end > start:
-            self.pool.remember(sequence.table, sequence.tokens, start, end)
+            self.note_computed(sequence, start, end)
             chunks.append(Chunk(sequence, start, end))
         return max(0, end - start)
 
@@ -128,7 +154,9 @@ class Scheduler:
         if sequence.sampling.prompt_logprobs is None:  # those need every token's logits
             sequence.table = self.pool.share(sequence.tokens)
         sequence.num_computed = len(sequence.table) * self.pool.block_tokens
-        if not self.pool.extend(sequence.table, len(sequence.tokens)):
+        if self._drafts and sequence.num_computed:
+            sequence.num_computed -= 1  # drafting goes on from the last one's hidden state, which no cache keeps
+        if not self.pool.extend(sequence.table, len(sequence.tokens) + int(self._drafts)):
             self._send_back(sequence)
             return False
         return True
@@ -136,4 +164,4 @@ class Scheduler:
     def _send_back(self, sequence: Sequence) -> None:
         """Free its blocks; it is computed from its first token, new ones included, when it runs again."""
         self.pool.free(sequence.table)
-        sequence.num_computed = 0
+        sequence.num_computed, sequence.draft = 0, ()

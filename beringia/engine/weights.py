@@ -33,14 +33,18 @@ class Weights:
     Matrices are as the operators keep them, vectors are tensors.
     """
 
-    def __init__(self, decoder: Decoder, operators: Operators, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, decoder: Decoder, operators: Operators, device: torch.device, dtype: torch.dtype, *, drafts: bool = False
+    ) -> None:
+        """`drafts`: with those of the multi-token prediction layer."""
+        self._drafts = drafts
         self.config = decoder.config
         self.dtype = dtype
         self.device = device
         self._operators = operators
         self._matrices: dict[str, Weight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
-        for name, tensor in effective(decoder):
+        for name, tensor in effective(decoder, drafts=self._drafts):
             cast = tensor.detach().to(device, _dtype_of(name, dtype), copy=True).contiguous()
             if tensor.dim() == 1:
                 self._vectors[name] = cast
@@ -70,7 +74,7 @@ class Weights:
 
     def load(self, decoder: Decoder) -> None:
         """Other weights of the same model, in place."""
-        for name, tensor in effective(decoder):
+        for name, tensor in effective(decoder, drafts=self._drafts):
             if name in self._vectors:
                 self._vectors[name].copy_(tensor.detach())
             else:
@@ -95,8 +99,8 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if precise else dtype
 
 
-def effective(decoder: Decoder) -> Named:
-    """The effective weights of a decoder, in its own dtype."""
+def effective(decoder: Decoder, *, drafts: bool = False) -> Named:
+    """The effective weights of a decoder, in its own dtype; `drafts`: with the multi-token prediction layer's."""
     trunk = decoder.model
     yield "embed", trunk.embed_tokens.weight
     for index, layer in enumerate(decoder.layers):
@@ -105,6 +109,14 @@ def effective(decoder: Decoder) -> Named:
     yield "norm", trunk.norm.weight
     if decoder.lm_head.weight is not trunk.embed_tokens.weight:
         yield "head", decoder.lm_head.weight
+    if drafts:
+        mtp = decoder.mtp
+        assert mtp is not None
+        yield "draft.embed_norm", mtp.enorm.weight
+        yield "draft.hidden_norm", mtp.hnorm.weight
+        yield from _joined("draft.join", mtp.eh_proj.affine)
+        yield from _of_layer(f"layers.{len(decoder.layers)}", mtp)
+        yield "draft.norm", mtp.shared_head.norm.weight
 
 
 def _of_layer(path: str, layer: DecoderLayer) -> Named:

@@ -247,6 +247,34 @@ class Exported(Event):
     bound: float | None
 
 
+class Answered(Event):
+    """The exported model answered held-out questions on the inference chip, in the engine."""
+
+    kind: Literal["answers"] = "answers"
+    step: int
+    used: str
+    """The chip's name with `auto` resolved."""
+    identity_hash: str
+    sku: str
+    truth: Literal["real", "emulated"]
+    trained_on: str
+    """Label of the chip whose log-probabilities it is compared with: the one that trained last."""
+    weights_hash: str
+    """Of the weights as the inference chip multiplies with them."""
+    compute_dtype: str
+    operators: str
+    questions: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    chance: float
+    new_tokens: int
+    tokens_a_second: float
+    mean_logprob_difference: float
+    """Mean absolute difference of the answers' tokens' log-probabilities, in nats."""
+    largest_logprob_difference: float
+
+
 class Fallback(Event):
     """Something else than asked for was used, and why."""
 
@@ -310,6 +338,7 @@ AnyEvent = Annotated[
     | Resumed
     | Crossing
     | Exported
+    | Answered
     | Fallback
     | Qualified
     | Unqualified

@@ -134,6 +134,14 @@ class QualifySection(Record):
     """Public keys whose signatures count; none named: any. `beringia verify` prints who signed a certificate."""
 
 
+class ServeSection(Record):
+    """The campaign's last stage: the exported model answers held-out questions on the inference chip."""
+
+    chip: str | None = None
+    """Label of the chip; none: nothing is answered."""
+    questions: int = Field(default=256, ge=1)
+
+
 class SuperviseSection(Record):
     """When to retry, roll back, cross or give up."""
 
@@ -163,6 +171,7 @@ class Recipe(Record):
     train: TrainSection
     guard: GuardSection = GuardSection()
     qualify: QualifySection = QualifySection()
+    serve: ServeSection = ServeSection()
     supervise: SuperviseSection = SuperviseSection()
 
     @model_validator(mode="after")
@@ -170,6 +179,10 @@ class Recipe(Record):
         for label in self.train.prefer:
             if label not in self.chips:
                 raise ValueError(f"train.prefer names {label!r}, but the chips are {', '.join(map(repr, self.chips))}")
+        if self.serve.chip is not None and self.serve.chip not in self.chips:
+            raise ValueError(f"serve.chip is {self.serve.chip!r}, but the chips are {', '.join(map(repr, self.chips))}")
+        if self.serve.chip is not None and self.data.task is None:
+            raise ValueError("serve.chip answers the questions of a task, and data.task names none: leave serve out")
         if not self.train.prefer:
             raise ValueError("train.prefer is empty: name at least one chip")
         return self

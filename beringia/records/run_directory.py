@@ -66,6 +66,11 @@ class RunDirectory:
         return self.root / "export"
 
     @property
+    def answers(self) -> Path:
+        """What the exported model answered on the inference chip."""
+        return self.root / "answers"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 

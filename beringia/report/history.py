@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from beringia.errors import RunError
 from beringia.records.events import (
     Alarm,
+    Answered,
     AnyEvent,
     Canary,
     CheckDone,
@@ -158,6 +159,7 @@ class History:
     qualified: tuple[At[Qualified], ...] = ()
     unqualified: tuple[At[Unqualified], ...] = ()
     exports: tuple[At[Exported], ...] = ()
+    answers: tuple[At[Answered], ...] = ()
 
     def chip(self, label: str) -> Chip | None:
         """The chip with this label, if it was ever opened."""
@@ -249,6 +251,7 @@ def read_history(run_directory: Path | str) -> History:
         qualified=_of(moments, Qualified),
         unqualified=_of(moments, Unqualified),
         exports=_of(moments, Exported),
+        answers=_of(moments, Answered),
     )
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from beringia.records.events import Crossing, Exported, Qualified
+from beringia.records.events import Answered, Crossing, Exported, Qualified
 from beringia.records.files import write_text
 from beringia.records.run_directory import RunDirectory
 from beringia.report.answer import answer, labelled
@@ -104,12 +104,23 @@ def _facts(history: History, summary: Summary) -> list[Fact]:
         )
     for at in history.exports[-1:]:
         facts.append(_export_fact(at.event))
+    for answered in history.answers[-1:]:
+        facts.append(_answers_fact(answered.event))
     return facts
 
 
 def _paused(history: History) -> str:
     paused = sum(pause.length_seconds for pause in history.pauses)
     return f"and {duration(paused)} in which nothing ran" if paused else "from start to last event"
+
+
+def _answers_fact(event: Answered) -> Fact:
+    interval = f"{percent(event.accuracy_low)} to {percent(event.accuracy_high)}"
+    words = (
+        f"right on {event.sku} ({event.truth}), {interval}, {event.questions} questions; log-probabilities "
+        f"{significant(event.mean_logprob_difference, 2)} nats from {event.trained_on}'s on average"
+    )
+    return Fact("Served answers", percent(event.accuracy), words)
 
 
 def _export_fact(event: Exported) -> Fact:

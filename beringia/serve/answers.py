@@ -78,12 +78,12 @@ def chat_delta(piece: Piece) -> dict[str, Any]:
     return delta
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Scored]) -> dict[str, Any]:
-    """`logprobs` of a choice in a chat."""
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Scored], *, numbers: bool) -> dict[str, Any]:
+    """`logprobs` of a choice in a chat; `numbers`: with tokens as numbers."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        raw = tokenizer.bytes_of(token)
-        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+        name = _name(tokenizer, token, numbers)
+        return {"token": name, "logprob": logprob, "bytes": list(tokenizer.bytes_of(token))}
 
     content = [
         entry(one.token, one.logprobs.chosen) | {"top_logprobs": [entry(*pair) for pair in one.logprobs.top]}
@@ -96,30 +96,34 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Scored]) -> dict[str, A
 # Completions
 
 
-def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Scored], offset: int) -> dict[str, Any]:
-    """`logprobs` of a choice in a completion; `offset`: characters before the first token."""
-    names = [_name(tokenizer, one.token) for one in tokens]
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[Scored], offset: int, *, numbers: bool
+) -> dict[str, Any]:
+    """`logprobs` of a choice in a completion; `offset`: characters before the first token; `numbers`: with tokens as
+    numbers."""
     offsets = []
-    for name in names:
+    for one in tokens:
         offsets.append(offset)
-        offset += len(name)
+        offset += len(_name(tokenizer, one.token, numbers=False))
     return {
-        "tokens": names,
+        "tokens": [_name(tokenizer, one.token, numbers) for one in tokens],
         "token_logprobs": [None if one.logprobs is None else one.logprobs.chosen for one in tokens],
-        "top_logprobs": [None if one.logprobs is None else _top(tokenizer, one) for one in tokens],
+        "top_logprobs": [None if one.logprobs is None else _top(tokenizer, one, numbers) for one in tokens],
         "text_offset": offsets,
     }
 
 
-def _top(tokenizer: Tokenizer, one: Scored) -> dict[str, float]:
+def _top(tokenizer: Tokenizer, one: Scored, numbers: bool) -> dict[str, float]:
     """By text, the most likely first. Two tokens may have the same text: the more likely one stands for both. The
     chosen token is always among them, as OpenAI has it."""
     assert one.logprobs is not None
     found: dict[str, float] = {}
     for token, logprob in (*one.logprobs.top, (one.token, one.logprobs.chosen)):
-        found.setdefault(_name(tokenizer, token), logprob)
+        found.setdefault(_name(tokenizer, token, numbers), logprob)
     return found
 
 
-def _name(tokenizer: Tokenizer, token: int) -> str:
+def _name(tokenizer: Tokenizer, token: int, numbers: bool) -> str:
+    if numbers:
+        return f"token_id:{token}"
     return tokenizer.bytes_of(token).decode(errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,7 +322,7 @@ class Chat(_Answering):
     def _choice(self, number: int, choice: Choice, prompt_logprobs: tuple[Any, ...]) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs:
-            logprobs = answers.chat_logprobs(self._served.tokenizer, choice.tokens)
+            logprobs = self._logprobs(choice.tokens)
         return {
             "index": number,
             "message": answers.chat_message(choice),
@@ -341,9 +341,13 @@ class Chat(_Answering):
         if delta or part.finish is not None or self._body.logprobs or self._body.return_token_ids:
             chunk = self._delta(number, delta, part.finish) | self._token_ids(part.tokens)
             if self._body.logprobs:
-                chunk["logprobs"] = answers.chat_logprobs(self._served.tokenizer, part.tokens)
+                chunk["logprobs"] = self._logprobs(part.tokens)
             chunks.append(chunk)
         return chunks
+
+    def _logprobs(self, tokens: Sequence[Scored]) -> dict[str, Any]:
+        numbers = self._body.return_tokens_as_token_ids
+        return answers.chat_logprobs(self._served.tokenizer, tokens, numbers=numbers)
 
     def _delta(self, number: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": finish}
@@ -399,7 +403,10 @@ class Completion(_Answering):
             text = tokenizer.decode(prompt) + text
             before = [Scored(prompt[0], None), *map(Scored, prompt[1:], prompt_logprobs or [None] * len(prompt))]
             tokens = [*before, *tokens]
-        logprobs = None if body.logprobs is None else answers.completion_logprobs(tokenizer, tokens, offset)
+        logprobs = None
+        if body.logprobs is not None:
+            numbers = body.return_tokens_as_token_ids
+            logprobs = answers.completion_logprobs(tokenizer, tokens, offset, numbers=numbers)
         return {
             "index": number,
             "text": text,

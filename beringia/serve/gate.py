@@ -1,5 +1,5 @@
 """What stands before every route: keys, the size of a body, and how long it may take to arrive. Plain ASGI, so that
-nothing is read of a request that is refused."""
+nothing is read of a request without a key."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from beringia.serve.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 """Without a key: the page asks for one itself, and probes have none."""
+
+
+_READ_ANYWAY_BYTES = 64 << 20
+"""Of a body that is too large so much is read, and thrown away: a client that is still sending when the connection is
+closed does not see the answer."""
 
 
 class Gate:
@@ -68,7 +73,7 @@ class Gate:
     async def _read(self, scope: Scope, receive: Receive) -> Receive:
         """The whole body, and then what `receive` says: that the client has gone."""
         length = _header(scope, b"content-length")
-        if length.isdigit() and int(length) > self._body_bytes:
+        if length.isdigit() and int(length) > _READ_ANYWAY_BYTES:
             raise self._too_large()
         parts: list[bytes] = []
         size, more = 0, scope["method"] in ("POST", "PUT", "PATCH")
@@ -78,13 +83,17 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         break
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
+                    part = message.get("body", b"")
+                    size += len(part)
                     more = message.get("more_body", False)
-                    if size > self._body_bytes:
-                        raise self._too_large()
+                    if size <= self._body_bytes:
+                        parts.append(part)
+                    if size > _READ_ANYWAY_BYTES:
+                        break
         except TimeoutError:
             raise Failure(408, f"The body did not arrive within {self._body_seconds:g} s.", code="timeout") from None
+        if size > self._body_bytes:
+            raise self._too_large()
         whole: list[dict[str, Any]] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
 
         async def again() -> Message:

@@ -1,7 +1,8 @@
 """What clients may ask for: OpenAI's requests, field by field.
 
 A field that is not here is refused, and so is a value that would have to be ignored: penalties, tools, other response
-formats. Beyond OpenAI's own, vLLM's names for top_k, min_p, stop_token_ids, ignore_eos and return_token_ids are known.
+formats. Beyond OpenAI's own, vLLM's names for top_k, min_p, stop_token_ids, ignore_eos, return_token_ids and
+return_tokens_as_token_ids are known.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class _Request(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    """In log-probabilities `token_id:7` stands for a token, not its text."""
     user: str | None = None
     """Who asks, for the client's own records: nothing depends on it."""
 

@@ -75,19 +75,6 @@ def serve(settings: Settings, on_ready: Any = None) -> None:
         chip.close()
 
 
-def read_keys(path: Path | None) -> tuple[str, ...]:
-    """Keys from a file, one a line. Raises InputError."""
-    if path is None:
-        return ()
-    try:
-        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"The keys in {path} cannot be read: {problem}.") from None
-    if not keys:
-        raise InputError(f"{path} has no key: write one a line.")
-    return keys
-
-
 def load(settings: Settings, chip: Chip) -> Served:
     """The model in an engine, and what goes with it."""
     engine = Engine(

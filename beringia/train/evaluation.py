@@ -25,7 +25,7 @@ _Z_95 = 1.959964
 _BATCH = 64
 
 
-_MARK_TOKENS = 8
+MARK_TOKENS = 8
 """Room for the marks around an answer, beyond the tokens of the longest question and chain of thought."""
 
 
@@ -57,7 +57,7 @@ def evaluate(
     loss = held_out_loss(module, held_out, train.evaluation_sequences, chip, beat)
     measured: dict[str, Any] = {}
     if held_out.task is not None and train.accuracy_samples > 0:
-        room = held_out.task.text_tokens(long=True) + _MARK_TOKENS
+        room = held_out.task.text_tokens(long=True) + MARK_TOKENS
         accuracy = sampled_accuracy(
             decoder,
             held_out.task,

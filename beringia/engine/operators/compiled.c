@@ -3,7 +3,7 @@ weights a product rounds its activations to bfloat16, as matrix units do; sums a
 
 Weights lie in panels of 16 outputs, k after k, so that a vector holds 16 outputs and nothing is summed across lanes:
 an output is the sum over k in order, whatever other rows and outputs are computed beside it. Attention takes a
-sequence's tokens 16 at a time from its first one. So a row's result depends on nothing but that row: the same bits
+sequence's tokens 32 at a time from the first one. So a row's result depends on nothing but that row: the same bits
 alone and in any batch, as a whole prompt and in chunks. */
 #include <math.h>
 #include <pthread.h>
@@ -17,6 +17,7 @@ alone and in any batch, as a whole prompt and in chunks. */
 
 #define LANES 16
 #define MOST_HEADS 8     /* that one task of attention works on */
+#define TOKENS 32        /* that it works on at a time */
 #define WIDEST 1024      /* row of the cache, in numbers */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -189,16 +190,21 @@ typedef struct {
   const float *bias;  /* or NULL */
   int64_t out_step, x_step, rows, n, k;
   int narrow, adds;
+  int64_t ahead;      /* bytes from a panel to the one that is multiplied with later, and is fetched meanwhile; or 0 */
 } product;
 
 INLINE void finish(const product *p, int64_t row, int64_t first, vec sum) {
   float *out = p->out + row * p->out_step + first;
-  int64_t count = p->n - first < LANES ? p->n - first : LANES;
-  vec bias = {}, before = {};
-  if (p->bias) memcpy(&bias, p->bias + first, 4 * count);
-  if (p->adds) memcpy(&before, out, 4 * count);
-  sum = before + (sum + bias);
-  memcpy(out, &sum, 4 * count);
+  if (p->n - first >= LANES) {
+    if (p->bias) sum += load(p->bias + first);
+    if (p->adds) sum += load(out);
+    store(out, sum);
+    return;
+  }
+  for (int64_t i = 0; i < p->n - first; i++) {
+    float one = p->bias ? sum[i] + p->bias[first + i] : sum[i];
+    out[i] = p->adds ? one + out[i] : one;
+  }
 }
 
 /* sum + x[even k] weight[even k] + x[odd k] weight[odd k] */
@@ -214,28 +220,42 @@ INLINE vec add_pair(vec sum, uint32_t x, words weight) {
 
 #define DEFINE_TILE(ROWS, PANELS)                                                                             \
   static void tile_##ROWS##_##PANELS(const product *p, int64_t row, int64_t panel) {                          \
+    /* The tiles of a panel fetch a share each of the lines that come later. */                               \
+    const int64_t tiles = (p->rows + 7) / 8, own = row / 8;                                                   \
+    int64_t until = p->ahead ? own : INT64_MAX;                                                               \
     const int64_t step = p->x_step, deep = p->narrow ? (p->k + 1) / 2 : p->k;                                 \
     const char *weight = p->weight + panel * deep * sizeof(vec);                                              \
     vec sum[ROWS][PANELS] = {};                                                                               \
     if (p->narrow) {                                                                                          \
       const uint32_t *x = (const uint32_t *)p->x + row * step;                                                \
-      for (int64_t k = 0; k < deep; k++)                                                                      \
+      for (int64_t k = 0; k < deep; k++) {                                                                    \
+        if (k == until) {                                                                                     \
+          until += tiles;                                                                                     \
+          for (int j = 0; j < PANELS; j++) __builtin_prefetch(weight + p->ahead + (j * deep + k) * sizeof(vec)); \
+        }                                                                                                     \
         _Pragma("GCC unroll 8") for (int j = 0; j < PANELS; j++) {                                            \
           words column = ((const words *)weight)[j * deep + k];                                               \
           _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++)                                              \
             sum[i][j] = add_pair(sum[i][j], x[i * step + k], column);                                         \
         }                                                                                                     \
+      }                                                                                                       \
     } else {                                                                                                  \
       const float *x = (const float *)p->x + row * step;                                                      \
-      for (int64_t k = 0; k < deep; k++)                                                                      \
+      for (int64_t k = 0; k < deep; k++) {                                                                    \
+        if (k == until) {                                                                                     \
+          until += tiles;                                                                                     \
+          for (int j = 0; j < PANELS; j++) __builtin_prefetch(weight + p->ahead + (j * deep + k) * sizeof(vec)); \
+        }                                                                                                     \
         _Pragma("GCC unroll 8") for (int j = 0; j < PANELS; j++) {                                            \
           vec column = ((const vec *)weight)[j * deep + k];                                                   \
           _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++) sum[i][j] += x[i * step + k] * column;       \
         }                                                                                                     \
+      }                                                                                                       \
     }                                                                                                         \
     for (int i = 0; i < ROWS; i++)                                                                            \
       for (int j = 0; j < PANELS; j++) finish(p, row + i, (panel + j) * LANES, sum[i][j]);                    \
   }
+DEFINE_TILE(8, 3)
 DEFINE_TILE(8, 2)
 DEFINE_TILE(8, 1)
 DEFINE_TILE(4, 4)
@@ -243,29 +263,45 @@ DEFINE_TILE(4, 1)
 DEFINE_TILE(1, 4)
 DEFINE_TILE(1, 1)
 
-#define CHUNK 4 /* panels that one task computes for all rows, so that weights are read once */
+#define CHUNK 6 /* panels that one task computes for all rows, so that weights are read once */
 
 static void multiply_chunk(const product *p, int64_t panel) {
   int64_t panels = (p->n + LANES - 1) / LANES, end = panel + CHUNK < panels ? panel + CHUNK : panels;
-  int whole = end - panel == CHUNK;
   int64_t row = 0;
   for (; row + 8 <= p->rows; row += 8) {
     int64_t j = panel;
+    for (; j + 3 <= end; j += 3) tile_8_3(p, row, j);
     for (; j + 2 <= end; j += 2) tile_8_2(p, row, j);
     if (j < end) tile_8_1(p, row, j);
   }
   for (; row + 4 <= p->rows; row += 4) {
-    if (whole) tile_4_4(p, row, panel);
-    else for (int64_t j = panel; j < end; j++) tile_4_1(p, row, j);
+    int64_t j = panel;
+    for (; j + 4 <= end; j += 4) tile_4_4(p, row, j);
+    for (; j < end; j++) tile_4_1(p, row, j);
   }
   for (; row < p->rows; row++) {
-    if (whole) tile_1_4(p, row, panel);
-    else for (int64_t j = panel; j < end; j++) tile_1_1(p, row, j);
+    int64_t j = panel;
+    for (; j + 4 <= end; j += 4) tile_1_4(p, row, j);
+    for (; j < end; j++) tile_1_1(p, row, j);
   }
 }
 
 INLINE int64_t chunks_of(int64_t n) { return (n + CHUNK * LANES - 1) / (CHUNK * LANES); }
 INLINE int64_t panel_bytes(int64_t k, int narrow) { return narrow ? (k + 1) / 2 * 4 * LANES : k * 4 * LANES; }
+/* Chunks one after the other, each fetched while the one before is multiplied with. */
+static void multiply_chunks(product *p, int64_t first, int64_t end) {
+  for (int64_t chunk = first; chunk < end; chunk++) {
+    p->ahead = chunk + 1 < end ? CHUNK * panel_bytes(p->k, p->narrow) : 0;
+    multiply_chunk(p, chunk * CHUNK);
+  }
+}
+
+/* Enough for all threads to end at the same time, each long enough to be fetched ahead. */
+INLINE int64_t pieces_of(int64_t chunks) {
+  int64_t wanted = 4 * atomic_load(&pool.threads);
+  return wanted < chunks ? wanted : chunks;
+}
+
 INLINE int64_t weight_bytes(int64_t n, int64_t k, int narrow) {
   return (n + LANES - 1) / LANES * panel_bytes(k, narrow);
 }
@@ -280,7 +316,7 @@ typedef struct {
   product all;
   const float *x;
   uint32_t *pairs;
-  int64_t x_step, out_group, x_group, weight_group, chunks;
+  int64_t x_step, out_group, x_group, weight_group, chunks, pieces;
 } grouped_product;
 
 static void pairs_task(const void *context, int64_t row) { /* one row of one group */
@@ -291,12 +327,12 @@ static void pairs_task(const void *context, int64_t row) { /* one row of one gro
 
 static void linear_task(const void *context, int64_t number) {
   const grouped_product *g = context;
-  int64_t group = number / g->chunks;
+  int64_t group = number / g->pieces, piece = number % g->pieces;
   product p = g->all;
   p.out += group * g->out_group;
   p.x = g->pairs ? (const void *)(g->pairs + group * p.rows * p.x_step) : (const void *)(g->x + group * g->x_group);
   p.weight += group * g->weight_group;
-  multiply_chunk(&p, number % g->chunks * CHUNK);
+  multiply_chunks(&p, piece * g->chunks / g->pieces, (piece + 1) * g->chunks / g->pieces);
 }
 
 /* `groups` products beside each other: group g reads x from g * x_group on and writes out from g * out_group on. With
@@ -306,10 +342,10 @@ void linear(float *out, int64_t out_step, int64_t out_group, const float *x, int
             int64_t adds) {
   const int narrow = pairs != NULL;
   const grouped_product g = {
-      {out, NULL, weight, bias, out_step, narrow ? (k + 1) / 2 : x_step, rows, n, k, narrow, adds},
-      x, pairs, x_step, out_group, x_group, weight_bytes(n, k, narrow), chunks_of(n)};
+      {out, NULL, weight, bias, out_step, narrow ? (k + 1) / 2 : x_step, rows, n, k, narrow, adds, 0},
+      x, pairs, x_step, out_group, x_group, weight_bytes(n, k, narrow), chunks_of(n), pieces_of(chunks_of(n))};
   if (narrow) in_parallel(pairs_task, &g, groups * rows, groups * rows * k * 4);
-  in_parallel(linear_task, &g, groups * g.chunks, groups * rows * n * k);
+  in_parallel(linear_task, &g, groups * g.pieces, groups * rows * n * k);
 }
 
 /* ---- row by row */
@@ -392,6 +428,31 @@ void gate(float *out, const float *x, int64_t rows, int64_t width) {
   in_parallel(gate_task, &g, rows, rows * width * 16); /* an exponential and a division each */
 }
 
+/* ---- routing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2) */
+
+void sigmoid(float *x, int64_t count) { /* every number by the same instructions, wherever it stands */
+  for (int64_t i = 0; i < count; i += LANES) {
+    int64_t size = count - i < LANES ? count - i : LANES;
+    vec one = {};
+    memcpy(&one, x + i, 4 * size);
+    one = 1.0f / (1.0f + exponential(-one));
+    memcpy(x + i, &one, 4 * size);
+  }
+}
+
+/* Weights of the chosen experts, from their scores. */
+void weigh(float *weights, const float *scores, const int64_t *chosen_of, int64_t rows, int64_t num_experts,
+           int64_t chosen, int64_t normalises, float scaling) {
+  for (int64_t row = 0; row < rows; row++) {
+    float sum = 0, *to = weights + row * chosen;
+    for (int64_t i = 0; i < chosen; i++) {
+      to[i] = scores[row * num_experts + chosen_of[row * chosen + i]];
+      sum += to[i];
+    }
+    for (int64_t i = 0; i < chosen; i++) to[i] = (normalises ? to[i] / (sum + 1e-20f) : to[i]) * scaling;
+  }
+}
+
 /* ---- experts: assignments of rows to experts, expert by expert */
 
 typedef struct {
@@ -409,13 +470,13 @@ static void expert_task(const void *context, int64_t e) {
   float *x_in = m->x_in + first * hidden, *both = m->both + first * 2 * width, *gated = m->gated + first * width;
   for (int64_t row = 0; narrow && row < count; row++) to_pairs((uint32_t *)x_in + row * hidden, x_in + row * hidden, hidden);
   product into = {both, x_in, m->gate_up + e * weight_bytes(2 * width, hidden, narrow), NULL,
-                  2 * width, hidden, count, 2 * width, hidden, narrow, 0};
-  for (int64_t c = 0; c < chunks_of(into.n); c++) multiply_chunk(&into, c * CHUNK);
+                  2 * width, hidden, count, 2 * width, hidden, narrow, 0, 0};
+  multiply_chunks(&into, 0, chunks_of(into.n));
   gate_rows(gated, both, 2 * width, count, width, m->factor + first);
   for (int64_t row = 0; narrow && row < count; row++) to_pairs((uint32_t *)gated + row * width, gated + row * width, width);
   product back = {m->x_out + first * hidden, gated, m->down + e * weight_bytes(hidden, width, narrow), NULL,
-                  hidden, width, count, hidden, width, narrow, 0};
-  for (int64_t c = 0; c < chunks_of(back.n); c++) multiply_chunk(&back, c * CHUNK);
+                  hidden, width, count, hidden, width, narrow, 0, 0};
+  multiply_chunks(&back, 0, chunks_of(back.n));
 }
 
 /* `scratch` holds rows chosen (3 width + 2 hidden + 1) floats, `order` rows chosen + experts + 1 integers. */
@@ -454,6 +515,7 @@ typedef struct {
   int64_t table_step, block_tokens, row_width;             /* of the cache */
   int64_t groups, heads, key_width, value_width;     /* heads of one group */
   int64_t group_step, value_start, q_step, out_step;       /* in numbers */
+  int64_t start;                                           /* token that all attend to first */
   float scale;
   int narrow;
 } attention;
@@ -510,7 +572,7 @@ static void copy_numbers(float *to, const char *cache, int64_t from, int64_t cou
   }
 }
 
-/* Up to MOST_HEADS heads of one group for one row: softmax over 16 tokens at a time with a running maximum (arXiv
+/* Up to MOST_HEADS heads of one group for one row: softmax over TOKENS tokens at a time with a running maximum (arXiv
    1805.02867). */
 static void attend_heads(const attention *a, int64_t row, int64_t group, int64_t first, int64_t heads) {
   const int64_t key_padded = PADDED(a->key_width), value_padded = PADDED(a->value_width);
@@ -518,8 +580,8 @@ static void attend_heads(const attention *a, int64_t row, int64_t group, int64_t
   const int in_place = !a->narrow && key_padded == a->key_width && value_padded == a->value_width;
   /* Side by side, not in rows of WIDEST: at steps of 4 KiB all of them would meet in the same lines of the cache. */
   float queries[MOST_HEADS * WIDEST], outs[MOST_HEADS * WIDEST], most[MOST_HEADS], sums[MOST_HEADS];
-  float key_copy[LANES * WIDEST], value_copy[LANES * WIDEST];
-  const float *keys[LANES], *values[LANES];
+  float key_copy[TOKENS * WIDEST], value_copy[TOKENS * WIDEST];
+  const float *keys[TOKENS], *values[TOKENS];
   const int64_t *table = a->tables + a->sequence_of[row] * a->table_step;
   const int64_t key_start = group * a->group_step, value_start = a->value_start + group * a->group_step;
   for (int64_t h = 0; h < heads; h++) {
@@ -530,15 +592,17 @@ static void attend_heads(const attention *a, int64_t row, int64_t group, int64_t
     most[h] = -INFINITY;
     sums[h] = 0;
   }
-  for (int64_t i = 0; i < LANES && !in_place; i++) {
+  for (int64_t i = 0; i < TOKENS && !in_place; i++) {
     memset(key_copy + i * key_padded + a->key_width, 0, 4 * (key_padded - a->key_width));
     memset(value_copy + i * value_padded + a->value_width, 0, 4 * (value_padded - a->value_width));
   }
-  for (int64_t token = 0; token <= a->positions[row]; token += LANES) {
-    int64_t count = a->positions[row] + 1 - token < LANES ? a->positions[row] + 1 - token : LANES;
-    for (int64_t i = 0; i < LANES; i++) {
-      int64_t at = token + (i < count ? i : 0);
-      int64_t start = (table[at / a->block_tokens] * a->block_tokens + at % a->block_tokens) * a->row_width;
+  int64_t block = a->start / a->block_tokens, within = a->start % a->block_tokens;
+  for (int64_t token = a->start; token <= a->positions[row]; token += TOKENS) {
+    const int64_t left = a->positions[row] + 1 - token, count = left < TOKENS ? left : TOKENS;
+    const int64_t parts = (count + LANES - 1) / LANES;
+    for (int64_t i = 0; i < count; i++) {
+      int64_t start = (table[block] * a->block_tokens + within) * a->row_width;
+      if (++within == a->block_tokens) within = 0, block++;
       if (in_place) {
         keys[i] = (const float *)a->cache + start + key_start;
         values[i] = (const float *)a->cache + start + value_start;
@@ -549,16 +613,26 @@ static void attend_heads(const attention *a, int64_t row, int64_t group, int64_t
         values[i] = value_copy + i * value_padded;
       }
     }
-    ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    ints here = lane < (int32_t)count;
+    for (int64_t i = count; i < parts * LANES; i++) keys[i] = keys[0]; /* fills up the last vector */
     for (int64_t h = 0; h < heads; h++) {
-      vec scores = choose(here, scores_of(queries + h * key_padded, keys, key_padded), all(-INFINITY));
-      float before = most[h], now = largest(scores);
-      most[h] = now > before ? now : before;
-      vec p = (vec)((ints)exponential(scores - most[h]) & here);
+      vec scores[TOKENS / LANES], now = all(-INFINITY), p_sum = {};
+      float p[TOKENS];
+      for (int64_t part = 0; part < parts; part++) {
+        const ints here = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < (int32_t)(count - part * LANES);
+        vec found = scores_of(queries + h * key_padded, keys + part * LANES, key_padded);
+        scores[part] = choose(here, found, all(-INFINITY));
+        now = larger(now, scores[part]);
+      }
+      const float before = most[h], highest = largest(now);
+      most[h] = highest > before ? highest : before;
+      for (int64_t part = 0; part < parts; part++) {
+        vec one = (vec)((ints)exponential(scores[part] - most[h]) & (scores[part] > all(-INFINITY)));
+        store(p + part * LANES, one);
+        p_sum += one;
+      }
       float shrink = exponential(all(before - most[h]))[0];
-      sums[h] = sums[h] * shrink + total(p);
-      add_values(outs + h * value_padded, values, (const float *)&p, count, value_padded, shrink);
+      sums[h] = sums[h] * shrink + total(p_sum);
+      add_values(outs + h * value_padded, values, p, count, value_padded, shrink);
     }
   }
   for (int64_t h = 0; h < heads; h++) {
@@ -577,9 +651,9 @@ static void attend_task(const void *context, int64_t number) {
 void attend(float *out, int64_t out_step, const float *q, int64_t q_step, const void *cache, int64_t block_tokens,
             int64_t row_width, int64_t narrow, const int64_t *tables, int64_t table_step, const int64_t *sequence_of,
             const int64_t *positions, int64_t rows, int64_t groups, int64_t heads, int64_t key_width,
-            int64_t value_width, int64_t group_step, int64_t value_start, float scale) {
+            int64_t value_width, int64_t group_step, int64_t value_start, int64_t start, float scale) {
   const attention a = {out, q, cache, tables, sequence_of, positions, table_step, block_tokens, row_width, groups, heads,
-                       key_width, value_width, group_step, value_start, q_step, out_step, scale, narrow};
+                       key_width, value_width, group_step, value_start, q_step, out_step, start, scale, narrow};
   int64_t work = 0;
   for (int64_t row = 0; row < rows; row++) work += (positions[row] + 1) * groups * heads * (key_width + value_width);
   in_parallel(attend_task, &a, rows * groups * ((heads + MOST_HEADS - 1) / MOST_HEADS), work);

@@ -23,6 +23,7 @@ from beringia.engine.operators.operators import CacheLayout, Operators
 from beringia.engine.places import Places
 from beringia.errors import InputError
 from beringia.memory import keep_freed_memory
+from beringia.model.experts import Router
 from beringia.model.rope import Rope
 from beringia.numerics.c_library import NotCompiled, compile_c
 
@@ -55,6 +56,7 @@ class Compiled(Operators):
     """Raises InputError where they cannot be compiled."""
 
     name = "compiled"
+    batch_invariant = True
 
     def __init__(self) -> None:
         # Each operator makes a tensor, which would else come from the kernel, page by page (measured: products took
@@ -149,7 +151,7 @@ class Compiled(Operators):
         )
 
     def attend(
-        self, q_MNH: torch.Tensor, cache: torch.Tensor, layout: CacheLayout, places: Places, scale: float
+        self, q_MNH: torch.Tensor, cache: torch.Tensor, layout: CacheLayout, places: Places, scale: float, start: int
     ) -> torch.Tensor:
         rows, heads, key_width = q_MNH.shape
         if max(key_width, layout.value_width) > WIDEST:
@@ -165,7 +167,7 @@ class Compiled(Operators):
             *(places.table_CB.data_ptr(), places.table_CB.shape[1]),
             *(places.sequence_M.data_ptr(), places.position_M.data_ptr()),
             *(rows, layout.groups, heads // layout.groups, key_width, layout.value_width),
-            *(layout.group_step, layout.value_start, scale),
+            *(layout.group_step, layout.value_start, start, scale),
         )
         return out_MNV
 
@@ -174,6 +176,19 @@ class Compiled(Operators):
         out_MF = torch.empty(rows, width)
         self._c.gate(out_MF.data_ptr(), x_MF.data_ptr(), rows, width)
         return out_MF
+
+    def route(
+        self, x_MD: torch.Tensor, weight_ED: Panels, bias_E: torch.Tensor, router: Router
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores_ME = self.linear(x_MD, weight_ED)
+        self._c.sigmoid(scores_ME.data_ptr(), scores_ME.numel())
+        chosen_MA = router.choose(scores_ME, bias_E)
+        weights_MA = torch.empty(chosen_MA.shape)
+        self._c.weigh(
+            *(weights_MA.data_ptr(), scores_ME.data_ptr(), chosen_MA.data_ptr()),
+            *(*scores_ME.shape, chosen_MA.shape[1], router.normalises, router.scaling),
+        )
+        return chosen_MA, weights_MA
 
     def experts(
         self,
@@ -222,9 +237,11 @@ def _library() -> ctypes.CDLL:
         "keep": [pointer, pointer, integer, pointer, integer, integer, integer],
         "attend": [
             *(pointer, integer, pointer, integer, pointer, integer, integer, integer, pointer, integer),
-            *(pointer, pointer, *[integer] * 7, number),
+            *(pointer, pointer, *[integer] * 8, number),
         ],
         "gate": [pointer, pointer, integer, integer],
+        "sigmoid": [pointer, integer],
+        "weigh": [pointer, pointer, pointer, integer, integer, integer, integer, number],
         "experts": [*[pointer] * 8, *[integer] * 6],
     }
     for name, arguments in signatures.items():

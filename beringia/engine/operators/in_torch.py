@@ -6,21 +6,32 @@ cache, C sequences that decode.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
 from beringia.engine.operators.operators import CacheLayout, Operators
-from beringia.engine.places import Places, Prompt
+from beringia.engine.places import Places
 from beringia.model import rope as rotary
-from beringia.model.experts import grouped_linear, sort_by_expert
+from beringia.model.experts import Router, grouped_linear, sort_by_expert
 from beringia.model.layers import precise
 from beringia.model.rope import Rope
+
+TILE = 16
+"""Rows that are computed together where a row's result may not depend on how many there are: libraries choose another
+kernel, with another order of sums, for another shape."""
 
 
 class InTorch(Operators):
     """Activations have the weights' dtype; norms, softmax and router compute in float32."""
 
     name = "torch"
+
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        """`batch_invariant`: every product has the same shape in every step, so that a row's bits do not depend on the
+        others. Attention is computed for each sequence by itself, in tiles of positions."""
+        self.batch_invariant = batch_invariant
 
     def weight(self, tensor_XNK: torch.Tensor) -> torch.Tensor:
         return tensor_XNK
@@ -37,7 +48,10 @@ class InTorch(Operators):
     def norm(
         self, x_MXD: torch.Tensor, weight_D: torch.Tensor, eps: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        normed = F.rms_norm(x_MXD.to(weight_D.dtype), weight_D.shape, weight_D, eps).to(x_MXD.dtype)
+        def of(x_MXD: torch.Tensor) -> torch.Tensor:
+            return F.rms_norm(x_MXD.to(weight_D.dtype), weight_D.shape, weight_D, eps).to(x_MXD.dtype)
+
+        normed = self._in_tiles(of, x_MXD)
         return normed if out is None else out.copy_(normed)
 
     def linear(
@@ -47,11 +61,11 @@ class InTorch(Operators):
         bias_N: torch.Tensor | None = None,
         add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        product = F.linear(x_MK.to(weight_NK.dtype), weight_NK, bias_N)
+        product = self._in_tiles(lambda x: F.linear(x, weight_NK, bias_N), x_MK.to(weight_NK.dtype))
         return product if add_to is None else add_to.add_(product)
 
     def by_head(self, x_MNK: torch.Tensor, weight_NXK: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        product = (x_MNK.transpose(0, 1) @ weight_NXK.mT).transpose(0, 1)
+        product = self._in_tiles(lambda x: (x.transpose(0, 1) @ weight_NXK.mT).transpose(0, 1), x_MNK)
         return product if out is None else out.copy_(product)
 
     def rotate(self, x_MNP: torch.Tensor, rope: Rope, position_M: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -62,24 +76,44 @@ class InTorch(Operators):
         cache.flatten(0, 1).index_copy_(0, slot_M, row_MW)
 
     def attend(
-        self, q_MNH: torch.Tensor, cache: torch.Tensor, layout: CacheLayout, places: Places, scale: float
+        self, q_MNH: torch.Tensor, cache: torch.Tensor, layout: CacheLayout, places: Places, scale: float, start: int
     ) -> torch.Tensor:
-        done = []
-        count = places.num_decoding
-        if count:
-            table_CB, beyond_CS = places.decoding
-            k_CGSH, v_CGSV = _parts(cache, table_CB, layout)
-            hidden_C111S = beyond_CS.view(count, 1, 1, 1, -1)
-            done.append(_softmax(q_MNH[:count].unsqueeze(2), k_CGSH, v_CGSV, hidden_C111S, scale).squeeze(2))
+        out_MNV = q_MNH.new_empty(*q_MNH.shape[:2], layout.value_width)
+        if self.batch_invariant:
+            for tile in places.tiles(TILE):
+                q_NTH = q_MNH.new_zeros(q_MNH.shape[1], TILE, q_MNH.shape[2])
+                q_NTH[:, tile.within] = q_MNH[tile.rows].transpose(0, 1)
+                end = tile.start + TILE
+                k_GSH, v_GSV = (part[:, :end] for part in _parts(cache, tile.table_B, layout))
+                hidden_TS = _hidden(tile.start, end, start, q_MNH.device)
+                found_NTV = _softmax(q_NTH, k_GSH, v_GSV, hidden_TS, scale)
+                out_MNV[tile.rows] = found_NTV[:, tile.within].transpose(0, 1)
+            return out_MNV
+        decoding = places.decoding
+        if decoding is not None:
+            k_CGSH, v_CGSV = _parts(cache, decoding.table_CB, layout)
+            hidden_CS = decoding.beyond_CS.clone()
+            hidden_CS[:, :start] = True
+            q_CN1H = q_MNH.index_select(0, decoding.rows_C).unsqueeze(2)
+            found_CN1V = _softmax(q_CN1H, k_CGSH, v_CGSV, hidden_CS[:, None, None, None], scale)
+            out_MNV.index_copy_(0, decoding.rows_C, found_CN1V.squeeze(2))
         for prompt in places.prompts:
             k_GSH, v_GSV = (part[:, : prompt.end] for part in _parts(cache, prompt.table_B, layout))
             q_NTH = q_MNH[prompt.rows].transpose(0, 1)
-            done.append(_softmax(q_NTH, k_GSH, v_GSV, _future(prompt, q_MNH.device), scale).transpose(0, 1))
-        return done[0] if len(done) == 1 else torch.cat(done)
+            found_NTV = _softmax(q_NTH, k_GSH, v_GSV, _hidden(prompt.start, prompt.end, start, q_MNH.device), scale)
+            out_MNV[prompt.rows] = found_NTV.transpose(0, 1)
+        return out_MNV
 
     def gate(self, x_MF: torch.Tensor) -> torch.Tensor:
         gate, up = x_MF.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return self._in_tiles(F.silu, gate) * up
+
+    def route(
+        self, x_MD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, router: Router
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores_ME = self._in_tiles(lambda x: F.linear(x, weight_ED).sigmoid(), x_MD.to(weight_ED.dtype))
+        chosen_MA = router.choose(scores_ME, bias_E)
+        return chosen_MA, self._in_tiles(router.weigh, scores_ME, chosen_MA)
 
     def experts(
         self,
@@ -90,11 +124,26 @@ class InTorch(Operators):
         down_EDF: torch.Tensor,
     ) -> torch.Tensor:
         row_P, place_MA, places = sort_by_expert(chosen_MA, len(gate_up_EFD))
-        gate_PF, up_PF = grouped_linear(x_MD.index_select(0, row_P), gate_up_EFD, places).chunk(2, -1)
+        gate_PF, up_PF = self._by_expert(x_MD.index_select(0, row_P), gate_up_EFD, places).chunk(2, -1)
         weight_P = weights_MA.new_zeros(len(row_P)).scatter(0, place_MA.flatten(), weights_MA.flatten())
-        h_PF = F.silu(gate_PF) * up_PF * weight_P.unsqueeze(-1).to(x_MD.dtype)
-        out_PD = grouped_linear(h_PF, down_EDF, places)
+        h_PF = self._in_tiles(F.silu, gate_PF) * up_PF * weight_P.unsqueeze(-1).to(x_MD.dtype)
+        out_PD = self._by_expert(h_PF, down_EDF, places)
         return out_PD.index_select(0, place_MA.flatten()).view(*place_MA.shape, -1).sum(1)
+
+    def _by_expert(self, x_PK: torch.Tensor, weight_EXK: torch.Tensor, places: list[int]) -> torch.Tensor:
+        if not self.batch_invariant:
+            return grouped_linear(x_PK, weight_EXK, places)
+        parts = zip(torch.split(x_PK, places), weight_EXK.unbind(0), strict=True)
+        return torch.cat([self.linear(x, weight) for x, weight in parts])
+
+    def _in_tiles(self, operator: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+        """What an operator makes of each row."""
+        count = len(rows[0])
+        if not self.batch_invariant or not count:
+            return operator(*rows)
+        whole = [torch.cat((x_MX, x_MX.new_zeros(-count % TILE, *x_MX.shape[1:]))) for x_MX in rows]
+        tiles = zip(*(torch.split(x_MX, TILE) for x_MX in whole), strict=True)
+        return torch.cat([operator(*tile) for tile in tiles])[:count]
 
 
 def _parts(cache: torch.Tensor, table_XB: torch.Tensor, layout: CacheLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +176,9 @@ def _softmax(
     return out_XGYV.view(*lead, heads, new, -1).to(q_XNTH.dtype)
 
 
-def _future(prompt: Prompt, device: torch.device) -> torch.Tensor:
-    """T S: tokens after a row's own."""
-    ones = torch.ones(prompt.end - prompt.start, prompt.end, dtype=torch.bool, device=device)
-    return ones.triu(prompt.start + 1)
+def _hidden(first: int, end: int, start: int, device: torch.device) -> torch.Tensor:
+    """For rows at positions `first` to `end`, T S: tokens after a row's own, and before `start`."""
+    hidden_TS = torch.ones(end - first, end, dtype=torch.bool, device=device).triu(first + 1)
+    hidden_TS[:, :start] = True
+    # A row before `start` has no token, and is not read.
+    return hidden_TS

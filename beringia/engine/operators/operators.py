@@ -15,6 +15,7 @@ import torch
 from beringia.chips.chip import Chip
 from beringia.engine.places import Places
 from beringia.errors import InputError
+from beringia.model.experts import Router
 from beringia.model.rope import Rope
 
 Weight = Any
@@ -38,6 +39,8 @@ class Operators(ABC):
 
     name: str
     """`torch` or `compiled`, as reports show it."""
+    batch_invariant: bool
+    """Whether a row's bits are the same whatever else is computed beside it."""
 
     @abstractmethod
     def weight(self, tensor_XNK: torch.Tensor) -> Weight:
@@ -85,13 +88,19 @@ class Operators(ABC):
 
     @abstractmethod
     def attend(
-        self, q_MNH: torch.Tensor, cache: torch.Tensor, layout: CacheLayout, places: Places, scale: float
+        self, q_MNH: torch.Tensor, cache: torch.Tensor, layout: CacheLayout, places: Places, scale: float, start: int
     ) -> torch.Tensor:
-        """Every row attends to its sequence's tokens up to itself: M N V."""
+        """Every row attends to its sequence's tokens from `start` (0 or 1) up to itself: M N V."""
 
     @abstractmethod
     def gate(self, x_MF: torch.Tensor) -> torch.Tensor:
         """silu of the first half of each row times the second."""
+
+    @abstractmethod
+    def route(
+        self, x_MD: torch.Tensor, weight_ED: Weight, bias_E: torch.Tensor, router: Router
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chosen experts (int64) and their weights (float32), each M A; `router` says how."""
 
     @abstractmethod
     def experts(
@@ -105,8 +114,9 @@ class Operators(ABC):
         """Each row through its chosen experts, summed with these weights."""
 
 
-def open_operators(kind: str | None, chip: Chip, dtype: torch.dtype) -> Operators:
-    """`torch`, `compiled`, or None: compiled on the CPU in float32 and bfloat16, torch elsewhere.
+def open_operators(kind: str | None, chip: Chip, dtype: torch.dtype, *, batch_invariant: bool = False) -> Operators:
+    """`torch`, `compiled`, or None: compiled on the CPU in float32 and bfloat16, torch elsewhere. Compiled ones are
+    always batch-invariant.
 
     Raises InputError where compiled ones are asked for, or are what this chip has, and cannot be had.
     """
@@ -115,7 +125,7 @@ def open_operators(kind: str | None, chip: Chip, dtype: torch.dtype) -> Operator
 
     can = chip.device.type == "cpu" and dtype in DTYPES
     if kind == "torch" or (kind is None and not can):
-        return InTorch()
+        return InTorch(batch_invariant=batch_invariant)
     if kind not in (None, "compiled"):
         raise InputError(f"operators must be 'torch' or 'compiled', but is {kind!r}.")
     if not can:

