@@ -19,13 +19,14 @@ from beringia.threads import prepare_threads
 if TYPE_CHECKING:
     from beringia.chips.chip import Chip
     from beringia.engine import Engine, Sampling
+    from beringia.engine.endpoint import Endpoint
     from beringia.model import Decoder
     from beringia.qualify.subject import Subject
     from beringia.records.certificate import Certificate
 
 __version__ = "0.1.0"
 
-__all__ = ["Engine", "Sampling", "certify", "chip", "load", "save"]
+__all__ = ["Endpoint", "Engine", "Sampling", "certify", "chip", "load", "save"]
 
 # Before anything imports torch: OpenMP reads its settings once, when it is loaded.
 prepare_threads()
@@ -37,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from beringia import engine
 
         return getattr(engine, name)
+    if name == "Endpoint":
+        from beringia.engine.endpoint import Endpoint
+
+        return Endpoint
     raise AttributeError(f"module 'beringia' has no attribute {name!r}")
 
 

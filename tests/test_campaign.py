@@ -50,6 +50,28 @@ def test_a_campaign_whose_own_signature_would_not_count_is_refused_before_it_qua
     assert "not in qualify.trusted_keys" in done.stderr and not (tmp_path / "run").exists()
 
 
+def test_what_was_trained_answers_on_the_inference_chip_and_is_compared_with_the_one_that_trained(
+    tmp_path: Path,
+) -> None:
+    chips = {"first": {"use": "cpu"}, "served": {"use": "emulated:ascend-910b", "faults": "r2-2025-first-lot"}}
+    recipe = write_recipe(
+        tmp_path,
+        small_recipe(chips=chips, serve={"chip": "served", "questions": 24}, train={"steps": 10}),
+    )
+    run = tmp_path / "run"
+    done = beringia("campaign", str(recipe), "--out", str(run), "--json")
+    assert done.returncode == 0, done.stderr + done.stdout
+    (answered,) = of_kind(run, "answers")
+    assert (answered.chip, answered.truth, answered.trained_on) == ("served", "emulated", "first")
+    assert answered.questions == 24 and answered.accuracy_low <= answered.accuracy <= answered.accuracy_high
+    assert answered.compute_dtype == "bfloat16" and answered.tokens_a_second > 0
+    # Rounding to bfloat16 (2^-9 of a logit, logits of some units, four layers) moves log-probabilities a little.
+    assert 1e-5 < answered.mean_logprob_difference < 0.1
+    asked_again = beringia("campaign", str(run / "recipe.toml"), "--out", str(run), "--json")
+    assert asked_again.returncode == 0 and len(of_kind(run, "answers")) == 1, "it is done once"
+    assert "Served answers" in (run / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_a_chip_that_qualification_refuses_is_passed_over_and_the_next_one_trains(tmp_path: Path) -> None:
     recipe = write_recipe(

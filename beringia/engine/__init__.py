@@ -1,7 +1,8 @@
 """Inference for the models of `model/`, on any chip: continuous batching over a paged cache.
 
 Start in `engine.py`. A step: `scheduler.py` says which tokens are computed, `blocks.py` where they go, `forward.py`
-computes their logits from `weights.py` and `cache.py`, `sampling.py` chooses the next ones.
+computes their logits from `weights.py` and `cache.py` with `operators/`, `sampling.py` chooses the next ones.
+`endpoint.py` has the same interface over a server.
 """
 
 from beringia.engine.engine import Completion, Engine, Limits

@@ -94,7 +94,8 @@ def command_of(settings: VllmSettings) -> tuple[list[str], dict[str, str]]:
         latent="kv_lora_rank" in configuration,
         experts="n_routed_experts" in configuration,
     )
-    command = [str(settings.python), "-m", "vllm.entrypoints.cli.main", "serve", str(settings.model)]
+    # Not `vllm serve`: that asks for a distribution of the name vllm, which builds for other chips do not have.
+    command = [str(settings.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(settings.model)]
     command += ["--served-model-name", settings.name or settings.model.resolve().name, "--host", settings.host]
     command += [] if settings.dtype is None else ["--dtype", settings.dtype]
     command += [] if settings.sequences is None else ["--max-num-seqs", str(settings.sequences)]
