@@ -228,6 +228,9 @@ def serve(
         Literal["torch", "compiled"] | None,
         typer.Option(help="Default: compiled where the chip is the CPU.", show_default=False),
     ] = None,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Draft with the multi-token prediction layer; answers stay the same.")
+    ] = False,
     name: Annotated[
         str | None, typer.Option(help="What clients call the model; default: the directory's.", show_default=False)
     ] = None,
@@ -269,7 +272,7 @@ def serve(
 
     if engine == "vllm":
         only_own = {"--faults": faults, "--operators": operators, "--tokenizer": tokenizer, "--proof": proof}
-        given = [name for name, value in only_own.items() if value is not None]
+        given = [name for name, value in only_own.items() if value is not None] + ["--speculate"] * speculate
         if given:
             raise InputError(
                 f"{given[0]} is for the own engine; vLLM has no such thing (--vllm-option passes others on)."
@@ -305,6 +308,7 @@ def serve(
         faults=faults,
         dtype=dtype,
         operators=operators,
+        speculate=speculate,
         name=name,
         tokenizer=tokenizer,
         host=host,

@@ -238,10 +238,11 @@ def test_a_batch_invariant_engine_gives_the_same_bits_in_any_company(
         return server.generate([*others, question], [*samplings, asked])[-1]
 
     alone = answer([])
+    tight = {"deepseek_v3": 1 << 14, "qwen3": 1 << 15}[name]  # some are sent back and computed again
     for mix, limits in (
         (3, {}),
         (17, {"step_tokens": 29}),
-        (6, {"sequences": 3, "step_tokens": 11, "block_tokens": 8}),
+        (6, {"step_tokens": 11, "block_tokens": 8, "cache_bytes": tight}),
     ):
         assert answer(prompts(mix, seed=mix), **limits) == alone
     chip.close()

@@ -152,6 +152,20 @@ def test_a_stop_string_ends_an_answer_before_it(client: openai.OpenAI, greedy: A
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+def test_with_drafts_the_answer_and_its_stream_are_the_same(greedy: Any) -> None:
+    tokens, logprobs, text = greedy
+    with serving("r2-nano", "--chip", "cpu", "--speculate") as running:
+        body = {"model": "r2-nano", "messages": TURNS, "temperature": 0, "max_tokens": 12, "logprobs": True}
+        (choice,) = running.post(body).json()["choices"]
+        assert choice["message"]["content"] == text
+        assert [one["logprob"] for one in choice["logprobs"]["content"]] == pytest.approx(logprobs, abs=1e-6)
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+        stream = client.chat.completions.create(
+            model="r2-nano", messages=TURNS, temperature=0, max_tokens=12, stream=True
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text and len(tokens) == 12
+
+
 def test_a_biased_token_is_always_chosen_or_never(client: openai.OpenAI) -> None:
     seven = load_tokenizer("digits").encode("7")[0]
     asked: Any = {"model": "r2-nano", "messages": TURNS, "max_tokens": 6}

@@ -380,7 +380,11 @@ def _note_prompt_logprobs(chunk: Chunk, logits_TV: torch.Tensor) -> None:
     """Row t says how likely token t + 1 was."""
     sequence = chunk.sequence
     asked = sequence.sampling.prompt_logprobs
-    if asked is None or len(sequence.prompt_logprobs) >= sequence.num_prompt - 1:
+    if asked is None:
         return
-    next_tokens = sequence.tokens[chunk.start + 1 : min(chunk.end + 1, sequence.num_prompt)]
-    sequence.prompt_logprobs += logprobs_of(logits_TV[: len(next_tokens)], next_tokens, [asked] * len(next_tokens))
+    # Of a sequence that was sent back and is computed again some are there already.
+    first = len(sequence.prompt_logprobs) + 1
+    next_tokens = sequence.tokens[first : min(chunk.end + 1, sequence.num_prompt)]
+    if next_tokens:
+        rows_TV = logits_TV[first - 1 - chunk.start :][: len(next_tokens)]
+        sequence.prompt_logprobs += logprobs_of(rows_TV, next_tokens, [asked] * len(next_tokens))

@@ -23,8 +23,6 @@ class Limits:
 
     new_tokens: int
     """At most, and what a chat gets that does not say."""
-    open_requests: int
-    """That wait or run at the same time, answers to one request counted one by one."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,26 @@ def submit(engine: EngineThread, requests: list[tuple[list[int], Sampling]]) -> 
     except InputError as problem:
         raise refused(str(problem)) from None
     except Full:
-        raise Failure(
-            429, "The server has as many requests as it takes: try again later.", code="queue_full", retry_after=1
-        ) from None
+        raise _full() from None
     except Draining:
-        raise Failure(503, "The server is shutting down.", code="shutting_down", retry_after=5) from None
+        raise _draining() from None
+
+
+def check_room(engine: EngineThread) -> None:
+    """Raise the Failure that any request would meet now."""
+    if not engine.ready:
+        raise _draining()
+    if engine.full:
+        raise _full()
+
+
+def _full() -> Failure:
+    sentence = "The server has as many requests as it takes: try again later."
+    return Failure(429, sentence, code="queue_full", retry_after=1)
+
+
+def _draining() -> Failure:
+    return Failure(503, "The server is shutting down.", code="shutting_down", retry_after=5)
 
 
 async def parts_of(

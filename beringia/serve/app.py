@@ -24,6 +24,7 @@ from beringia.serve.answering import (
     Part,
     Prompt,
     chat_prompt,
+    check_room,
     completion_prompts,
     parts_of,
     room_for,
@@ -75,6 +76,7 @@ def make_app(served: Served) -> FastAPI:
         body_bytes=served.body_bytes,
         body_seconds=served.body_seconds,
         metrics=served.metrics,
+        check_room=lambda: check_room(served.engine),
     )
     _add_failures(app)
     _add_state(app, served)

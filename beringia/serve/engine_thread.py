@@ -49,6 +49,8 @@ class Ticket:
     news: asyncio.Queue[News] = field(default_factory=asyncio.Queue)
     request: Request | None = None
     given_up: bool = False
+    num_told: int = 0
+    """Of its new tokens; with drafts a step may bring two."""
     arrived: float = field(default_factory=time.perf_counter)
     last_token: float | None = None
 
@@ -86,6 +88,11 @@ class EngineThread:
     def num_open(self) -> int:
         """Requests that wait or run."""
         return len(self._open)
+
+    @property
+    def full(self) -> bool:
+        """Whether not even one more would be taken."""
+        return len(self._open) >= self._most_open
 
     @property
     def ready(self) -> bool:
@@ -171,7 +178,8 @@ class EngineThread:
         told = []
         for request in self.engine.step():
             ticket = self._running[request]
-            told.append((ticket, _news_of(request)))
+            told += [(ticket, news) for news in _news_of(request, ticket.num_told)]
+            ticket.num_told = len(request.new_tokens)
             if request.finished is not None:
                 del self._running[request]
         if told:
@@ -205,17 +213,21 @@ class EngineThread:
         self._metrics.requests_open.set(len(self._open))
 
 
-def _news_of(request: Request) -> News:
+def _news_of(request: Request, num_told: int) -> list[News]:
+    """One for each token that has not been told of."""
     if request.error is not None:
-        return _error(request.error)
-    first = len(request.tokens) == request.num_prompt + 1
-    return News(
-        request.tokens[-1],
-        request.logprobs[-1] if request.logprobs else None,
-        request.finished,
-        None,
-        tuple(request.prompt_logprobs) if first else (),
-    )
+        return [_error(request.error)]
+    new = request.new_tokens
+    return [
+        News(
+            new[place],
+            request.logprobs[place] if request.logprobs else None,
+            request.finished if place == len(new) - 1 else None,
+            None,
+            tuple(request.prompt_logprobs) if place == 0 else (),
+        )
+        for place in range(num_told, len(new))
+    ]
 
 
 def _error(message: str) -> News:

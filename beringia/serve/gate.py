@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,8 +26,17 @@ class Gate:
     """Middleware."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: Sequence[str], body_bytes: int, body_seconds: float, metrics: Metrics
+        self,
+        app: ASGIApp,
+        *,
+        keys: Sequence[str],
+        body_bytes: int,
+        body_seconds: float,
+        metrics: Metrics,
+        check_room: Callable[[], None],
     ) -> None:
+        """`check_room` raises Failure where no request can be taken: then it is refused before it is read."""
+        self._check_room = check_room
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._body_bytes = body_bytes
@@ -50,6 +59,8 @@ class Gate:
 
         try:
             self._check_key(scope)
+            if scope["method"] == "POST":
+                self._check_room()
             body = await self._read(scope, receive)
             await self._app(scope, body, noting)
         except Failure as failure:

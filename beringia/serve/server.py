@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
 from beringia.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from beringia.engine import Engine
 from beringia.engine import Limits as EngineLimits
+from beringia.engine.operators.compiled import compile_ahead
 from beringia.errors import InputError
 from beringia.model.presets import PRESETS
 from beringia.serve.answering import Limits
@@ -45,6 +47,7 @@ class Settings:
     faults: str | None = None
     dtype: str | None = None
     operators: str | None = None
+    speculate: bool = False
     name: str | None = None
     """None: the directory's, or the preset's."""
     tokenizer: str | None = None
@@ -54,6 +57,7 @@ class Settings:
     keys: tuple[str, ...] = ()
     engine: EngineLimits = field(default_factory=EngineLimits)
     open_requests: int = 512
+    """That wait or run at the same time, answers to one request counted one by one."""
     new_tokens: int = 4096
     drain_seconds: float = 30.0
     proof: Path | None = None
@@ -66,10 +70,13 @@ def serve(settings: Settings, on_ready: Any = None) -> None:
     `on_ready(url, about)` is called when requests are taken. Raises InputError.
     """
     listening = _listen(settings)
+    compiling = compile_ahead() if settings.chip in ("cpu", "auto") and settings.operators != "torch" else None
     chip = open_chip(settings.chip, faults=settings.faults, seed=settings.seed)
     try:
+        if compiling is not None:
+            compiling.join()
         served = load(settings, chip)
-        asyncio.run(_run(settings, served, listening, on_ready))
+        uvloop.run(_run(settings, served, listening, on_ready))
     finally:
         listening.close()
         chip.close()
@@ -82,6 +89,7 @@ def load(settings: Settings, chip: Chip) -> Served:
         chip,
         dtype=_dtype(settings.dtype),
         operators=settings.operators,
+        speculate=settings.speculate,
         limits=settings.engine,
         seed=settings.seed,
     )
@@ -108,7 +116,7 @@ def load(settings: Settings, chip: Chip) -> Served:
         engine=EngineThread(engine, metrics, most_open=settings.open_requests),
         tokenizer=tokenizer,
         metrics=metrics,
-        limits=Limits(new_tokens=settings.new_tokens, open_requests=settings.open_requests),
+        limits=Limits(new_tokens=settings.new_tokens),
         about=about,
         page=page_text(name, about),
         keys=settings.keys,
@@ -171,7 +179,7 @@ def _listen(settings: Settings) -> socket.socket:
     return listening
 
 
-class _Patience(H11Protocol):
+class _Patience(HttpToolsProtocol):
     """A connection that is closed where the head of its request does not arrive in time."""
 
     _deadline: asyncio.TimerHandle | None = None
@@ -229,7 +237,7 @@ async def _run(settings: Settings, served: Served, listening: socket.socket, on_
         make_app(served),
         http=_Patience,
         ws="none",
-        loop="asyncio",
+        loop="uvloop",
         log_level="warning",
         access_log=False,
         server_header=False,

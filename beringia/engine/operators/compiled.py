@@ -13,6 +13,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,6 +211,18 @@ class Compiled(Operators):
             *(len(x_MD), chosen_MA.shape[1], num_experts, hidden, width, down_EDF.narrow),
         )
         return out_MD
+
+
+def compile_ahead() -> threading.Thread:
+    """Compile in a thread, while the chip is opened; join it before an engine is made."""
+
+    def compile_quietly() -> None:
+        with suppress(InputError):  # told where they are asked for
+            _library()
+
+    thread = threading.Thread(target=compile_quietly, name="compile operators")
+    thread.start()
+    return thread
 
 
 def _in_panels(tensor_XNK: torch.Tensor) -> torch.Tensor:
