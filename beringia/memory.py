@@ -35,14 +35,19 @@ def return_freed_memory() -> bool:
     model of 135 million parameters). The garbage collector goes first: cycles hold weights and moments (torch's set-up
     of a process's first optimizer leaves one).
     """
-    gc.collect()
-    _leave_out_what_stays()
+    collect_garbage()
     if platform.libc_ver()[0] != "glibc":
         return False
     return bool(ctypes.CDLL(None).malloc_trim(0))
 
 
+def collect_garbage() -> None:
+    """Collect, and leave what was there the first time, modules and their functions, out of later collections: these
+    take 0.2 s where much is loaded, and come when they like."""
+    gc.collect()
+    _leave_out_what_stays()
+
+
 @cache
 def _leave_out_what_stays() -> None:
-    # Modules and their functions: later collections need not look at them, which takes 0.2 s where much is loaded.
     gc.freeze()

@@ -52,9 +52,9 @@ def test_a_product_is_float64_s_to_rounding_and_each_row_has_the_bits_it_has_alo
         return operators.linear(x, weight, bias, before.clone() if added else None)
 
     found = of(x, before)
-    more = (before.double() if added else 0) + (0 if bias is None else bias.double())
-    exact = exactly(x, dtype) @ matrix.double().T + more
-    size = exactly(x, dtype).abs() @ matrix.double().abs().T + abs(more)
+    more = [term.double() for term in ((before,) if added else ()) + (() if bias is None else (bias,))]
+    exact = exactly(x, dtype) @ matrix.double().T + sum(more)
+    size = exactly(x, dtype).abs() @ matrix.double().abs().T + sum(term.abs() for term in more)
     within(found, exact, size, k + 2)
     for row in range(rows):
         assert torch.equal(of(x[row : row + 1], before[row : row + 1])[0], found[row])

@@ -25,6 +25,7 @@ from beringia.engine import Engine
 from beringia.engine import Limits as EngineLimits
 from beringia.engine.operators.compiled import compile_ahead
 from beringia.errors import InputError
+from beringia.memory import collect_garbage
 from beringia.model.presets import PRESETS
 from beringia.serve.answering import Limits
 from beringia.serve.app import Served, make_app, page_text
@@ -76,6 +77,7 @@ def serve(settings: Settings, on_ready: Any = None) -> None:
         if compiling is not None:
             compiling.join()
         served = load(settings, chip)
+        collect_garbage()  # now, so that no request waits for it
         uvloop.run(_run(settings, served, listening, on_ready))
     finally:
         listening.close()
