@@ -271,6 +271,7 @@ def test_more_requests_than_there_are_places_get_429_and_the_others_their_answer
     assert refused.headers["Retry-After"] == "1" and refused.json()["error"]["code"] == "queue_full"
 
 
+@pytest.mark.slow
 def test_a_client_that_sends_its_request_byte_by_byte_does_not_keep_its_connection(tmp_path: Path) -> None:
     import socket
 
@@ -348,6 +349,7 @@ def test_without_the_proof_that_was_asked_for_nothing_is_served(tmp_path: Path, 
         pass
 
 
+@pytest.mark.slow
 def test_an_error_of_the_chip_fails_its_requests_in_words_and_the_server_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "once.toml"
     script.write_text('summary = "fails once"\n[[faults]]\nkind = "exception"\nat_step = 3\ncode = "507014"\n')

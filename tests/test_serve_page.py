@@ -13,6 +13,8 @@ from served import Server, serving
 from beringia.data.tokenizer import write_tokenizer
 from beringia.model import load_model, save_model
 
+pytestmark = pytest.mark.slow  # each has a server and a browser of its own
+
 ASK = """
 document.getElementById('text').value = 'What is 3 + 4?';
 document.getElementById('temperature').value = '0.8';

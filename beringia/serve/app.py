@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -176,7 +177,7 @@ def _check_model(served: Served, name: str) -> None:
         )
 
 
-class _Answering:
+class _Answering(ABC):
     """One request: its answers, as a whole or as a stream."""
 
     kind: str
@@ -294,14 +295,17 @@ class _Answering:
 
     # What the two kinds of request do in their own ways
 
+    @abstractmethod
     def _submit(self) -> list[Ticket]:
-        raise NotImplementedError
+        """Hand the request over to the engine."""
 
+    @abstractmethod
     def _choice(self, number: int, choice: Choice, prompt_logprobs: tuple[Any, ...]) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole answer."""
 
+    @abstractmethod
     def _chunks(self, number: int, part: Part) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """What a part adds to a stream."""
 
 
 class Chat(_Answering):
