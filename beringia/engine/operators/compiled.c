@@ -218,6 +218,13 @@ INLINE vec add_pair(vec sum, uint32_t x, words weight) {
 #endif
 }
 
+/* In a tile, at k: the lines of what is multiplied with later. */
+#define FETCH_AHEAD(PANELS)                                                                                   \
+  if (k == until) {                                                                                           \
+    until += tiles;                                                                                           \
+    for (int j = 0; j < PANELS; j++) __builtin_prefetch(weight + p->ahead + (j * deep + k) * sizeof(vec));    \
+  }
+
 #define DEFINE_TILE(ROWS, PANELS)                                                                             \
   static void tile_##ROWS##_##PANELS(const product *p, int64_t row, int64_t panel) {                          \
     /* The tiles of a panel fetch a share each of the lines that come later. */                               \
@@ -229,10 +236,7 @@ INLINE vec add_pair(vec sum, uint32_t x, words weight) {
     if (p->narrow) {                                                                                          \
       const uint32_t *x = (const uint32_t *)p->x + row * step;                                                \
       for (int64_t k = 0; k < deep; k++) {                                                                    \
-        if (k == until) {                                                                                     \
-          until += tiles;                                                                                     \
-          for (int j = 0; j < PANELS; j++) __builtin_prefetch(weight + p->ahead + (j * deep + k) * sizeof(vec)); \
-        }                                                                                                     \
+        FETCH_AHEAD(PANELS)                                                                                   \
         _Pragma("GCC unroll 8") for (int j = 0; j < PANELS; j++) {                                            \
           words column = ((const words *)weight)[j * deep + k];                                               \
           _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++)                                              \
@@ -242,10 +246,7 @@ INLINE vec add_pair(vec sum, uint32_t x, words weight) {
     } else {                                                                                                  \
       const float *x = (const float *)p->x + row * step;                                                      \
       for (int64_t k = 0; k < deep; k++) {                                                                    \
-        if (k == until) {                                                                                     \
-          until += tiles;                                                                                     \
-          for (int j = 0; j < PANELS; j++) __builtin_prefetch(weight + p->ahead + (j * deep + k) * sizeof(vec)); \
-        }                                                                                                     \
+        FETCH_AHEAD(PANELS)                                                                                   \
         _Pragma("GCC unroll 8") for (int j = 0; j < PANELS; j++) {                                            \
           vec column = ((const vec *)weight)[j * deep + k];                                                   \
           _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++) sum[i][j] += x[i * step + k] * column;       \
