@@ -1,6 +1,6 @@
 """Two servers under the same load: ours and vLLM's on the CPU, one after the other. Prints one JSON object.
 
-    python benchmarks/serve.py --json [--clients 200 --seconds 60 --rounds 1]
+    python benchmarks/serve.py --json [--clients 200 --seconds 60]
 
 Each of the clients asks r2-micro for `NEW_TOKENS` tokens after a prompt of `PROMPT_TOKENS`, streamed, and asks again as
 soon as it has them; they begin one by one over `RAMP_SECONDS`. One request in five is left after a few tokens. Reported
@@ -8,8 +8,8 @@ are the times to the first token, and between two tokens on a request's average 
 requests that were answered in full), how many requests got no answer, what the server still holds when all have gone,
 and how its memory grew between the tenth second and the end.
 
-Then ours alone with ten times as many clients as it takes at a time, which ask again a second after a 429. And the time
-from the command to the first token of the first request.
+Then ours alone, asked ten times as often as it was then, whatever it answers. And the time from the command to the
+first token of the first request.
 
 Must hold: no request lost, none left in the server, memory grows by less than `FLAT`, all four times at most vLLM's;
 under overload nothing but 429 and answers, and at most twice the median time between tokens; the first token within
@@ -31,12 +31,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
+
+import uvloop
 
 import beringia
 from beringia.data.tokenizer import write_tokenizer
@@ -46,6 +50,7 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 64
 LEAVING = 0.2
 RAMP_SECONDS = 5.0
 FLAT = 0.05
+OVERLOAD = 10
 FIRST_TOKEN_SECONDS = 5.0
 VLLM = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
@@ -171,14 +176,36 @@ async def _client(number: int, port: int, start: float, end: float, measured: Me
     drawn = random.Random(number)
     await asyncio.sleep(max(0.0, start - time.perf_counter()))
     while time.perf_counter() < end:
-        leaves_after = drawn.randrange(1, NEW_TOKENS) if drawn.random() < LEAVING else None
         refused = measured.refused
-        await _request(port, drawn, measured, leaves_after)
+        await _request(port, drawn, measured, _leaves_after(drawn))
         if measured.refused > refused:
             await asyncio.sleep(1.0)  # as Retry-After says
 
 
-async def _load(server: Server, clients: int, seconds: float) -> tuple[Measured, dict[str, Any]]:
+def _leaves_after(drawn: random.Random) -> int | None:
+    return drawn.randrange(1, NEW_TOKENS) if drawn.random() < LEAVING else None
+
+
+async def _clients(number: int, port: int, seconds: float, measured: Measured) -> None:
+    begin = time.perf_counter()
+    starts = [begin + RAMP_SECONDS * client / number for client in range(number)]
+    await asyncio.gather(
+        *[_client(client, port, start, begin + seconds, measured) for client, start in enumerate(starts)]
+    )
+
+
+async def _arrivals(a_second: float, port: int, seconds: float, measured: Measured) -> None:
+    drawn, begin = random.Random(0), time.perf_counter()
+    asking: set[asyncio.Task[None]] = set()
+    for number in range(int(a_second * seconds)):
+        await asyncio.sleep(max(0.0, begin + number / a_second - time.perf_counter()))
+        one = asyncio.create_task(_request(port, drawn, measured, _leaves_after(drawn)))
+        asking.add(one)
+        one.add_done_callback(asking.discard)
+    await asyncio.gather(*asking)
+
+
+async def _load(server: Server, seconds: float, asking: Callable[[Measured], Awaitable[None]]) -> dict[str, Any]:
     measured, begin = Measured(), time.perf_counter()
     memory: list[int] = []
 
@@ -187,15 +214,14 @@ async def _load(server: Server, clients: int, seconds: float) -> tuple[Measured,
         memory.append(server.memory())
 
     watching = asyncio.create_task(watch())
-    starts = [begin + RAMP_SECONDS * number / clients for number in range(clients)]
-    await asyncio.gather(
-        *[_client(number, server.port, start, begin + seconds, measured) for number, start in enumerate(starts)]
-    )
+    await asking(measured)
     await watching
     taken = time.perf_counter() - begin
     await asyncio.sleep(1.0)
     grown = server.memory() / memory[0] - 1.0
-    found = {
+    asked = measured.answered + measured.left + measured.refused + len(measured.lost)
+    return {
+        "requests_a_second": asked / taken,
         "answered": measured.answered,
         "left": measured.left,
         "refused_with_429": measured.refused,
@@ -208,7 +234,6 @@ async def _load(server: Server, clients: int, seconds: float) -> tuple[Measured,
         "memory_bytes": memory[0],
         "memory_grown": grown,
     }
-    return measured, found
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:
@@ -262,7 +287,8 @@ def main() -> None:
 
 def _measure(model: Path, clients: int, seconds: float) -> dict[str, Any]:
     serve = [sys.executable, "-m", "beringia", "serve", str(model), "--chip", "cpu", "--port", "0", "--json"]
-    ours = [*serve, "--sequences", str(clients), "--queue", str(clients)]
+    # A client that leaves asks again before the server has seen it go.
+    ours = [*serve, "--sequences", str(clients), "--queue", str(clients + clients // 10)]
     found: dict[str, Any] = {"first_token_after_start_seconds": {}, "load": {}}
     commands = {"ours": ours}
     if VLLM.exists():
@@ -271,9 +297,11 @@ def _measure(model: Path, clients: int, seconds: float) -> dict[str, Any]:
     for name, command in commands.items():
         server = Server(command)
         found["first_token_after_start_seconds"][name] = server.first_token_seconds
-        _, found["load"][name] = asyncio.run(_load(server, clients, seconds))
+        load = uvloop.run(_load(server, seconds, partial(_clients, clients, server.port, seconds)))
+        found["load"][name] = load
         if name == "ours":
-            _, found["overload"] = asyncio.run(_load(server, 10 * clients, seconds))
+            often = OVERLOAD * load["requests_a_second"]
+            found["overload"] = uvloop.run(_load(server, seconds, partial(_arrivals, often, server.port, seconds)))
         server.stop()
     return found
 

@@ -15,11 +15,12 @@ import pytest
 from served import Server, serving
 
 from beringia.chips.open import open_chip
+from beringia.data.tokenizer import load_tokenizer
 from beringia.engine import Engine, Sampling
 from beringia.engine.endpoint import Endpoint, EndpointFailed
 from beringia.errors import InputError
 
-PROMPTS = [[5, 6, 7, 8], [9, 10], [11] * 20]
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11] * 20, [12]]
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +81,11 @@ def test_it_gives_what_the_engine_gives(server: Server) -> None:
         Sampling(max_tokens=9, temperature=0.0, logprobs=3),
         Sampling(max_tokens=9, seed=4, top_k=7, top_p=0.9, min_p=0.01, logprobs=0, ignore_end=True),
         Sampling(max_tokens=5, seed=5, prompt_logprobs=2, stop_tokens=(20,), logit_bias={20: 3.0}),
+        Sampling(max_tokens=40, seed=6, stops=tuple("0123456789")),
     ]
     chip = open_chip("cpu")
-    here = Engine("r2-nano", chip).generate(PROMPTS, asked)
+    here = Engine("r2-nano", chip, tokenizer=load_tokenizer("digits")).generate(PROMPTS, asked)
+    assert here[-1].finish == "stop"
     there = Endpoint(server.url).generate(PROMPTS, asked)
     for one, other in zip(here, there, strict=True):
         assert (one.tokens, one.finish) == (other.tokens, other.finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from small_models import CONFIGS, SmallSubject
 
 from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
+from beringia.data.tokenizer import load_tokenizer
 from beringia.engine import Completion, Engine, Limits, Sampling
 from beringia.errors import InputError
 from beringia.model import Decoder, greedy, save_model
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_end=True, logprobs=0)
+DIGITS = load_tokenizer("digits")
 SAME_LOGPROB = 1e-4
 """Asked for in float32. A logit here is a sum of some hundred terms below 10: 100 * 10 * 2^-24 = 6e-5 at the worst,
 measured 2e-6; a wrong position or a missing norm is off by 0.1 and more."""
@@ -158,6 +161,23 @@ def test_end_tokens_and_stop_tokens_end_a_request(cpu: Chip) -> None:
     asked = Sampling(max_tokens=12, temperature=0.0, stop_tokens=(stop,))
     (found,) = engine(model, cpu).generate([[1, 2, 3]], asked)
     assert found.tokens == free.tokens[: place + 1] and found.finish == "stop"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 50), st.integers(0, 30), st.integers(1, 6), st.booleans())
+def test_a_stop_string_ends_a_request_at_the_token_that_completes_it(
+    cpu: Chip, seed: int, begin: int, length: int, speculate: bool
+) -> None:
+    free = Sampling(max_tokens=24, seed=seed, ignore_end=True)
+    server = Engine(decoder("deepseek_v3"), cpu, speculate=speculate, tokenizer=DIGITS)
+    (whole,) = server.generate([[1, 2, 3]], free)
+    stop = DIGITS.decode(whole.tokens, skip_special_tokens=True)[begin:][:length]
+    if not stop:
+        return
+    (found,) = server.generate([[1, 2, 3]], replace(free, stops=("never said", stop)))
+    texts = [DIGITS.decode(whole.tokens[: end + 1], skip_special_tokens=True) for end in range(24)]
+    last = next(end for end, text in enumerate(texts) if stop in text)
+    assert found.tokens == whole.tokens[: last + 1] and found.finish == "stop"
 
 
 def test_a_request_that_is_given_up_frees_its_place(cpu: Chip) -> None:
@@ -338,6 +358,7 @@ def test_an_error_of_the_chip_ends_the_requests_of_that_step_and_the_engine_goes
         ([1, 61], GREEDY, "token 61"),
         ([1], Sampling(logit_bias={61: 1.0}), "logit_bias has the token 61"),
         ([1], Sampling(stop_tokens=(-1,)), "stop_tokens has the token -1"),
+        ([1], Sampling(stops=("\n",)), "with a tokenizer"),
         ([1] * 4096, GREEDY, "4096 tokens"),
         ([1] * 400, Sampling(max_tokens=3000), "cache_bytes"),
     ],

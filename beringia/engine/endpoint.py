@@ -5,8 +5,7 @@
         completion.tokens, completion.finish, completion.logprobs
 
 Tokens go there and come back as numbers, never as text that would have to be cut into tokens again. What a server
-cannot
-do is found by asking it once (`abilities`); asking for it afterwards is an error, not another answer.
+cannot do is found by asking it once (`abilities`); asking for it afterwards is an error, not another answer.
 """
 
 from __future__ import annotations
@@ -181,6 +180,7 @@ def _body(model: str, prompt: Sequence[int], sampling: Sampling) -> dict[str, An
         "min_p": (sampling.min_p, 0.0),
         "seed": (sampling.seed, None),
         "stop_token_ids": (list(sampling.stop_tokens), []),
+        "stop": (list(sampling.stops), []),
         "ignore_eos": (sampling.ignore_end, False),
         "logit_bias": ({str(token): bias for token, bias in sampling.logit_bias.items()}, {}),
         "echo": (sampling.prompt_logprobs is not None, False),

@@ -5,7 +5,8 @@
         completion.tokens, completion.logprobs
 
 `add` queues a request, `step` computes one step for all that run and returns those that it brought further, `abort`
-gives a request's place to others. One thread calls all of these. Text is not its business: tokens come and go.
+gives a request's place to others. One thread calls all of these. Tokens come and go; text is read for stop strings
+alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 
 from beringia.chips.chip import Chip
+from beringia.data.detokenizer import StopWatch
+from beringia.data.tokenizer import Tokenizer
 from beringia.engine.blocks import BlockPool
 from beringia.engine.cache import PagedCache
 from beringia.engine.forward import Forward
@@ -53,7 +56,8 @@ class Completion:
     tokens: tuple[int, ...]
     """The new ones, the end token among them."""
     finish: str
-    """`stop` (an end token), `length` (as many as were asked for, or as the model has positions), `abort`, `error`."""
+    """`stop` (an end or stop token, or a stop string), `length` (as many as were asked for, or as the model has
+    positions), `abort`, `error`."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the prompt's tokens but the first."""
@@ -73,17 +77,20 @@ class Engine:
         operators: str | None = None,
         speculate: bool = False,
         batch_invariant: bool = False,
+        tokenizer: Tokenizer | None = None,
         limits: Limits | None = None,
         seed: int = 0,
     ) -> None:
         """`dtype`: of weights and cache; None: the chip's own choice. `operators`: `torch`, `compiled` (activations
         stay float32), or None: compiled where the chip is the CPU. `speculate`: draft a token a step with the
         model's multi-token prediction layer; the answers stay the same. `batch_invariant`: the same bits whatever
-        else is in the batch; compiled operators always give them. Raises ModelError, InputError."""
+        else is in the batch; compiled operators always give them. `tokenizer`: for stop strings.
+        Raises ModelError, InputError."""
         decoder = model if isinstance(model, Decoder) else load_model(model, seed=seed)
         self.config = decoder.config
         self.chip = chip
         self.limits = limits or Limits()
+        self._tokenizer = tokenizer
         dtype = dtype or chip.capabilities.compute_dtype
         chosen = open_operators(operators, chip, dtype, batch_invariant=batch_invariant)
         self.operators = chosen.name
@@ -114,7 +121,9 @@ class Engine:
         seed = sampling.seed
         if seed is None:
             seed = int(torch.randint(2**62, (), generator=self._seeds))
-        request = Request(next(self._numbers), list(prompt), len(prompt), sampling, Noise(seed, self.config.vocab_size))
+        noise = Noise(seed, self.config.vocab_size)
+        watch = StopWatch(self._tokenizer, sampling.stops) if self._tokenizer and sampling.stops else None
+        request = Request(next(self._numbers), list(prompt), len(prompt), sampling, noise, watch)
         self._scheduler.add(request)
         return request
 
@@ -128,6 +137,8 @@ class Engine:
             if foreign is not None:
                 last = self.config.vocab_size - 1
                 raise InputError(f"{name} has the token {foreign}; the model has 0 to {last}.")
+        if sampling.stops and self._tokenizer is None:
+            raise InputError("Stop strings need the text of tokens: make the engine with a tokenizer.")
         longest = self.config.max_position_embeddings
         if len(prompt) >= longest:
             raise InputError(
@@ -324,6 +335,9 @@ class Engine:
     def _finish(self, request: Request, token: int) -> str | None:
         sampling = request.sampling
         if token in sampling.stop_tokens or (token in self._end_tokens and not sampling.ignore_end):
+            return "stop"
+        if request.stop_watch is not None and request.stop_watch.push(token):
+            request.at_string = True
             return "stop"
         num_new = len(request.tokens) - request.num_prompt
         if num_new >= sampling.max_tokens or len(request.tokens) >= self.config.max_position_embeddings:

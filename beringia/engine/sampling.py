@@ -41,6 +41,8 @@ class Sampling:
     """None: drawn from the engine's own."""
     stop_tokens: tuple[int, ...] = ()
     """Beside the model's own end tokens."""
+    stops: tuple[str, ...] = ()
+    """Strings that end it too, as soon as the new tokens' text has one."""
     ignore_end: bool = False
     """Whether the model's end tokens are tokens like others."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -56,6 +58,7 @@ class Sampling:
         _require("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
         _require("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
         _require("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1")
+        _require("a stop string", "empty", all(self.stops), "one character or more")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _require(name, value, value is None or value >= 0, "0 or more")

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from beringia.data.detokenizer import StopWatch
 from beringia.engine.blocks import BlockPool
 from beringia.engine.sampling import Noise, Sampling, TokenLogprobs
 
@@ -28,6 +29,8 @@ class Sequence:
     num_prompt: int
     sampling: Sampling
     noise: Noise
+    stop_watch: StopWatch | None = None
+    """None: no stop string ends it."""
     num_computed: int = 0
     draft: tuple[int, ...] = ()
     """What the next token may be, not yet checked; one or none."""
@@ -36,6 +39,8 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: str | None = None
+    at_string: bool = False
+    """Whether a stop string ended it."""
     error: str | None = None
 
     @property

@@ -112,7 +112,7 @@ def _draining() -> Failure:
 
 
 async def parts_of(
-    engine: EngineThread, ticket: Ticket, tokenizer: Tokenizer, stops: Sequence[str], chat_text: str | None
+    ticket: Ticket, tokenizer: Tokenizer, stops: Sequence[str], chat_text: str | None
 ) -> AsyncIterator[Part]:
     """What each token adds to an answer, until it is finished. Raises Failure where the engine could not go on."""
     text = AnswerText(tokenizer, stops, chat_text)
@@ -120,18 +120,15 @@ async def parts_of(
         if news.error is not None:
             raise Failure(500, f"The request failed: {news.error}", code="engine_error")
         yield _part(text, news)
-        if text.stopped:
-            engine.give_up(ticket)
-            return
 
 
 def _part(text: AnswerText, news: News) -> Part:
     assert news.token is not None
-    # An end token has no text; a stop token's is left out, like that of a stop string.
-    piece = Piece() if news.finish == "stop" else text.push(news.token)
-    finish = "stop" if text.stopped else news.finish
-    if finish is not None:
+    # An end token has no text; a stop token's is left out, like a stop string.
+    ends = news.finish == "stop" and not news.at_string
+    piece = Piece() if ends else text.push(news.token)
+    if news.finish is not None:
         rest = text.rest()
-        finish = "stop" if text.stopped else finish
         piece = Piece(piece.content + rest.content, piece.reasoning + rest.reasoning)
+    finish = "stop" if text.stopped else news.finish
     return Part(piece, (Scored(news.token, news.logprobs),), finish, news.prompt_logprobs)

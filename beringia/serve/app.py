@@ -275,9 +275,7 @@ class _Answering(ABC):
 
     def _parts(self, number: int) -> AsyncIterator[Part]:
         prompt = self._prompts[number // self._body.choices]
-        return parts_of(
-            self._served.engine, self._tickets[number], self._served.tokenizer, self._body.stops, prompt.chat_text
-        )
+        return parts_of(self._tickets[number], self._served.tokenizer, self._body.stops, prompt.chat_text)
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": choices}

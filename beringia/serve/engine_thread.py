@@ -38,6 +38,8 @@ class News:
     finish: str | None
     error: str | None
     prompt_logprobs: tuple[TokenLogprobs, ...]
+    at_string: bool = False
+    """Whether a stop string is what finished it."""
 
 
 @dataclass(eq=False)
@@ -225,6 +227,7 @@ def _news_of(request: Request, num_told: int) -> list[News]:
             request.finished if place == len(new) - 1 else None,
             None,
             tuple(request.prompt_logprobs) if place == 0 else (),
+            request.at_string,
         )
         for place in range(num_told, len(new))
     ]

@@ -114,6 +114,7 @@ class _Request(BaseModel):
             min_p=self.min_p or 0.0,
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
             stop_tokens=tuple(self.stop_token_ids or ()),
+            stops=tuple(self.stops),
             ignore_end=self.ignore_eos,
             logit_bias=self.logit_bias or {},
             logprobs=logprobs,

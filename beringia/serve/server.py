@@ -86,16 +86,17 @@ def serve(settings: Settings, on_ready: Any = None) -> None:
 
 def load(settings: Settings, chip: Chip) -> Served:
     """The model in an engine, and what goes with it."""
+    tokenizer = _tokenizer(settings)
     engine = Engine(
         settings.model,
         chip,
         dtype=_dtype(settings.dtype),
         operators=settings.operators,
         speculate=settings.speculate,
+        tokenizer=tokenizer,
         limits=settings.engine,
         seed=settings.seed,
     )
-    tokenizer = _tokenizer(settings)
     check_vocabulary(tokenizer, engine.config.vocab_size)
     weights = engine.weights_hash
     if settings.proof is not None:

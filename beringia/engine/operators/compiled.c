@@ -82,7 +82,7 @@ INLINE vec exponential(vec x) {
 typedef void (*task)(const void *context, int64_t number);
 
 static struct {
-  _Atomic uint64_t ticket; /* upper half: number of the job; lower half: the next task that nobody has taken */
+  _Atomic uint64_t ticket; /* upper half: number of the job; lower half: the next task that nobody has taken, or CLOSED */
   _Atomic int64_t count, done;
   _Atomic(task) run;
   _Atomic(const void *) context;
@@ -91,6 +91,8 @@ static struct {
   pthread_mutex_t lock;
   pthread_cond_t more;
 } pool = {.threads = 1, .busy = ATOMIC_FLAG_INIT, .lock = PTHREAD_MUTEX_INITIALIZER, .more = PTHREAD_COND_INITIALIZER};
+
+#define CLOSED UINT32_MAX /* in place of a task: the job is being written down */
 
 #define ROUNDS_AWAKE 3000 /* of looking for the next operator, some 50 microseconds */
 
@@ -116,21 +118,25 @@ static void work_on(uint32_t job) {
   }
 }
 
+static int is_new(uint64_t ticket, uint32_t last) {
+  return ticket >> 32 != last && (uint32_t)ticket != CLOSED;
+}
+
 static void *worker(void *nothing) {
   uint32_t last = 0;
   (void)nothing;
   for (int idle = 0;;) {
-    uint32_t job = atomic_load(&pool.ticket) >> 32;
-    if (job != last) {
-      last = job;
+    uint64_t ticket = atomic_load(&pool.ticket);
+    if (is_new(ticket, last)) {
+      last = ticket >> 32;
       idle = 0;
-      work_on(job);
+      work_on(last);
     } else if (++idle < ROUNDS_AWAKE) {
       pause_a_little();
     } else {
       pthread_mutex_lock(&pool.lock);
       atomic_fetch_add(&pool.sleeping, 1);
-      while (atomic_load(&pool.ticket) >> 32 == last) pthread_cond_wait(&pool.more, &pool.lock);
+      while (!is_new(atomic_load(&pool.ticket), last)) pthread_cond_wait(&pool.more, &pool.lock);
       atomic_fetch_sub(&pool.sleeping, 1);
       pthread_mutex_unlock(&pool.lock);
       idle = 0;
@@ -161,13 +167,13 @@ static void in_parallel(task run, const void *context, int64_t count, int64_t wo
     return;
   }
   uint32_t job = (uint32_t)(atomic_load(&pool.ticket) >> 32) + 1;
-  /* Between jobs no task is left to take: the count goes first to 0, so that a late one does not take the old number's. */
-  atomic_store(&pool.count, 0);
+  /* A late thread, which has read the old ticket, must not take it with the new count: so the ticket changes first. */
+  atomic_store(&pool.ticket, (uint64_t)job << 32 | CLOSED);
+  atomic_store(&pool.count, count);
   atomic_store(&pool.done, 0);
   atomic_store(&pool.run, run);
   atomic_store(&pool.context, context);
   atomic_store(&pool.ticket, (uint64_t)job << 32);
-  atomic_store(&pool.count, count);
   if (atomic_load(&pool.sleeping)) {
     pthread_mutex_lock(&pool.lock);
     pthread_cond_broadcast(&pool.more);
