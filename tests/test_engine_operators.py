@@ -75,6 +75,13 @@ def test_heads_are_multiplied_each_with_its_own_matrix(
     assert not out[..., n:].any(), "nothing is written beside it"
 
 
+@given(st.integers(1, 40), st.integers(1, 40), FORMATS)
+def test_a_token_is_embedded_as_its_row(n: int, k: int, dtype: torch.dtype) -> None:
+    operators = Compiled()
+    matrix, tokens = drawn(n, k).to(dtype), torch.arange(n).flip(0)
+    assert torch.equal(operators.embed(operators.weight(matrix), tokens), matrix.float().flip(0))
+
+
 def test_other_weights_are_read_from_the_same_memory() -> None:
     operators = Compiled()
     weight = operators.weight(drawn(20, 7).to(torch.bfloat16))

@@ -12,6 +12,7 @@ alone.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ class Engine:
         self._forward = Forward(self._weights, self._cache, chosen, _router_of(decoder))
         self._numbers = itertools.count()
         self.num_steps = self.num_drafted = self.num_accepted = 0
-        self._seeds = torch.Generator().manual_seed(seed)
+        self._seeds = random.Random(seed)
         end = self.config.eos_token_id
         self._end_tokens = frozenset(end if isinstance(end, tuple) else () if end is None else (end,))
 
@@ -120,7 +121,7 @@ class Engine:
         self.check(prompt, sampling)
         seed = sampling.seed
         if seed is None:
-            seed = int(torch.randint(2**62, (), generator=self._seeds))
+            seed = self._seeds.getrandbits(62)
         noise = Noise(seed, self.config.vocab_size)
         watch = StopWatch(self._tokenizer, sampling.stops) if self._tokenizer and sampling.stops else None
         request = Request(next(self._numbers), list(prompt), len(prompt), sampling, noise, watch)

@@ -112,14 +112,22 @@ def _draining() -> Failure:
 
 
 async def parts_of(
-    ticket: Ticket, tokenizer: Tokenizer, stops: Sequence[str], chat_text: str | None
-) -> AsyncIterator[Part]:
-    """What each token adds to an answer, until it is finished. Raises Failure where the engine could not go on."""
-    text = AnswerText(tokenizer, stops, chat_text)
-    async for news in ticket:
-        if news.error is not None:
-            raise Failure(500, f"The request failed: {news.error}", code="engine_error")
-        yield _part(text, news)
+    tickets: Sequence[Ticket], tokenizer: Tokenizer, stops: Sequence[str], chat_texts: Sequence[str | None]
+) -> AsyncIterator[list[tuple[int, Part]]]:
+    """What the engine's steps add to the answers to one request, until all are finished; each part with the number of
+    its answer. Raises Failure where the engine could not go on."""
+    texts = [AnswerText(tokenizer, stops, chat_text) for chat_text in chat_texts]
+    unfinished = len(tickets)
+    while unfinished:
+        parts = []
+        for number, news in await tickets[0].mail.take():
+            if news.error is not None:
+                if parts:
+                    yield parts
+                raise Failure(500, f"The request failed: {news.error}", code="engine_error")
+            unfinished -= news.finish is not None
+            parts.append((number, _part(texts[number], news)))
+        yield parts
 
 
 def _part(text: AnswerText, news: News) -> Part:

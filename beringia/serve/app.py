@@ -38,9 +38,6 @@ from beringia.serve.gate import Gate
 from beringia.serve.metrics import Metrics
 from beringia.serve.protocol import ChatRequest, CompletionRequest
 
-Made = tuple[int, Part]
-"""Number of an answer, and what was added to it."""
-
 
 @dataclass(frozen=True)
 class Served:
@@ -210,15 +207,10 @@ class _Answering(ABC):
     async def _whole(self) -> dict[str, Any]:
         choices = [Choice() for _ in self._tickets]
         prompt_logprobs: list[tuple[Any, ...]] = [()] * len(choices)
-
-        async def collect(number: int) -> None:
-            async for part in self._parts(number):
+        async for parts in self._parts():
+            for number, part in parts:
                 choices[number].add(part.piece, part.tokens, part.finish)
                 prompt_logprobs[number] = prompt_logprobs[number] or part.prompt_logprobs
-
-        async with asyncio.TaskGroup() as group:
-            for number in range(len(choices)):
-                group.create_task(collect(number))
         new_tokens = 0 if self._body.max_tokens == 0 else sum(len(choice.tokens) for choice in choices)
         return {
             **self._head,
@@ -231,10 +223,11 @@ class _Answering(ABC):
     async def _stream(self) -> AsyncIterator[bytes]:
         new_tokens = 0
         try:
-            async for number, part in self._merged():
-                new_tokens += len(part.tokens)
-                for chunk in self._chunks(number, part):
-                    yield answers.event(self._chunk([chunk]))
+            async for parts in self._parts():
+                new_tokens += sum(len(part.tokens) for _, part in parts)
+                chunks = [chunk for number, part in parts for chunk in self._chunks(number, part)]
+                if chunks:
+                    yield b"".join([answers.event(self._chunk([chunk])) for chunk in chunks])
             if self._body.include_usage:
                 counts = answers.usage(self._num_prompt_tokens, new_tokens)
                 yield answers.event(self._chunk([]) | {"usage": counts})
@@ -244,38 +237,9 @@ class _Answering(ABC):
         finally:
             self._give_up()
 
-    async def _merged(self) -> AsyncIterator[Made]:
-        """Parts of all answers as they come."""
-        if len(self._tickets) == 1:
-            async for part in self._parts(0):
-                yield 0, part
-            return
-        made: asyncio.Queue[Made | Failure | None] = asyncio.Queue()
-
-        async def collect(number: int) -> None:
-            try:
-                async for part in self._parts(number):
-                    made.put_nowait((number, part))
-            except Failure as failure:
-                made.put_nowait(failure)
-            made.put_nowait(None)
-
-        async with asyncio.TaskGroup() as group:
-            for number in range(len(self._tickets)):
-                group.create_task(collect(number))
-            ended = 0
-            while ended < len(self._tickets):
-                one = await made.get()
-                if isinstance(one, Failure):
-                    raise one
-                if one is None:
-                    ended += 1
-                else:
-                    yield one
-
-    def _parts(self, number: int) -> AsyncIterator[Part]:
-        prompt = self._prompts[number // self._body.choices]
-        return parts_of(self._tickets[number], self._served.tokenizer, self._body.stops, prompt.chat_text)
+    def _parts(self) -> AsyncIterator[list[tuple[int, Part]]]:
+        texts = [prompt.chat_text for prompt in self._prompts for _ in range(self._body.choices)]
+        return parts_of(self._tickets, self._served.tokenizer, self._body.stops, texts)
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": choices}
@@ -434,8 +398,6 @@ async def _unless_gone(request: Request, answer: Callable[[], Awaitable[dict[str
         if not answering.done():
             return None
         return answering.result()
-    except ExceptionGroup as group:  # of several answers that failed, the first
-        raise group.exceptions[0] from None
     finally:
         for task in (answering, watching):
             task.cancel()

@@ -10,7 +10,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -42,26 +42,43 @@ class News:
     """Whether a stop string is what finished it."""
 
 
+class Mail:
+    """News of all answers to one request, on their way to the task that writes them."""
+
+    def __init__(self) -> None:
+        self._news: list[tuple[int, News]] = []
+        self._awaited: asyncio.Future[None] | None = None
+
+    def put(self, number: int, news: News) -> None:
+        """News of the answer with this number."""
+        self._news.append((number, news))
+        if self._awaited is not None and not self._awaited.done():
+            self._awaited.set_result(None)
+
+    async def take(self) -> list[tuple[int, News]]:
+        """All that has come since the last time, at least one; each with the number of its answer."""
+        if not self._news:
+            self._awaited = asyncio.get_running_loop().create_future()
+            await self._awaited
+        news, self._news = self._news, []
+        return news
+
+
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way through the server."""
+    """An answer on its way through the server."""
 
+    number: int
+    """Among the answers to its request."""
     prompt: list[int]
     sampling: Sampling
-    news: asyncio.Queue[News] = field(default_factory=asyncio.Queue)
+    mail: Mail
     request: Request | None = None
     given_up: bool = False
     num_told: int = 0
     """Of its new tokens; with drafts a step may bring two."""
     arrived: float = field(default_factory=time.perf_counter)
     last_token: float | None = None
-
-    async def __aiter__(self) -> AsyncIterator[News]:
-        while True:
-            news = await self.news.get()
-            yield news
-            if news.finish is not None:
-                return
 
 
 class EngineThread:
@@ -102,14 +119,16 @@ class EngineThread:
         return self._thread.is_alive() and not self._draining
 
     def submit(self, requests: list[tuple[list[int], Sampling]]) -> list[Ticket]:
-        """Hand over several requests, all or none. Raises Full, Draining, and InputError for one that can never run."""
+        """Hand over the prompts of one request, all or none. Raises Full, Draining, and InputError for one that can
+        never run."""
         if self._draining or not self._thread.is_alive():
             raise Draining
         for prompt, sampling in requests:
             self.engine.check(prompt, sampling)
         if len(self._open) + len(requests) > self._most_open:
             raise Full
-        tickets = [Ticket(prompt, sampling) for prompt, sampling in requests]
+        mail = Mail()
+        tickets = [Ticket(number, *request, mail) for number, request in enumerate(requests)]
         self._open.update(tickets)
         self._metrics.requests_open.set(len(self._open))
         for ticket in tickets:
@@ -203,7 +222,7 @@ class EngineThread:
                 ticket.last_token = now
             if news.finish is not None:
                 self._close(ticket, news.finish)
-            ticket.news.put_nowait(news)
+            ticket.mail.put(ticket.number, news)
 
     def _fail_all(self, message: str) -> None:
         self._deliver([(ticket, _error(message)) for ticket in list(self._open)])

@@ -357,6 +357,17 @@ void linear(float *out, int64_t out_step, int64_t out_group, const float *x, int
 
 /* ---- row by row */
 
+/* The weight's row of each token: one lane of its panel. */
+void embed(float *out, const char *weight, const int64_t *tokens, int64_t rows, int64_t k, int64_t narrow) {
+  for (int64_t row = 0; row < rows; row++, out += k) {
+    const uint32_t *lane = (const uint32_t *)(weight + tokens[row] / LANES * panel_bytes(k, narrow)) + tokens[row] % LANES;
+    for (int64_t d = 0; d < k; d++) {
+      uint32_t bits = narrow ? (d % 2 ? lane[d / 2 * LANES] & 0xffff0000u : lane[d / 2 * LANES] << 16) : lane[d * LANES];
+      memcpy(out + d, &bits, 4);
+    }
+  }
+}
+
 /* Root-mean-square norm (arXiv 1910.07467) of `count` vectors in each row. */
 void norm(float *out, int64_t out_step, const float *x, int64_t x_step, const float *weight, int64_t rows,
           int64_t count, int64_t width, float eps) {

@@ -81,8 +81,12 @@ class Compiled(Operators):
         return data.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)[:, :n, :k].reshape(*lead, n, k)
 
     def embed(self, weight_VD: Panels, token_M: torch.Tensor) -> torch.Tensor:
-        rows = weight_VD.data[0, token_M // LANES, :, token_M % LANES]
-        return rows.flatten(1)[:, : weight_VD.shape[-1]].to(torch.float32)
+        width = weight_VD.shape[-1]
+        out_MD = torch.empty(len(token_M), width)
+        self._c.embed(
+            *(out_MD.data_ptr(), weight_VD.address, token_M.data_ptr()), *(len(token_M), width, weight_VD.narrow)
+        )
+        return out_MD
 
     def norm(
         self, x_MXD: torch.Tensor, weight_D: torch.Tensor, eps: float, out: torch.Tensor | None = None
@@ -245,6 +249,7 @@ def _library() -> ctypes.CDLL:
     integer, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     placed = [pointer, integer, integer]
     signatures = {
+        "embed": [pointer, pointer, pointer, integer, integer, integer],
         "norm": [pointer, integer, pointer, integer, pointer, integer, integer, integer, number],
         "linear": [*placed, *placed, pointer, pointer, pointer, *[integer] * 5],
         "rotate": [*placed, *placed, pointer, pointer, pointer, integer, integer, integer],
