@@ -163,13 +163,20 @@ def test_end_tokens_and_stop_tokens_end_a_request(cpu: Chip) -> None:
     assert found.tokens == free.tokens[: place + 1] and found.finish == "stop"
 
 
+@pytest.fixture
+def reading(cpu: Chip) -> list[Engine]:
+    """Without and with drafts, each with a tokenizer."""
+    model, small = decoder("deepseek_v3"), Limits(cache_bytes=1 << 18)
+    return [Engine(model, cpu, speculate=drafts, tokenizer=DIGITS, limits=small) for drafts in (False, True)]
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 50), st.integers(0, 30), st.integers(1, 6), st.booleans())
 def test_a_stop_string_ends_a_request_at_the_token_that_completes_it(
-    cpu: Chip, seed: int, begin: int, length: int, speculate: bool
+    reading: list[Engine], seed: int, begin: int, length: int, speculate: bool
 ) -> None:
     free = Sampling(max_tokens=24, seed=seed, ignore_end=True)
-    server = Engine(decoder("deepseek_v3"), cpu, speculate=speculate, tokenizer=DIGITS)
+    server = reading[speculate]
     (whole,) = server.generate([[1, 2, 3]], free)
     stop = DIGITS.decode(whole.tokens, skip_special_tokens=True)[begin:][:length]
     if not stop:

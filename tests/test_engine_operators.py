@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,6 +60,26 @@ def test_a_product_is_float64_s_to_rounding_and_each_row_has_the_bits_it_has_alo
     within(found, exact, size, k + 2)
     for row in range(rows):
         assert torch.equal(of(x[row : row + 1], before[row : row + 1])[0], found[row])
+
+
+def test_products_on_all_threads_from_two_callers_at_a_time_are_those_of_one() -> None:
+    """Thousands of jobs of many tasks: one that is lost, done twice or done with another's operands shows."""
+    operators = Compiled()
+    x, weight = drawn(8, 256), operators.weight(drawn(512, 256, seed=1))
+    alone = torch.cat([operators.linear(x[row : row + 1, :], weight) for row in range(8)])
+    wrong = 0
+
+    def multiply(rows: int) -> None:
+        nonlocal wrong
+        for _ in range(2000):
+            wrong += not torch.equal(operators.linear(x[:rows], weight), alone[:rows])
+
+    callers = [threading.Thread(target=multiply, args=(rows,)) for rows in (8, 3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == 0
 
 
 @settings(max_examples=30)

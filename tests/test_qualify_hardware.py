@@ -351,6 +351,7 @@ def wrong_script(tmp_path: Path, fault: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_two_real_ranks_of_a_cpu_move_and_add_right() -> None:
     results = probe_collectives("cpu")
     assert {result.subject.split(",")[0] for result in results} == {*cases.COLLECTIVES, ABSENT, "processes"}
@@ -374,6 +375,7 @@ def test_an_emulated_chip_is_tried_in_its_compute_dtype_too_and_timed_if_wanted(
         assert measured and overall / 4 < float(measured[1]) < 4 * overall
 
 
+@pytest.mark.slow
 def test_one_device_that_computes_sums_wrong_is_found(tmp_path: Path) -> None:
     fault = 'kind = "wrong-collective"\nerror = "missing-rank"\nstrength = 0.1\ndevice = 1'
     results = probe_collectives("emulated:exact", faults=wrong_script(tmp_path, fault))

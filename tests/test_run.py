@@ -139,6 +139,7 @@ def test_a_second_supervisor_is_refused_and_the_first_is_not_disturbed(uninterru
     assert first.returncode == 0 and final_hash(run) == final_hash(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_back_to_the_one_before(
     uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,8 @@ from served import Server, serving
 from beringia.chips.open import open_chip
 from beringia.data.tokenizer import load_tokenizer
 from beringia.engine import Engine, Sampling
+from beringia.errors import InputError
+from beringia.serve.server import check_proof
 
 QUESTION = "+3141592653"
 TURNS: Any = [{"role": "user", "content": QUESTION}]
@@ -340,13 +342,18 @@ def test_an_address_that_others_reach_needs_keys_and_a_taken_port_is_told(server
         pass
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"kind": "handover"}'])
-def test_without_the_proof_that_was_asked_for_nothing_is_served(tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / "proof.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(AssertionError, match="proof"), serving("r2-nano", "--chip", "cpu", "--proof", str(path)):
+def test_without_the_proof_that_was_asked_for_nothing_is_served(tmp_path: Path) -> None:
+    path = str(tmp_path / "proof.json")
+    with pytest.raises(AssertionError, match="proof"), serving("r2-nano", "--chip", "cpu", "--proof", path):
         pass
+
+
+@pytest.mark.parametrize("content", ["{", '{"kind": "handover"}'])
+def test_what_is_no_proof_is_none(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "proof.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="proof"):
+        check_proof(path, "0123456789abcdef")
 
 
 @pytest.mark.slow
