@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from small_runs import beringia, events, of_kind, small_recipe, write_recipe
 
+from beringia.data.tokenizer import load_tokenizer
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,7 +26,8 @@ def test_it_answers_with_one_object_and_leaves_page_and_export(finished: Path) -
     answer = json.loads((finished / "answer.json").read_text())
     assert {"chips", "crossings", "lost_steps", "alarms", "accuracy", "report"} <= answer.keys()
     assert (finished / "run" / "report.html").stat().st_size > 10_000
-    assert json.loads((finished / "run" / "export" / "config.json").read_text())["topk_method"] == "noaux_tc"
+    config = json.loads((finished / "run" / "export" / "config.json").read_text())
+    assert config["topk_method"] == "noaux_tc" and config["eos_token_id"] == load_tokenizer("digits").end
 
 
 def test_transformers_computes_the_same_logits_from_the_export(finished: Path) -> None:

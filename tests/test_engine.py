@@ -22,6 +22,7 @@ from beringia.model import Decoder, greedy, save_model
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_end=True, logprobs=0)
 DIGITS = load_tokenizer("digits")
+SMALL = Limits(cache_bytes=1 << 18)
 SAME_LOGPROB = 1e-4
 """Asked for in float32. A logit here is a sum of some hundred terms below 10: 100 * 10 * 2^-24 = 6e-5 at the worst,
 measured 2e-6; a wrong position or a missing norm is off by 0.1 and more."""
@@ -163,11 +164,21 @@ def test_end_tokens_and_stop_tokens_end_a_request(cpu: Chip) -> None:
     assert found.tokens == free.tokens[: place + 1] and found.finish == "stop"
 
 
+def test_a_tokenizer_s_end_token_ends_a_request_of_a_model_that_names_none(cpu: Chip) -> None:
+    model = decoder("deepseek_v3")
+    assert model.config.eos_token_id is None
+    certain = Sampling(max_tokens=9, temperature=0.0, logit_bias={DIGITS.end: 100.0})
+    (with_it,) = Engine(model, cpu, tokenizer=DIGITS, limits=SMALL).generate([[1, 2, 3]], certain)
+    assert with_it.tokens == (DIGITS.end,) and with_it.finish == "stop"
+    (without,) = Engine(model, cpu, limits=SMALL).generate([[1, 2, 3]], certain)
+    assert without.tokens == (DIGITS.end,) * 9 and without.finish == "length"
+
+
 @pytest.fixture
 def reading(cpu: Chip) -> list[Engine]:
     """Without and with drafts, each with a tokenizer."""
-    model, small = decoder("deepseek_v3"), Limits(cache_bytes=1 << 18)
-    return [Engine(model, cpu, speculate=drafts, tokenizer=DIGITS, limits=small) for drafts in (False, True)]
+    model = decoder("deepseek_v3")
+    return [Engine(model, cpu, speculate=drafts, tokenizer=DIGITS, limits=SMALL) for drafts in (False, True)]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -42,7 +42,7 @@ def greedy() -> tuple[list[int], list[float], str]:
     """What the engine itself says: tokens, their log-probabilities, and their text."""
     chip = open_chip("cpu")
     tokenizer = load_tokenizer("digits")
-    engine = Engine("r2-nano", chip)
+    engine = Engine("r2-nano", chip, tokenizer=tokenizer)
     wanted = Sampling(max_tokens=12, temperature=0.0, logprobs=2)
     (found,) = engine.generate([tokenizer.encode(QUESTION)], wanted)
     return list(found.tokens), [one.chosen for one in found.logprobs], tokenizer.decode(list(found.tokens))

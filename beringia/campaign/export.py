@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -88,8 +88,11 @@ def export(run: RunDirectory, directory: Path, step: int | None = None) -> int:
     """Write the checkpoint of `step` (default: the newest) with its tokenizer; returns the step. Raises RunError."""
     recipe = load_recipe(run)
     decoder, step = load_trained(run, recipe, step)
+    tokenizer = choose_tokenizer(recipe.data, recipe.model)
+    if decoder.config.eos_token_id is None:  # a preset's: whoever generates from it would not stop at the end
+        decoder.config = replace(decoder.config, eos_token_id=tokenizer.end)
     save_model(decoder, directory)
-    write_tokenizer_of(choose_tokenizer(recipe.data, recipe.model), directory)
+    write_tokenizer_of(tokenizer, directory)
     return step
 
 

@@ -32,7 +32,7 @@ from beringia.engine.scheduler import Chunk, Scheduler
 from beringia.engine.scheduler import Sequence as Request
 from beringia.engine.weights import Weights
 from beringia.errors import InputError
-from beringia.model import Decoder, load_model
+from beringia.model import Decoder, DecoderConfig, load_model
 from beringia.model.experts import MixtureOfExperts, Router
 
 DEFAULT_CACHE_BYTES = 1 << 30
@@ -85,8 +85,8 @@ class Engine:
         """`dtype`: of weights and cache; None: the chip's own choice. `operators`: `torch`, `compiled` (activations
         stay float32), or None: compiled where the chip is the CPU. `speculate`: draft a token a step with the
         model's multi-token prediction layer; the answers stay the same. `batch_invariant`: the same bits whatever
-        else is in the batch; compiled operators always give them. `tokenizer`: for stop strings.
-        Raises ModelError, InputError."""
+        else is in the batch; compiled operators always give them. `tokenizer`: for stop strings, and for its
+        end token. Raises ModelError, InputError."""
         decoder = model if isinstance(model, Decoder) else load_model(model, seed=seed)
         self.config = decoder.config
         self.chip = chip
@@ -111,8 +111,7 @@ class Engine:
         self._numbers = itertools.count()
         self.num_steps = self.num_drafted = self.num_accepted = 0
         self._seeds = random.Random(seed)
-        end = self.config.eos_token_id
-        self._end_tokens = frozenset(end if isinstance(end, tuple) else () if end is None else (end,))
+        self._end_tokens = _end_tokens(self.config, tokenizer)
 
     # Requests
 
@@ -366,6 +365,14 @@ def completion_of(request: Request) -> Completion:
         prompt_logprobs=tuple(request.prompt_logprobs),
         error=request.error,
     )
+
+
+def _end_tokens(config: DecoderConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The model's own, and the tokenizer's: a model made from a preset names none."""
+    own = config.eos_token_id
+    named = own if isinstance(own, tuple) else (own,)
+    ends = (*named, tokenizer.end if tokenizer is not None and "eos_token" in tokenizer.specials else None)
+    return frozenset(end for end in ends if end is not None)
 
 
 def _router_of(decoder: Decoder) -> Router | None:
