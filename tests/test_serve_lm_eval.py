@@ -94,6 +94,5 @@ def likelihood(model: Decoder, question: str, choice: str) -> float:
 
 def written(model: Decoder, question: str) -> str:
     tokenizer = load_tokenizer("digits")
-    end = model.config.eos_token_id
-    tokens = greedy(model, tokenizer.encode(question), NEW_TOKENS, end if isinstance(end, int) else None)
+    tokens = greedy(model, tokenizer.encode(question), NEW_TOKENS, tokenizer.end)
     return tokenizer.decode(tokens, skip_special_tokens=True).partition("3")[0]
