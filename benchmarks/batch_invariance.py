@@ -22,7 +22,7 @@ import beringia  # noqa: F401  # sets the threads before torch loads
 # isort: split
 from beringia.chips.open import open_chip
 from beringia.engine import Completion, Engine, Sampling
-from beringia.threads import usable_cores
+from beringia.machine.threads import usable_cores
 
 PROMPT_TOKENS = 32
 ENGINES = {"torch": ("torch", False), "torch, batch-invariant": ("torch", True), "compiled": ("compiled", True)}

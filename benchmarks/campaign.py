@@ -27,9 +27,9 @@ from typing import Any
 
 from scipy import stats
 
+from beringia.machine.threads import usable_cores
 from beringia.records.events import AnyEvent, parse_event
 from beringia.records.jsonl import read_lines
-from beringia.threads import usable_cores
 
 LIMIT_SECONDS = 480.0
 

@@ -33,8 +33,8 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
 from beringia.checkpoint.store import CheckpointStore
+from beringia.machine.threads import usable_cores
 from beringia.numerics.keyed_sum import KeyedSumKernel
-from beringia.threads import usable_cores
 
 PAUSE_LIMIT = 2.0
 LOAD_LIMIT = 0.5

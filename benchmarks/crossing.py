@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from beringia.machine.threads import usable_cores
 from beringia.records.events import AnyEvent, parse_event
 from beringia.records.jsonl import read_lines
-from beringia.threads import usable_cores
 
 LIMIT = 2.0
 CHIPS = ("ascend-910b", "h800", "mi300x")

@@ -26,7 +26,7 @@ import torch
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.chips.open import open_chip
-from beringia.memory import keep_freed_memory
+from beringia.machine.memory import keep_freed_memory
 from beringia.model import Decoder, initialise, preset
 from beringia.records.recipe import TrainSection
 from beringia.train.optimizer import make_optimizer

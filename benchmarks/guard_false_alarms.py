@@ -32,7 +32,7 @@ def make_trainer(
 
     from beringia.chips.open import open_chip
     from beringia.data import choose_tokenizer, open_stream
-    from beringia.memory import keep_freed_memory
+    from beringia.machine.memory import keep_freed_memory
     from beringia.model import load_model
     from beringia.records.recipe import parse_recipe
     from beringia.train.compute import choose_compute_dtype

@@ -63,7 +63,7 @@ def setup() -> None:
     less), and two shares of the cases have a core each.
     """
     from beringia.chips.emulated.device import register
-    from beringia.memory import keep_freed_memory
+    from beringia.machine.memory import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -24,12 +24,12 @@ import tempfile
 import time
 from typing import Any
 
-from beringia.threads import usable_cores
+from beringia.machine.threads import usable_cores
 
 MEMORY_TIMES = 3.0
 _TRAIN = """
 import resource, sys, torch, beringia
-from beringia.memory import keep_freed_memory
+from beringia.machine.memory import keep_freed_memory
 from beringia.qualify.subject import DecoderSubject
 from beringia.qualify.trace import make_optimizer
 keep_freed_memory()

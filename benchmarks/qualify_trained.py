@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from beringia.threads import usable_cores
+from beringia.machine.threads import usable_cores
 
 CHIP = "emulated:h800"
 PRODUCT = ("model.layers.25.self_attn", "aten.mm.default", "forward")

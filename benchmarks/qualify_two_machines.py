@@ -21,7 +21,7 @@ from typing import Any
 
 from qualify_cases import Case, cases
 
-from beringia.threads import usable_cores
+from beringia.machine.threads import usable_cores
 
 
 def chosen(count: int) -> list[Case]:

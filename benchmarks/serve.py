@@ -44,7 +44,7 @@ import uvloop
 
 import beringia
 from beringia.data.tokenizer import write_tokenizer
-from beringia.threads import usable_cores
+from beringia.machine.threads import usable_cores
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 LEAVING = 0.2

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beringia.threads import prepare_threads, usable_cores
+from beringia.machine.threads import prepare_threads, usable_cores
 
 # isort: split
 prepare_threads()  # before torch loads
@@ -46,7 +46,7 @@ import transformers  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-from beringia.memory import keep_freed_memory  # noqa: E402
+from beringia.machine.memory import keep_freed_memory  # noqa: E402
 from beringia.model import load_model, save_model  # noqa: E402
 
 BATCH, TOKENS, VOCABULARY = 32, 64, 54

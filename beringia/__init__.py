@@ -14,7 +14,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beringia.threads import prepare_threads
+from beringia.machine.threads import prepare_threads
+from beringia.version import __version__
 
 if TYPE_CHECKING:
     from beringia.chips.chip import Chip
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
     from beringia.qualify.subject import Subject
     from beringia.records.certificate import Certificate
 
-__version__ = "0.1.0"
-
-__all__ = ["Endpoint", "Engine", "Sampling", "certify", "chip", "load", "save"]
+__all__ = ["Endpoint", "Engine", "Sampling", "__version__", "certify", "chip", "load", "save"]
 
 # Before anything imports torch: OpenMP reads its settings once, when it is loaded.
 prepare_threads()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from beringia import __version__
 from beringia.errors import BeringiaError, Inconclusive, InputError, RecipeError
+from beringia.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

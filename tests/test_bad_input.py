@@ -100,7 +100,7 @@ def test_a_launch_prefix_that_fails_is_reported_with_its_own_words(tmp_path: Pat
 
 def test_another_version_of_beringia_on_the_other_side_is_refused_in_the_handshake(tmp_path: Path) -> None:
     code = (
-        "import runpy, sys, beringia; beringia.__version__ = '0.0.9'; sys.argv = sys.argv[2:]; "
+        "import runpy, sys, beringia.version as v; v.__version__ = '0.0.9'; sys.argv = sys.argv[2:]; "
         "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     )
     python = script(tmp_path, f'exec {sys.executable} -c "{code}" "$@"')

@@ -9,7 +9,7 @@ import pytest
 # Each large block is followed by a small one that stays, as a trace's sketches do.
 PARTS = """
 import resource, torch
-from beringia.memory import keep_freed_memory, return_freed_memory
+from beringia.machine.memory import keep_freed_memory, return_freed_memory
 def resident_bytes():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from beringia.threads import prepare_threads, usable_cores
+from beringia.machine.threads import prepare_threads, usable_cores
 
 
 def in_a_new_process(code: str, **environment: str) -> str:

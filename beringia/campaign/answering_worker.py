@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import beringia  # noqa: F401 - sets the OpenMP runtime up before torch computes
 from beringia.chips.open import open_chip
 from beringia.engine import Engine, Sampling
 from beringia.records.files import write_text

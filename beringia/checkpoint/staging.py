@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from beringia.checkpoint.tensor_file import Slot, TensorFile, lay_out
 from beringia.chips.chip import Chip
+from beringia.machine.threads import usable_cores
 from beringia.numerics.keyed_sum import BLOCK_WORDS, JOB, Jobs, open_kernel
 from beringia.numerics.state_hash import hash_tensor, jobs_of, runs_in_whole
-from beringia.threads import usable_cores
 
 PART_BYTES = 256 << 20
 """Tensors go into files of about this size, so that a checkpoint is hashed by several cores when it is read."""

@@ -26,8 +26,8 @@ from beringia.checkpoint.directory import damaged, read_manifest, write_manifest
 from beringia.checkpoint.plan import described, metadata_of
 from beringia.checkpoint.staging import Staging, memory_of
 from beringia.checkpoint.tensor_file import Slot, read_verified, write_hashed
+from beringia.machine.threads import usable_cores
 from beringia.records.manifest import CheckpointManifest, Chunk, FileEntry, TensorEntry
-from beringia.threads import usable_cores
 
 
 class StagedWriter(StorageWriter):

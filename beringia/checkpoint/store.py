@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-import beringia
 from beringia.checkpoint import plan
 from beringia.checkpoint.directory import CheckpointDirectory
 from beringia.checkpoint.epoch import holding_epoch
@@ -37,6 +36,7 @@ from beringia.numerics.keyed_sum import KeyedSumKernel, open_kernel
 from beringia.numerics.state_hash import combine, hash_tensor
 from beringia.records.files import reporting_full_disk
 from beringia.records.manifest import MANIFEST_SCHEMA, CheckpointManifest, Chunk, FileEntry, TrustMark
+from beringia.version import __version__
 
 _TOLD_TO_OTHERS: dict[str, type[BeringiaError]] = {
     kind.__name__: kind for kind in (StorageFull, StaleEpoch, RunError, BeringiaError)
@@ -307,7 +307,7 @@ class CheckpointStore:
         ]
         return CheckpointManifest(
             schema_version=MANIFEST_SCHEMA,
-            beringia=beringia.__version__,
+            beringia=__version__,
             step=step,
             recipe_hash=self._recipe_hash,
             epoch=self.epoch,

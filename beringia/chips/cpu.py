@@ -4,7 +4,8 @@ Opening it sets the switches that make a run repeat bit for bit on the same numb
 float32 products in float32, subnormals kept) and records them. They are torch's own global settings: the process that
 opens a chip belongs to it.
 
-Reads /proc for the model name and memory. Does not choose thread counts; `beringia.threads` does, before torch loads.
+Reads /proc for the model name and memory. Does not choose thread counts; `beringia.machine.threads` does, before torch
+loads.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 
 from beringia.chips.chip import Chip, Memory
 from beringia.errors import ChipUnavailable
+from beringia.machine.tools import ToolFailed, run_tool
 from beringia.records.identity import ChipIdentity
 
 _WORKSPACE = ":4096:8"
@@ -173,7 +173,6 @@ def compiler_missing(architecture_supported: bool) -> str | None:
 def command_output(*command: str) -> str | None:
     """What a vendor's command prints, or None if it is not here, fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+        return run_tool(command, seconds=10).strip()
+    except ToolFailed:
         return None
-    return done.stdout.strip()

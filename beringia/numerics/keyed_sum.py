@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from beringia.numerics.c_library import NotCompiled, compile_c
+from beringia.machine.c_library import NotCompiled, compile_c
 
 Sums = npt.NDArray[np.uint64]
 Jobs = npt.NDArray[np.void]

@@ -28,7 +28,6 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load, save
 
-from beringia import __version__
 from beringia.errors import InputError
 from beringia.qualify.effects import Cell, Noise
 from beringia.qualify.layers import Traffic
@@ -38,6 +37,7 @@ from beringia.records.certificate import ModelFingerprint
 from beringia.records.files import reporting_full_disk, sync_directory
 from beringia.records.identity import ChipIdentity
 from beringia.records.record import Record
+from beringia.version import __version__
 
 BUNDLE_SCHEMA = 2
 """Format 1 had sketches with other signs, which cannot be compared."""

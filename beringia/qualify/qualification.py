@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from beringia import __version__
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.errors import InputError
@@ -32,6 +31,7 @@ from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import Plan
 from beringia.qualify.verdict import judge
 from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
+from beringia.version import __version__
 
 REFERENCE = "cpu"
 PLAN = Plan()

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from beringia.chips.chip import Chip
-from beringia.memory import return_freed_memory
+from beringia.machine.memory import return_freed_memory
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.numerics.replay import Taps
 from beringia.qualify.subject import Routes, Subject, on_device

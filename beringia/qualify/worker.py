@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-import beringia  # noqa: F401 - sets the OpenMP runtime up before torch computes
 from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
 from beringia.errors import BeringiaError, ChipUnavailable
-from beringia.memory import keep_freed_memory
+from beringia.machine.memory import keep_freed_memory
 from beringia.qualify.bundle import read_bundle
 from beringia.qualify.candidate import Extent, probe_candidate
 from beringia.qualify.evidence import Begun, Ended, Failed, Job, Line, Opened, Probed

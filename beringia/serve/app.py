@@ -17,7 +17,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from beringia import __version__
 from beringia.data.tokenizer import Tokenizer
 from beringia.serve import answers
 from beringia.serve.answering import (
@@ -37,6 +36,7 @@ from beringia.serve.failures import Failure
 from beringia.serve.gate import Gate
 from beringia.serve.metrics import Metrics
 from beringia.serve.protocol import ChatRequest, CompletionRequest
+from beringia.version import __version__
 
 
 @dataclass(frozen=True)

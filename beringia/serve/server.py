@@ -25,7 +25,7 @@ from beringia.engine import Engine
 from beringia.engine import Limits as EngineLimits
 from beringia.engine.operators.compiled import compile_ahead
 from beringia.errors import InputError
-from beringia.memory import collect_garbage
+from beringia.machine.memory import collect_garbage
 from beringia.model.presets import PRESETS
 from beringia.serve.answering import Limits
 from beringia.serve.app import Served, make_app, page_text

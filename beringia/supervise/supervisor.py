@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-import beringia
 from beringia.errors import Refusal, TransferFailed
 from beringia.records.events import (
     AnyEvent,
@@ -47,6 +46,7 @@ from beringia.supervise.worker_process import (
     error_called,
     how_ended,
 )
+from beringia.version import __version__
 
 _POLL_SECONDS = 0.1
 _RECENT_STEPS = 512
@@ -123,7 +123,7 @@ class Supervisor:
             RunStarted(
                 name=self._recipe.name,
                 recipe_hash=self._recipe.hash,
-                beringia=beringia.__version__,
+                beringia=__version__,
                 steps=self._recipe.train.steps,
                 prefer=self._recipe.train.prefer,
             )

@@ -20,7 +20,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-import beringia
 from beringia import errors
 from beringia.errors import BeringiaError, HandshakeError
 from beringia.records.events import EVENTS_SCHEMA
@@ -28,6 +27,7 @@ from beringia.records.manifest import MANIFEST_SCHEMA
 from beringia.records.messages import MESSAGES_SCHEMA, ORDER_VARIABLE, FromWorker, Hello, Order, from_worker
 from beringia.records.recipe import ChipSection
 from beringia.records.record import Record
+from beringia.version import __version__
 
 _READ_BYTES = 1 << 16
 
@@ -175,7 +175,7 @@ def last_lines(log: Path, count: int) -> str:
 def check_hello(label: str, hello: Hello) -> None:
     """Compare the worker's versions with ours. Raises HandshakeError naming the first that differs."""
     ours = {
-        "Beringia": (beringia.__version__, hello.beringia),
+        "Beringia": (__version__, hello.beringia),
         "events schema": (EVENTS_SCHEMA, hello.events_schema),
         "manifest schema": (MANIFEST_SCHEMA, hello.manifest_schema),
         "messages schema": (MESSAGES_SCHEMA, hello.messages_schema),

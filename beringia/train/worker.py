@@ -26,11 +26,10 @@ from typing import NoReturn  # noqa: E402
 
 import torch  # noqa: E402
 
-import beringia  # noqa: E402
 from beringia.chips.chip import Chip  # noqa: E402
 from beringia.chips.open import check_present, open_chip  # noqa: E402
 from beringia.errors import BeringiaError  # noqa: E402
-from beringia.memory import keep_freed_memory  # noqa: E402
+from beringia.machine.memory import keep_freed_memory  # noqa: E402
 from beringia.records.events import CheckpointRejected, Fault  # noqa: E402
 from beringia.records.messages import ORDER_VARIABLE, Ended, Hello, Order  # noqa: E402
 from beringia.records.run_directory import RunDirectory  # noqa: E402
@@ -38,6 +37,7 @@ from beringia.train import sharding  # noqa: E402
 from beringia.train.channel import Channel, Watchdog  # noqa: E402
 from beringia.train.ranks import Ranks, ranks_from_environment  # noqa: E402
 from beringia.train.session import CanaryRefused, Session, UnusableCheckpoint  # noqa: E402
+from beringia.version import __version__  # noqa: E402
 
 
 def main() -> int:
@@ -123,7 +123,7 @@ def _open(order: Order, ranks: Ranks) -> Chip:
 
 def _hello() -> Hello:
     return Hello(
-        beringia=beringia.__version__,
+        beringia=__version__,
         torch=torch.__version__,
         python=f"{platform.python_version()} at {sys.executable}",
         imports_seconds=time.perf_counter() - _STARTED,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from beringia.chips.arithmetic.formats import FORMATS
 from beringia.chips.arithmetic.profile import Format, MatrixUnit
 from beringia.errors import ChipUnavailable
-from beringia.numerics.c_library import NotCompiled, compile_c
+from beringia.machine.c_library import NotCompiled, compile_c
 
 LANES = 64
 """Columns that the compiled loops take at once."""

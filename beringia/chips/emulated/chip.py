@@ -16,7 +16,6 @@ from typing import Any, ClassVar, get_args
 
 import torch
 
-from beringia import __version__
 from beringia.chips.arithmetic.products import Fidelity
 from beringia.chips.arithmetic.profile import Format, Profile, read_profile
 from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory
@@ -27,6 +26,7 @@ from beringia.chips.emulated.fault_script import read_script
 from beringia.errors import ChipUnavailable
 from beringia.records.identity import ChipIdentity
 from beringia.records.record import canonical_hash
+from beringia.version import __version__
 
 _GIBIBYTE = 2**30
 _DTYPES: dict[Format, torch.dtype | None] = {

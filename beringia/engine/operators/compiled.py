@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from beringia.engine.operators.operators import CacheLayout, Operators
 from beringia.engine.places import Places
 from beringia.errors import InputError
-from beringia.memory import keep_freed_memory
+from beringia.machine.c_library import NotCompiled, compile_c
+from beringia.machine.memory import keep_freed_memory
 from beringia.model.experts import Router
 from beringia.model.rope import Rope
-from beringia.numerics.c_library import NotCompiled, compile_c
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Of weights and cache."""

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from beringia.errors import ChipUnavailable
+from beringia.machine.threads import prepare_threads
 from beringia.qualify.arithmetic.index_process import CASES, READS, IndexReport, Job
 from beringia.qualify.hardware.measures import none_allowed
 from beringia.records.certificate import ProbeResult
 from beringia.records.jsonl import read_lines
-from beringia.threads import prepare_threads
 
 COMMAND: Sequence[str] = (sys.executable, "-m", "beringia.qualify.arithmetic.index_process")
 

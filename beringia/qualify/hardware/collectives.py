@@ -22,13 +22,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported
 
 from beringia.chips.open import first_present, present
 from beringia.errors import ChipUnavailable
+from beringia.machine.threads import prepare_threads
 from beringia.qualify.hardware.bandwidth import SUBJECT
 from beringia.qualify.hardware.collective_cases import COLLECTIVES, MOST_RANKS, SUMS, CaseReport, Job
 from beringia.qualify.hardware.collective_rank import ABSENT, ABSENT_SECONDS
 from beringia.qualify.hardware.measures import none_allowed
 from beringia.records.certificate import Measure, ProbeResult
 from beringia.records.jsonl import read_lines
-from beringia.threads import prepare_threads
 
 COMMAND: Sequence[str] = (sys.executable, "-m", "beringia.qualify.hardware.collective_rank")
 _POLL_SECONDS = 0.05

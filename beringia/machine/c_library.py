@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
+
+from beringia.machine.tools import ToolFailed, run_tool
 
 
 class NotCompiled(Exception):
@@ -23,9 +24,9 @@ def compile_c(source: str, *options: str) -> ctypes.CDLL:
             written, shared = Path(directory, "library.c"), Path(directory, "library.so")
             written.write_text(source)
             command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", *options, "-o", str(shared), str(written)]
-            subprocess.run([*command, "-lm"], check=True, capture_output=True, text=True, timeout=60)
+            run_tool([*command, "-lm"])
             return ctypes.CDLL(str(shared))
-    except subprocess.CalledProcessError as error:
-        raise NotCompiled(f"{compiler} failed: {error.stderr.strip()[-200:]}") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except ToolFailed as failure:
+        raise NotCompiled(str(failure)) from None
+    except OSError as error:
         raise NotCompiled(f"what {compiler} made cannot be used: {error}") from None
