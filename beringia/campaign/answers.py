@@ -6,21 +6,23 @@ likely the same tokens are to it. What they differ by is the seed of the handove
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from beringia.campaign.answering_worker import AnsweringJob, Answers
+from beringia.campaign.answering_work import AnsweringOrder, Answers
 from beringia.data import choose_tokenizer, open_stream
-from beringia.errors import HandshakeError, Refusal
+from beringia.errors import Refusal
+from beringia.processes.child import lines_of, start
+from beringia.processes.files.remote import FarFiles
 from beringia.records.events import Answered
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
+from beringia.supervise.chip_command import chip_command, patience_of
 from beringia.train.evaluation import MARK_TOKENS, wilson_interval
 
-_LOG_END = 800
+_WORK = "beringia.campaign.answering_work"
 
 
 def answer(recipe: Recipe, run: RunDirectory, trained_on: str, step: int) -> Answered:
@@ -75,36 +77,24 @@ def _tensor(tokens: list[int]) -> torch.Tensor:
 def _run(recipe: Recipe, run: RunDirectory, label: str, prompts: list[list[int]], *, max_tokens: int | None) -> Answers:
     """One chip's process, in its own interpreter."""
     section = recipe.chips[label]
-    log, result = run.answers / f"{label}.log", run.answers / f"{label}.json"
-    run.answers.mkdir(exist_ok=True)
-    result.unlink(missing_ok=True)
-    job = AnsweringJob(
-        chip=section.use,
-        faults=section.faults,
-        model=str(run.export),
-        seed=recipe.seed,
-        prompts=prompts,
-        max_tokens=max_tokens,
-        result=str(result),
+    command = chip_command(label, section, _WORK)
+    log = run.answers / f"{label}.log"
+    model, faults = str(run.export), section.faults
+    if section.root is not None:
+        files = FarFiles(command, log, patience_of(recipe.supervise))
+        model = files.send_input(run.export, "export")
+        faults = files.send_input(Path(faults), "faults") if faults and Path(faults).is_file() else faults
+    order = AnsweringOrder(
+        chip=section.use, faults=faults, model=model, seed=recipe.seed, prompts=prompts, max_tokens=max_tokens
     )
-    with open(log, "wb") as said:
-        done = subprocess.run(
-            [*section.launch, section.python or sys.executable, "-m", "beringia.campaign.answering_worker"],
-            input=job.model_dump_json().encode(),
-            stdout=said,
-            stderr=said,
-            timeout=recipe.supervise.start_seconds + recipe.supervise.hang_seconds,
-            check=False,
-        )
-    if not result.exists():
-        raise HandshakeError(
-            f"The engine on {label} ended with {done.returncode} before it answered; {log} ends with:\n{_end(log)}"
-        )
-    answers = Answers.model_validate_json(result.read_text())
+    # It says nothing until it has answered all.
+    patience = replace(patience_of(recipe.supervise), silence_seconds=_seconds(recipe))
+    (line,) = lines_of(start(command, order, log, patience=patience))
+    answers = Answers.model_validate(line, strict=False)
     if answers.error is not None:
         raise Refusal(f"The engine on {label} could not answer: {answers.error}")
     return answers
 
 
-def _end(log: Path) -> str:
-    return log.read_text(errors="replace")[-_LOG_END:]
+def _seconds(recipe: Recipe) -> float:
+    return recipe.supervise.start_seconds + recipe.supervise.hang_seconds

@@ -7,14 +7,12 @@ chips train without certificates.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from beringia.errors import RecipeError
-from beringia.qualify.probing import Interpreter
 from beringia.qualify.qualification import Request, qualify, reference_for
 from beringia.records.certificate import Certificate
 from beringia.records.events import AnyEvent, Qualified
@@ -22,6 +20,7 @@ from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.records.signature import load_or_create_key, public_key_of, sign, write_signed
 from beringia.report.certificate import write_certificate_page, write_junit
+from beringia.supervise.chip_command import chip_command
 from beringia.supervise.event_log import EventLog
 from beringia.supervise.lock import RunLock
 from beringia.supervise.run_files import prepare_run
@@ -90,7 +89,7 @@ def request_for(recipe: Recipe, label: str) -> Request:
         compute_dtype=None if compute == "auto" else compute,
         longest=max(2056, _LENGTHS_TIMES * recipe.data.sequence_length),
         collectives=section.ranks > 1,
-        interpreter=Interpreter(section.python or sys.executable, section.launch),
+        command=chip_command(label, section),
     )
 
 

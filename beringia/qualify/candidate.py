@@ -14,7 +14,7 @@ from beringia.qualify.arithmetic.multiply_add import probe_multiply_add
 from beringia.qualify.bundle import Bundle, error_key
 from beringia.qualify.capture import replay
 from beringia.qualify.effects import judge_trace
-from beringia.qualify.evidence import Begun, Checked, Line, Probed, Unrepeatable
+from beringia.qualify.evidence import Begun, Checked, Fact, Probed, Unrepeatable
 from beringia.qualify.hardware.memory import probe_memory
 from beringia.qualify.hardware.soak import matrix_load, probe_soak
 from beringia.qualify.hardware.speed import probe_speed
@@ -42,7 +42,7 @@ class Extent:
     speed: bool
 
 
-def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Iterator[Line]:
+def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Iterator[Fact]:
     """The evidence, in the order in which it is found."""
     dtype = getattr(torch, bundle.manifest.compute_dtype)
     yield Begun(probe="arithmetic")
@@ -129,7 +129,7 @@ def _wrong_integers(check: OperatorCheck) -> bool:
     return any(measure.name == "other integers" and measure.used > 1.0 for measure in check.measures)
 
 
-def _lockstep(recording: Recording, bundle: Bundle) -> Iterator[Line]:
+def _lockstep(recording: Recording, bundle: Bundle) -> Iterator[Fact]:
     assert recording.trace is not None
     yield Begun(probe="lockstep")
     for result in judge_trace(bundle.noise, recording.trace):
@@ -158,14 +158,14 @@ PASSES_AGAIN = 6
 """Of a fault that strikes every third pass, one in eleven stays unseen in them."""
 
 
-def _look_again(recorder: Recorder, checks: list[OperatorCheck], effects: list[ProbeResult]) -> Iterator[Line]:
+def _look_again(recorder: Recorder, checks: list[OperatorCheck], effects: list[ProbeResult]) -> Iterator[Fact]:
     """Where the model is harmed and no watched call was wrong, the fault comes and goes: watch further passes."""
     if any(effect.outcome == "failed" for effect in effects) and not any(check.used > 1.0 for check in checks):
         for check in recorder.watch_again(PASSES_AGAIN):
             yield Checked(check=check)
 
 
-def _told_of_running(recording: Recording, bundle: Bundle) -> Iterator[Line]:
+def _told_of_running(recording: Recording, bundle: Bundle) -> Iterator[Fact]:
     """Facts without a bound: batch invariance, and what a step takes."""
     same = "the same bits" if recording.batch_invariant else "other bits"
     yield Probed(result=_told("repeat", "batch invariance", f"a sample alone has {same} as in a batch"))
@@ -174,7 +174,7 @@ def _told_of_running(recording: Recording, bundle: Bundle) -> Iterator[Line]:
     yield Probed(result=_told("speed", "passes of the model", f"{seconds:.3g} s a pass, over {passes} of them"))
 
 
-def _replay(chip: Chip, bundle: Bundle) -> Iterator[Line]:
+def _replay(chip: Chip, bundle: Bundle) -> Iterator[Fact]:
     """Every captured call with the reference's arguments. An operator that only the reference has is told."""
     beyond: list[OperatorCheck] = []
     missing: set[str] = set()
@@ -220,7 +220,7 @@ def _wrong_alone(check: OperatorCheck) -> bool:
 
 def _lengths(
     chip: Chip, subject: Subject, dtype: torch.dtype, extent: Extent, begin_step: Callable[[], None]
-) -> Iterator[Line]:
+) -> Iterator[Fact]:
     if not isinstance(subject, DecoderSubject):
         return  # what attention a module of one's own has, only its own calls can tell
     heads, longest = heads_of(subject.build())
@@ -241,7 +241,7 @@ def heads_of(decoder: Decoder) -> tuple[Heads, int]:
     return heads, config.max_position_embeddings
 
 
-def _hardware(chip: Chip, extent: Extent) -> Iterator[Line]:
+def _hardware(chip: Chip, extent: Extent) -> Iterator[Fact]:
     parts: list[tuple[str, bool, Callable[[], list[ProbeResult]]]] = [
         ("memory", extent.memory_bytes > 0, lambda: probe_memory(chip, limit_bytes=extent.memory_bytes)),
         ("speed", extent.speed, lambda: probe_speed(chip)),

@@ -1,4 +1,4 @@
-"""Evidence as it comes out of the process that probes a chip: one JSON line a fact, in a file.
+"""Evidence as it comes out of the process that probes a chip: one line a fact.
 
 A chip may hang or die in a probe; what was written before that is evidence, and the probe that was begun last says
 where it happened.
@@ -56,28 +56,14 @@ class Unrepeatable(Record):
     ordinal: int
 
 
-class Failed(Record):
-    """An error that is the user's to mend."""
-
-    kind: Literal["failed"] = "failed"
-    error: str
-    message: str
-
-
-class Ended(Record):
-    """All probes were made."""
-
-    kind: Literal["ended"] = "ended"
-
-
-Line = Annotated[
-    Opened | Begun | Probed | Checked | Unrepeatable | Failed | Ended,
+Fact = Annotated[
+    Opened | Begun | Probed | Checked | Unrepeatable,
     Field(discriminator="kind"),
 ]
-line_adapter: TypeAdapter[Line] = TypeAdapter(Line)
+fact_adapter: TypeAdapter[Fact] = TypeAdapter(Fact)
 
 
-class Job(Record):
+class QualifyOrder(Record):
     """What the process is asked to do."""
 
     task: Literal["describe", "reference", "candidate"]
@@ -91,9 +77,7 @@ class Job(Record):
     compute_dtype: str | None = None
     """None: the chip's own."""
     bundle: str = ""
-    """Where it is written, or read."""
-    evidence: str
-    """Where the lines go."""
+    """Where it is written, or read, on that machine."""
     batches: int = 6
     steps: int = 6
     limit_bytes: int = 64 * 2**20

@@ -18,14 +18,16 @@ from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.errors import InputError
 from beringia.model import PRESETS
+from beringia.processes.command import Command, check_command
 from beringia.qualify.arithmetic.indices import probe_indices
 from beringia.qualify.bundle import BundleManifest, read_bundle, read_manifest
 from beringia.qualify.candidate import Extent, probe_candidate
 from beringia.qualify.effects import power_of
-from beringia.qualify.evidence import Job, Opened, Unrepeatable
-from beringia.qualify.hardware.collectives import probe_collectives
+from beringia.qualify.evidence import Opened, QualifyOrder, Unrepeatable
+from beringia.qualify.far_chip import FarChip
+from beringia.qualify.hardware.collectives_work import CollectivesOrder, collectives_at
 from beringia.qualify.locate import first_wrong, locate
-from beringia.qualify.probing import Evidence, Interpreter, run_job
+from beringia.qualify.probing import Evidence, gather
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import Plan
@@ -59,12 +61,13 @@ class Request:
     speed: bool = False
     collectives: bool = True
     patience_seconds: float = 900.0
-    interpreter: Interpreter = Interpreter()
+    command: Command = Command("the chip")
+    """How its machine is reached, and where files are there."""
 
-    def job(self, task: Literal["describe", "reference", "candidate"], directory: Path, bundle: Path) -> Job:
-        """The order to the process."""
+    def order(self, task: Literal["describe", "reference", "candidate"], bundle: Path) -> QualifyOrder:
+        """What the process is to do."""
         reference = task == "reference"
-        return Job(
+        return QualifyOrder(
             task=task,
             chip=self.chip,
             faults=None if reference else self.faults,
@@ -75,7 +78,6 @@ class Request:
             layers=self.layers,
             compute_dtype=self.compute_dtype,
             bundle=str(bundle),
-            evidence=str(directory / f"{task}.jsonl"),
             batches=self.batches,
             steps=self.steps,
             longest=self.longest,
@@ -89,11 +91,12 @@ Say = Callable[[str], None]
 
 
 def record_reference(request: Request, bundle: Path, limit_bytes: int, say: Say = lambda text: None) -> BundleManifest:
-    """`beringia reference`: record the request's chip into a bundle."""
+    """`beringia reference`: record the request's chip, on this machine, into a bundle."""
     with tempfile.TemporaryDirectory(prefix="beringia-") as directory:
-        job = request.job("reference", Path(directory), bundle.absolute())
-        job = job.model_copy(update={"limit_bytes": limit_bytes})
-        run_job(job, request.interpreter, patience_seconds=request.patience_seconds, say=say)
+        order = request.order("reference", bundle.absolute())
+        order = order.model_copy(update={"limit_bytes": limit_bytes})
+        log = Path(directory) / "reference.log"
+        gather(order, request.command, log, patience_seconds=request.patience_seconds, say=say)
     return read_manifest(bundle)
 
 
@@ -104,16 +107,18 @@ def qualify(request: Request, against: Path | None = None, say: Say = lambda tex
     to change something: a model that does not fit, a bundle of another model.
     """
     began = time.perf_counter()
+    check_command(request.command)
     with tempfile.TemporaryDirectory(prefix="beringia-") as name:
         directory = Path(name)
         bundle = against if against is not None else reference_for(request, directory, say)
         manifest = read_manifest(bundle)
         request = _as_recorded(request, manifest, bundle)
         say("probing the chip")
-        job = request.job("candidate", directory, bundle.absolute())
-        evidence = run_job(job, request.interpreter, patience_seconds=request.patience_seconds, say=say)
+        far = FarChip.of(request.command, directory, request.patience_seconds)
+        order = far.sent(request.order("candidate", bundle.absolute()))
+        evidence = far.gather(order, say)
         assert evidence.opened is not None
-        probes = [*evidence.probes, *_in_processes_of_their_own(request, evidence, say)]
+        probes = [*evidence.probes, *_in_processes_of_their_own(far, request, order, evidence, say)]
     return _certificate(request, manifest, evidence, probes, time.perf_counter() - began)
 
 
@@ -140,15 +145,17 @@ def reference_for(request: Request, directory: Path, say: Say = lambda text: Non
     directory.mkdir(parents=True, exist_ok=True)
     dtype = request.compute_dtype
     if dtype is None:
-        described = run_job(request.job("describe", directory, directory), request.interpreter)
+        far = FarChip.of(request.command, directory, request.patience_seconds)
+        described = far.gather(far.sent(request.order("describe", Path())))
         assert described.opened is not None
         dtype = described.opened.compute_dtype
     bundle = directory / f"reference-{dtype}.bundle"
     if bundle.exists():
         return bundle
     say("recording the reference")
-    job = request.job("reference", directory, bundle)
-    run_job(job.model_copy(update={"chip": REFERENCE, "compute_dtype": dtype}), Interpreter(), say=say)
+    order = request.order("reference", bundle.absolute())
+    here = order.model_copy(update={"chip": REFERENCE, "compute_dtype": dtype})
+    gather(here, Command("the reference"), directory / "reference.log", say=say)
     return bundle
 
 
@@ -174,16 +181,19 @@ def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Re
     return request
 
 
-def _in_processes_of_their_own(request: Request, evidence: Evidence, say: Say) -> list[ProbeResult]:
-    """Probes that may break a process: several ranks, indices out of range. Only on a chip that got through the rest,
-    and not through a launch prefix."""
-    if not evidence.complete or request.interpreter.launch:
+def _in_processes_of_their_own(
+    far: FarChip, request: Request, order: QualifyOrder, evidence: Evidence, say: Say
+) -> list[ProbeResult]:
+    """Probes that may break a process: several ranks, indices out of range. Only on a chip that got through the
+    rest."""
+    if not evidence.complete:
         return []
     say("indices")
-    results = probe_indices(request.chip, faults=request.faults)
+    results = probe_indices(order.chip, faults=order.faults, command=far.command, log=far.log("indices"))
     if request.collectives:
         say("collectives")
-        results += probe_collectives(request.chip, faults=request.faults, seed=request.seed, bandwidth=request.speed)
+        asked = CollectivesOrder(chip=order.chip, faults=order.faults, seed=request.seed, bandwidth=request.speed)
+        results += collectives_at(far.command, asked, far.log("collectives"))
     return results
 
 

@@ -42,6 +42,8 @@ class ChipSection(Record):
     """Interpreter of the environment that has this chip's torch; default: the one that runs Beringia."""
     launch: tuple[str, ...] = ()
     """Command prefix that reaches the chip's machine: `["ssh", "node7"]`, `["srun", "-N1"]`."""
+    launcher: str = "prefix"
+    """How `launch` is used: a file of `processes/launchers/`. `prefix`: as the beginning of a command line."""
     root: str | None = None
     """Run directory on that machine when it does not share this file system; state is then moved and checked by
     hash."""

@@ -10,21 +10,19 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 
 from beringia.chips.open import serve_arguments
 from beringia.errors import BeringiaError, InputError
+from beringia.processes.patience import POLL_SECONDS
+from beringia.processes.program import Program
 
-_LOG_END_BYTES = 4000
 _KEY_VARIABLE = "VLLM_API_KEY"
 
 
@@ -53,27 +51,24 @@ def run_vllm(settings: VllmSettings, on_ready: Callable[[str, dict[str, Any]], N
     """Serve until a signal. Raises InputError for what cannot be started, BeringiaError where vLLM ends by itself."""
     command, environment = command_of(settings)
     port = settings.port or _free_port(settings.host)
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-        stopping: list[int] = []
+    program = Program([*command, "--port", str(port)], environment)
+    stopping: list[int] = []
 
-        def hand_on(number: int, _: object) -> None:
-            stopping.append(number)
-            process.send_signal(number)
+    def hand_on(number: int, _: object) -> None:
+        stopping.append(number)
+        program.signal(number)
 
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            url = f"http://{settings.host}:{port}"
-            _wait_until_healthy(process, url, settings.start_seconds, stopping, log)
-            if not stopping and on_ready is not None:
-                on_ready(url, {"model": settings.name or settings.model.resolve().name, "engine": "vllm"})
-            _wait_for_end(process, stopping, settings.drain_seconds, log)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            _end(process)
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        url = f"http://{settings.host}:{port}"
+        _wait_until_healthy(program, url, settings.start_seconds, stopping)
+        if not stopping and on_ready is not None:
+            on_ready(url, {"model": settings.name or settings.model.resolve().name, "engine": "vllm"})
+        _wait_for_end(program, stopping)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        program.end(settings.drain_seconds if stopping else 0.0)
 
 
 def command_of(settings: VllmSettings) -> tuple[list[str], dict[str, str]]:
@@ -105,46 +100,25 @@ def command_of(settings: VllmSettings) -> tuple[list[str], dict[str, str]]:
     return [*command, *needed.arguments, *settings.more], environment | dict(needed.environment)
 
 
-def _wait_until_healthy(
-    process: subprocess.Popen[bytes], url: str, seconds: float, stopping: Sequence[int], log: IO[bytes]
-) -> None:
+def _wait_until_healthy(program: Program, url: str, seconds: float, stopping: Sequence[int]) -> None:
     end = time.monotonic() + seconds
     while not stopping:
-        if process.poll() is not None:
-            raise BeringiaError(f"vLLM ended with {process.returncode} before it answered:\n{_end_of(log)}")
+        if not program.running:
+            raise BeringiaError(f"vLLM ended ({program.how_ended}) before it answered:\n{program.last_words()}")
         if time.monotonic() > end:
-            raise BeringiaError(f"vLLM did not answer within {seconds:g} s:\n{_end_of(log)}")
+            raise BeringiaError(f"vLLM did not answer within {seconds:g} s:\n{program.last_words()}")
         try:
             if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
-            time.sleep(0.25)  # not yet
+            time.sleep(POLL_SECONDS)  # not yet
 
 
-def _wait_for_end(
-    process: subprocess.Popen[bytes], stopping: Sequence[int], drain_seconds: float, log: IO[bytes]
-) -> None:
-    while process.poll() is None and not stopping:
-        time.sleep(0.1)
+def _wait_for_end(program: Program, stopping: Sequence[int]) -> None:
+    while program.running and not stopping:
+        time.sleep(POLL_SECONDS)
     if not stopping:
-        raise BeringiaError(f"vLLM ended with {process.returncode}:\n{_end_of(log)}")
-    try:
-        process.wait(drain_seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """With the processes that it has started: they are in its session."""
-    with suppress(ProcessLookupError):  # all are gone
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(60)
-
-
-def _end_of(log: IO[bytes]) -> str:
-    size = log.seek(0, os.SEEK_END)
-    log.seek(max(0, size - _LOG_END_BYTES))
-    return log.read().decode(errors="replace")
+        raise BeringiaError(f"vLLM ended ({program.how_ended}):\n{program.last_words()}")
 
 
 def _free_port(host: str) -> int:

@@ -12,30 +12,68 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beringia.errors import HandshakeError
+from beringia.errors import HandshakeError, InputError
+from beringia.processes.child import Child, Message
+from beringia.processes.patience import PEERS_SECONDS, POLL_SECONDS
+from beringia.processes.protocol import Line
+from beringia.processes.ranks import Ranks, ranks_from_environment
+from beringia.processes.words import last_lines
 from beringia.records.files import write_bytes
 from beringia.records.jsonl import JsonLinesWriter, read_lines
-from beringia.records.messages import EventLine, FromWorker, Order
+from beringia.records.messages import Order
 from beringia.records.recipe import Recipe
 from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory
-from beringia.supervise.worker_process import WorkerProcess
+from beringia.supervise.training_worker import start_worker
 
-_POLL_SECONDS = 0.1
-_END_SECONDS = 5.0
 _FOLLOWED = "followed.json"
 
 
 def rank_in(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's number among those that torchrun or Slurm started; 0 alone."""
-    if "RANK" in environment:
-        return int(environment["RANK"])
-    if int(environment.get("SLURM_NTASKS", "1")) > 1:
-        return int(environment.get("SLURM_PROCID", "0"))
-    return 0
+    """This process's number among those that torchrun or Slurm started; 0 alone. Raises InputError for variables that
+    no launcher left so."""
+    return (ranks_from_environment(environment) or Ranks()).rank
+
+
+@contextmanager
+def meeting_other_ranks(run: RunDirectory) -> Iterator[None]:
+    """Before the first start: all ranks of the job show themselves in the run directory, while the context lasts.
+
+    Raises InputError where they do not come: variables that a launcher left in a shell look like a launcher's.
+    """
+    ranks = ranks_from_environment()
+    if ranks is None or ranks.count == 1:
+        yield
+        return
+    mine = _shown(run, ranks.rank)
+    write_bytes(mine, b"")
+    try:
+        _wait_for_others(run, ranks)
+        yield
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def _wait_for_others(run: RunDirectory, ranks: Ranks) -> None:
+    wanted = {rank for rank in range(ranks.count)} if ranks.first else {0}
+    deadline = time.monotonic() + PEERS_SECONDS
+    while missing := [rank for rank in sorted(wanted) if not _shown(run, rank).exists()]:
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{ranks.source} says that this is rank {ranks.rank} of {ranks.count}, but rank {missing[0]} has not "
+                f"come to {run.root} within {PEERS_SECONDS:g} s. Start all ranks, with a run directory that all of "
+                f"them see; or, if a launcher left its variables in this shell, give the command without them: "
+                f"env {' '.join(f'-u {name}' for name in ranks.variables)} beringia ..."
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _shown(run: RunDirectory, rank: int) -> Path:
+    return run.rank_report(0, rank).with_name(f"here-{_job()}-{rank}")
 
 
 def lead(run: RunDirectory, order: Order | None) -> None:
@@ -50,8 +88,8 @@ def lead(run: RunDirectory, order: Order | None) -> None:
 def follow(recipe: Recipe, run: RunDirectory) -> None:
     """Carry out the first rank's orders until it says that the run is over."""
     current: Order | None = None
-    worker: WorkerProcess | None = None
-    messages: Iterator[FromWorker | None] = iter(())
+    worker: Child | None = None
+    messages: Iterator[Message | None] = iter(())
     try:
         while True:
             told = _read(run.root / _FOLLOWED)
@@ -64,12 +102,12 @@ def follow(recipe: Recipe, run: RunDirectory) -> None:
                 worker = _start(recipe, run, current)
                 messages = _passing_on(worker, run.rank_report(current.epoch, rank_in()))
             elif worker is not None and worker.failed:
-                raise HandshakeError(f"The worker of rank {rank_in()} failed: {worker.last_log_lines(1)}.")
+                raise HandshakeError(f"The worker of rank {rank_in()} failed: {last_lines(worker.log, 1)}.")
             if next(messages, None) is None:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
     finally:
         if worker is not None:
-            worker.end(_END_SECONDS)
+            worker.end()
 
 
 class RankReports:
@@ -90,22 +128,21 @@ class RankReports:
                 yield event
 
 
-def _passing_on(worker: WorkerProcess, report: Path) -> Iterator[FromWorker | None]:
+def _passing_on(worker: Child, report: Path) -> Iterator[Message | None]:
     """The worker's messages; its events are written to the report on the way."""
     writer = JsonLinesWriter(report)
     try:
-        for message in worker.messages(_POLL_SECONDS):
-            if isinstance(message, EventLine):
-                writer.append(message.event, durable=True)
+        for message in worker.follow(POLL_SECONDS):
+            if isinstance(message, Line):
+                writer.append(message.line, durable=True)
             yield message
     finally:
         writer.close()
 
 
-def _start(recipe: Recipe, run: RunDirectory, order: Order) -> WorkerProcess:
-    log = run.logs / f"{order.chip}-{order.epoch}-rank{rank_in()}.log"
+def _start(recipe: Recipe, run: RunDirectory, order: Order) -> Child:
     # Its go is the first rank's: only that rank's supervisor knows whether the chip may train.
-    return WorkerProcess(order.chip, recipe.chips[order.chip], order, log)
+    return start_worker(order.chip, recipe, order, run, f"{order.chip}-{order.epoch}-rank{rank_in()}")
 
 
 def _job() -> str | None:

@@ -6,15 +6,11 @@ yet (a queue's, a cloud's), and is asked when it is needed.
 
 from __future__ import annotations
 
-import time
-
-from beringia.errors import HandshakeError
-from beringia.records.messages import Ended, Hello, Order
+from beringia.processes.child import lines_of
+from beringia.records.messages import Order
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
-from beringia.supervise.worker_process import WorkerProcess, check_hello, error_called
-
-_END_SECONDS = 10.0
+from beringia.supervise.training_worker import start_worker
 
 
 def greet_later_chips(recipe: Recipe, run: RunDirectory) -> None:
@@ -26,22 +22,13 @@ def greet_later_chips(recipe: Recipe, run: RunDirectory) -> None:
 
 
 def _greet(label: str, recipe: Recipe, run: RunDirectory) -> None:
-    order = Order(root=str(run.root), chip=label, recipe=recipe, epoch=0, resume_step=None, greeting=True)
-    worker = WorkerProcess(label, recipe.chips[label], order, run.logs / f"{label}-greeting.log")
-    ended: Ended | None = None
-    until = time.monotonic() + recipe.supervise.start_seconds
-    try:
-        for message in worker.messages():
-            if isinstance(message, Hello):
-                check_hello(label, message)
-            elif isinstance(message, Ended):
-                ended = message
-                break
-            if time.monotonic() > until:
-                break
-    finally:
-        status = worker.end(_END_SECONDS if ended is not None else 0.0)
-    if ended is None:
-        raise HandshakeError(worker.did_not_start(status))
-    if ended.why == "error":
-        raise error_called(ended.error, ended.message)
+    order = Order(
+        root=str(run.root.resolve()),
+        chip=label,
+        recipe=recipe,
+        recipe_hash=recipe.hash,
+        epoch=0,
+        resume_step=None,
+        greeting=True,
+    )
+    lines_of(start_worker(label, recipe, order, run, f"{label}-greeting"))

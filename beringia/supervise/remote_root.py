@@ -1,28 +1,24 @@
 """The run directory as a chip on another machine sees it, and moving state there and back.
 
 Where a chip shares this file system there is nothing to move. Where its section of the recipe names a `root`, files go
-through the chip's own launch prefix, over the streams of a short-lived process, and are checked by hash on arrival.
-Checkpoints come home in the background, one after another, and count only once they are here: what the events of a run
-call complete or trusted can be loaded without the machine that wrote it.
+through the chip's own launch prefix (`processes/files/`), by hash and only what the receiver lacks. Checkpoints come
+home in the background, one after another, and count only once they are here: what the events of a run call complete or
+trusted can be loaded without the machine that wrote it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import shutil
-import signal
-import subprocess
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, cast
 
-from beringia.checkpoint.archive import read_archive, write_archive
-from beringia.checkpoint.directory import CheckpointDirectory
-from beringia.errors import CheckpointDamaged, RunError, TransferFailed
+from beringia.checkpoint.directory import CheckpointDirectory, read_manifest
+from beringia.errors import CheckpointDamaged, InputError, RunError, TransferFailed
+from beringia.processes.child import lines_of, start
+from beringia.processes.command import Command
+from beringia.processes.files.exchange import Offered, files_below, offer_directory
+from beringia.processes.files.remote import FarFiles
 from beringia.records.events import (
     AnyEvent,
     CheckpointRejected,
@@ -31,13 +27,12 @@ from beringia.records.events import (
     Event,
     Fallback,
 )
-from beringia.records.manifest import TrustMark
-from beringia.records.messages import Order
+from beringia.records.manifest import CheckpointManifest, TrustMark
+from beringia.records.messages import Order, PackOrder
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
-from beringia.supervise.patient_pipe import PatientPipe
-from beringia.supervise.transfer import write_files
-from beringia.supervise.worker_process import chip_command, last_lines
+from beringia.supervise.chip_command import chip_command, patience_of
+from beringia.supervise.inputs import send_inputs
 
 _ATTEMPTS = 3
 
@@ -49,6 +44,10 @@ class SharedRoot:
 
     def __init__(self, run: RunDirectory) -> None:
         self.root = str(run.root.resolve())
+
+    def recipe_there(self, recipe: Recipe) -> Recipe:
+        """The recipe as the worker reads it."""
+        return recipe
 
     def send_state(self, order: Order) -> CheckpointRejected | None:
         """Nothing to send."""
@@ -70,31 +69,38 @@ class RemoteRoot:
     """The chip's machine has a run directory of its own, at `chips.<label>.root`."""
 
     def __init__(self, label: str, recipe: Recipe, run: RunDirectory, epoch: int) -> None:
+        chip = recipe.chips[label]
+        assert chip.root is not None
+        self.root = chip.root
         self._label = label
-        self._chip = recipe.chips[label]
-        self._keep = recipe.train.keep
-        self._patience_seconds = recipe.supervise.hang_seconds
+        self._recipe = recipe
         self._run = run
         self._epoch = epoch
+        self._patience = patience_of(recipe.supervise)
         self._log = run.logs / f"{label}-{epoch}-transfer.log"
+        self._files = FarFiles(chip_command(label, chip), self._log, self._patience)
         self._transfers = ThreadPoolExecutor(1, thread_name_prefix="beringia-transfer")
         self._awaited: deque[tuple[CheckpointWritten | CheckpointTrusted, Future[None]]] = deque()
-        self._under_way: subprocess.Popen[bytes] | None = None
         self._closed = False
-        assert self._chip.root is not None
-        self.root = self._chip.root
 
     @property
     def waiting(self) -> bool:
         """Whether events wait for their checkpoints."""
         return bool(self._awaited)
 
+    def recipe_there(self, recipe: Recipe) -> Recipe:
+        """The recipe as the worker reads it: what it names by path is sent first. Raises TransferFailed, InputError,
+        StorageFull."""
+        return send_inputs(self._files, self._label, recipe)
+
     def send_state(self, order: Order) -> CheckpointRejected | None:
-        """Send what the order needs: recipe, epoch, data and the checkpoints it names; returns the checkpoint that
-        cannot be sent because ours is damaged. Raises TransferFailed."""
-        files = [self._run.resolved_recipe, self._run.epoch, *sorted(self._run.data.rglob("*"))]
-        with self._sending("receive-files", self.root) as stream:
-            write_files(self._run.root, (path for path in files if path.is_file()), stream)
+        """Send what the order needs: recipe, epoch, packed data and the checkpoints it names; returns the checkpoint
+        that cannot be sent because ours is damaged. Raises TransferFailed, InputError, StorageFull."""
+        self._pack()
+        root = self._run.root
+        names = [str(path.relative_to(root)) for path in (self._run.resolved_recipe, self._run.epoch) if path.exists()]
+        below = str(self._run.data.relative_to(root))
+        self._files.send(root, [*names, *(f"{below}/{name}" for name in files_below(self._run.data))])
         for step in (order.canary_from, order.resume_step):
             if step:
                 try:
@@ -133,20 +139,30 @@ class RemoteRoot:
         """End what is under way; what has not come home is not waited for."""
         self._closed = True
         self._transfers.shutdown(wait=False, cancel_futures=True)
-        if self._under_way is not None:
-            _kill(self._under_way)
+        self._files.close()
         self._transfers.shutdown()
 
     @property
     def _home(self) -> CheckpointDirectory:
         return CheckpointDirectory(self._run.checkpoints)
 
-    def _remote_path(self, step: int) -> str:
-        return str(Path(self.root) / self._home.path(step).relative_to(self._run.root))
+    def _there(self, step: int) -> str:
+        """A checkpoint's directory, relative to either root."""
+        return str(self._home.path(step).relative_to(self._run.root))
 
     def _send_checkpoint(self, step: int) -> None:
-        with self._sending("receive-checkpoint", self._remote_path(step)) as stream:
-            write_archive(self._home.path(step), stream)
+        ours = self._home.path(step)
+        offered = offer_directory(ours)
+        _compare(offered, ours)
+        self._files.send_directory(ours, self._there(step), offered)
+
+    def _pack(self) -> None:
+        """Pack folders of text or chats here: the chip's machine does not see them. Torch reads the tokenizer, so this
+        is work of a process of its own."""
+        if self._recipe.data.task is not None:
+            return
+        command = Command("packing", "beringia.data.packing_work")
+        lines_of(start(command, PackOrder(recipe=self._recipe, directory=str(self._run.data)), self._log))
 
     # In the thread of transfers
 
@@ -156,14 +172,13 @@ class RemoteRoot:
         for attempt in range(1, _ATTEMPTS + 1):
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                with self._receiving("send-checkpoint", self._remote_path(step)) as stream:
-                    read_archive(stream, partial)
+                _compare(self._files.fetch_directory(self._there(step), partial), partial)
                 break
-            except CheckpointDamaged as damage:
+            except (CheckpointDamaged, InputError, TransferFailed) as problem:
                 if attempt == _ATTEMPTS or self._closed:
-                    raise TransferFailed(f"{damage} {last_lines(self._log, 1)}") from damage
+                    raise TransferFailed(str(problem)) from problem
         self._home.publish(step, self._epoch)
-        self._home.prune(self._keep, newest=step)
+        self._home.prune(self._recipe.train.keep, newest=step)
 
     def _mark_trusted(self, event: CheckpointTrusted) -> None:
         if event.step in self._home.steps():
@@ -178,58 +193,19 @@ class RemoteRoot:
             reason=str(problem),
         )
 
-    # Processes behind the launch prefix
-
-    @contextlib.contextmanager
-    def _sending(self, verb: str, place: str) -> Iterator[IO[bytes]]:
-        """Standard input of a process on the chip's machine."""
-        with self._process(verb, place, stdin=subprocess.PIPE) as process:
-            assert process.stdin is not None
-            with PatientPipe(process.stdin, self._patience_seconds) as pipe, contextlib.suppress(BrokenPipeError):
-                yield cast(IO[bytes], pipe)  # a process that has ended early says why by its status
-
-    @contextlib.contextmanager
-    def _receiving(self, verb: str, place: str) -> Iterator[IO[bytes]]:
-        """Standard output of a process on the chip's machine."""
-        with self._process(verb, place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            with io.BufferedReader(PatientPipe(process.stdout, self._patience_seconds)) as stream:
-                yield stream
-
-    @contextlib.contextmanager
-    def _process(
-        self, verb: str, place: str, *, stdin: int, stdout: int | None = None
-    ) -> Iterator[subprocess.Popen[bytes]]:
-        """A process of `transfer` on the chip's machine, to its end. Raises TransferFailed for a bad end."""
-        command = chip_command(self._chip, "beringia.supervise.transfer", verb, place)
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "ab") as log:
-            process = subprocess.Popen(
-                command, bufsize=0, stdin=stdin, stdout=stdout, stderr=log, start_new_session=True
-            )
-        self._under_way = process
-        try:
-            yield process
-            status = process.wait(self._patience_seconds)
-        except subprocess.TimeoutExpired:
-            status = -signal.SIGKILL
-        finally:
-            self._under_way = None
-            _kill(process)
-            process.wait()
-        if status != 0:
-            raise TransferFailed(
-                f"{verb} on the machine of chips.{self._label} ended with status {status}: "
-                f"{last_lines(self._log, 1) or 'it said nothing'}"
-            )
-
 
 def open_root(label: str, recipe: Recipe, run: RunDirectory, epoch: int) -> SharedRoot | RemoteRoot:
     """The run directory on this chip's machine."""
     return SharedRoot(run) if recipe.chips[label].root is None else RemoteRoot(label, recipe, run, epoch)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The process and what the launch prefix started for it."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _compare(received: list[Offered], checkpoint: Path) -> CheckpointManifest:
+    """Every file arrived with the hash that it had there; here that is held against the manifest's. Raises
+    CheckpointDamaged."""
+    manifest = read_manifest(checkpoint)
+    digests = {one.name: one.sha256 for one in received}
+    for entry in manifest.files:
+        if digests.get(entry.name) != entry.sha256:
+            path = str(checkpoint / entry.name)
+            raise CheckpointDamaged(f"{entry.name} is not the file that its checkpoint's manifest lists.", path)
+    return manifest

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from beringia.checkpoint.store import CheckpointStore, PendingSave
+from beringia.processes.ranks import Ranks
 from beringia.records.events import CheckpointTrusted, CheckpointWritten
 from beringia.records.manifest import TrustMark
 from beringia.records.run_directory import RunDirectory
-from beringia.train.channel import Channel
 from beringia.train.guard import Guard
-from beringia.train.ranks import Ranks
+from beringia.train.reporting import Reporting
 
 
 class Saving:
     """What is being written, and what waits to be trusted. `agree` tells whether a flag is set on any rank."""
 
     def __init__(
-        self, store: CheckpointStore, run: RunDirectory, ranks: Ranks, channel: Channel, agree: Callable[[bool], bool]
+        self, store: CheckpointStore, run: RunDirectory, ranks: Ranks, channel: Reporting, agree: Callable[[bool], bool]
     ) -> None:
         self._store = store
         self._run = run

@@ -19,6 +19,7 @@ from beringia.chips.chip import Chip
 from beringia.data import Stream, Tokenizer, check_vocabulary, choose_tokenizer, open_stream
 from beringia.errors import CheckpointDamaged, RunError
 from beringia.model import load_model
+from beringia.processes.ranks import Ranks
 from beringia.records.events import (
     SPIKE,
     Alarm,
@@ -33,12 +34,11 @@ from beringia.records.messages import Order
 from beringia.records.run_directory import RunDirectory
 from beringia.train import sharding
 from beringia.train.canary import Replay, run_canary
-from beringia.train.channel import Channel
 from beringia.train.compile_cache import CompileCache
 from beringia.train.compute import UNIT_ROUNDOFF, choose_compute_dtype, reason_not_to_compile
 from beringia.train.evaluation import evaluate
 from beringia.train.guard import Guard
-from beringia.train.ranks import Ranks
+from beringia.train.reporting import Reporting
 from beringia.train.saving import Saving
 from beringia.train.state import adopt_progress, check_progress, live_tensors, progress_of
 from beringia.train.trainer import Trainer, finite
@@ -67,7 +67,7 @@ class CanaryRefused(Exception):
 class Session:
     """One worker's work. `open()`, then `train()`."""
 
-    def __init__(self, order: Order, chip: Chip, ranks: Ranks, channel: Channel) -> None:
+    def __init__(self, order: Order, chip: Chip, ranks: Ranks, channel: Reporting) -> None:
         self.order = order
         self.recipe = order.recipe
         self.chip = chip
@@ -193,7 +193,7 @@ class Session:
             epoch=self.order.epoch,
             epoch_file=self.run.epoch,
             keep=self.recipe.train.keep,
-            recipe_hash=self.recipe.hash,
+            recipe_hash=self.order.recipe_hash,
             chip_identity=self.chip.identity.hash,
             process_group=dist.group.WORLD if self.ranks.count > 1 else None,
             chip=self.chip,

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from beringia.chips.chip import Chip
 from beringia.model import Decoder
-from beringia.train.ranks import Ranks
+from beringia.processes.ranks import Ranks
 
 Sharding = Literal["none", "ddp", "fsdp2"]
 

@@ -23,11 +23,11 @@ from beringia.errors import RecipeError
 from beringia.model import IGNORED, Decoder, update_router_biases
 from beringia.model.attention import GroupedQueryAttention, LatentAttention
 from beringia.model.layers import FeedForward
+from beringia.processes.ranks import Ranks
 from beringia.records.recipe import Recipe
 from beringia.train.clipping import Clipping
 from beringia.train.guard import Guard
 from beringia.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from beringia.train.ranks import Ranks
 from beringia.train.sharding import Sharding, shard, sum_over_ranks, without_gradient_sync
 
 

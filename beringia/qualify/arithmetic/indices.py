@@ -1,38 +1,45 @@
 """Does a chip refuse indices that do not exist, or silently return what lies there.
 
 A token beyond the vocabulary that reads garbage trains a model on garbage without any error. The reads are made in a
-process of their own (see `index_process.py`): on some chips a refusal breaks the device's context for the whole
+process of their own (see `index_work.py`): on some chips a refusal breaks the device's context for the whole
 process, and then another process makes the cases that are left.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from beringia.errors import ChipUnavailable
-from beringia.machine.threads import prepare_threads
-from beringia.qualify.arithmetic.index_process import CASES, READS, IndexReport, Job
+from beringia.errors import InputError
+from beringia.processes.child import start
+from beringia.processes.command import Command
+from beringia.processes.patience import Patience
+from beringia.processes.protocol import Line
+from beringia.qualify.arithmetic.index_work import CASES, READS, IndexOrder, IndexReport
 from beringia.qualify.hardware.measures import none_allowed
 from beringia.records.certificate import ProbeResult
-from beringia.records.jsonl import read_lines
 
-COMMAND: Sequence[str] = (sys.executable, "-m", "beringia.qualify.arithmetic.index_process")
+_MODULE = "beringia.qualify.arithmetic.index_work"
+_HERE = Command("the chip")
 
 
-def probe_indices(chip_name: str, *, faults: str | None = None, time_out_seconds: float = 60.0) -> list[ProbeResult]:
+def probe_indices(
+    chip_name: str,
+    *,
+    faults: str | None = None,
+    command: Command = _HERE,
+    log: Path = Path(os.devnull),
+    time_out_seconds: float = 60.0,
+) -> list[ProbeResult]:
     """One finding for each operator that reads by index. Raises ChipUnavailable where the chip cannot be opened."""
     began, left = time.perf_counter(), list(CASES)
     reports: dict[str, IndexReport] = {}
+    start_one = partial(_run, replace(command, module=_MODULE), log, time_out_seconds)
     while left:
-        for report in _run(chip_name, faults, tuple(left), time_out_seconds):
-            if report.state == "unavailable":
-                raise ChipUnavailable(report.text)
+        for report in start_one(IndexOrder(chip=chip_name, faults=faults, cases=tuple(left))):
             reports[report.case] = report
         # A process that ends before its first case has said nothing of it: the next would end so too.
         done = [case for case in left if case in reports] or left
@@ -41,17 +48,18 @@ def probe_indices(chip_name: str, *, faults: str | None = None, time_out_seconds
     return [_judged(operator, reports, seconds) for operator in READS]
 
 
-def _run(chip: str, faults: str | None, cases: tuple[str, ...], time_out_seconds: float) -> list[IndexReport]:
-    """One process: what it reported before it ended, or before it was killed because it did not end."""
-    environment = dict(os.environ)
-    prepare_threads(environment)
-    with tempfile.TemporaryDirectory(prefix="beringia-indices-") as directory:
-        report = Path(directory, "report.jsonl")
-        job = Job(chip=chip, faults=faults, cases=cases, report=str(report), time_out_seconds=time_out_seconds)
-        # Its exit code says no more than its report: a device's assertion may end it in many ways. After its own
-        # time-out it ends by itself.
-        subprocess.run(COMMAND, input=job.model_dump_json().encode(), capture_output=True, env=environment, check=False)
-        return [IndexReport.model_validate(line) for _, line in read_lines(report)]
+def _run(command: Command, log: Path, time_out_seconds: float, order: IndexOrder) -> list[IndexReport]:
+    """One process: what it reported before it ended, or before it was ended because it did not get on."""
+    child = start(command, order, log, patience=Patience(silence_seconds=time_out_seconds))
+    try:
+        lines = [message.line for message in child.follow() if isinstance(message, Line)]
+    finally:
+        child.end()
+    # How it ended says no more than its lines: a device's assertion may end it in many ways.
+    problem = child.ended.error.error() if child.ended is not None and child.ended.error is not None else None
+    if isinstance(problem, InputError):
+        raise problem
+    return [IndexReport.model_validate(line) for line in lines]
 
 
 def _judged(operator: str, reports: dict[str, IndexReport], seconds: float) -> ProbeResult:

@@ -51,8 +51,8 @@ class Case:
         return f"{self.subject}, size {self.size}, {self.fill} numbers"
 
 
-class Job(Record):
-    """What a rank's process is told, on its standard input."""
+class RankOrder(Record):
+    """What one rank is to do."""
 
     chip: str
     faults: str | None
@@ -62,10 +62,9 @@ class Job(Record):
     index: int
     """Of its device."""
     port: int
-    """Of the parent's store."""
-    report: str
-    """File to which its `CaseReport`s are appended."""
+    """Of the starter's store."""
     time_out_seconds: float
+    """After which the starter ends it."""
     bandwidth: bool = False
     """Whether collectives are timed, too."""
 
@@ -76,9 +75,8 @@ class CaseReport(Record):
     rank: int
     subject: str
     name: str
-    state: Literal["begun", "ran", "refused", "fault", "unavailable"]
-    """refused: the backend has no such collective for this dtype; fault: the chip reported an error; unavailable: the
-    chip could not be opened."""
+    state: Literal["begun", "ran", "refused", "fault"]
+    """refused: the backend has no such collective for this dtype; fault: the chip reported an error."""
     wrong: int = 0
     """Elements with wrong bits, of results that are exact."""
     error: float = 0.0

@@ -1,17 +1,14 @@
 """Do several devices of a chip move and add numbers right together: every collective, in processes of its own.
 
-Starts `ranks` processes on this machine (see `collective_rank.py`), watches them, and reads what they report. A rank
-that does not return within the time-out is killed, and that is a finding. The processes meet in a store on the loopback
-address that this process keeps, and tell what they found in files of JSON lines.
+Starts `ranks` processes on this machine (see `rank_work.py`), watches them, and takes in what they say. A rank that
+does not return within the time-out is killed, and that is a finding. The processes meet in a store on the loopback
+address that this process keeps; so for a chip on another machine all of this is done there (`collectives_work.py`).
 
 Does not see what happens between machines.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,17 +18,20 @@ from pathlib import Path
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not declared so
 
 from beringia.chips.open import first_present, present
-from beringia.errors import ChipUnavailable
-from beringia.machine.threads import prepare_threads
+from beringia.errors import InputError
+from beringia.processes.child import start, wait_for_any
+from beringia.processes.command import Command
+from beringia.processes.patience import POLL_SECONDS, Patience
+from beringia.processes.protocol import Line
+from beringia.processes.words import last_lines
 from beringia.qualify.hardware.bandwidth import SUBJECT
-from beringia.qualify.hardware.collective_cases import COLLECTIVES, MOST_RANKS, SUMS, CaseReport, Job
-from beringia.qualify.hardware.collective_rank import ABSENT, ABSENT_SECONDS
+from beringia.qualify.hardware.collective_cases import COLLECTIVES, MOST_RANKS, SUMS, CaseReport, RankOrder
 from beringia.qualify.hardware.measures import none_allowed
+from beringia.qualify.hardware.rank_work import ABSENT, ABSENT_SECONDS
 from beringia.records.certificate import Measure, ProbeResult
-from beringia.records.jsonl import read_lines
 
-COMMAND: Sequence[str] = (sys.executable, "-m", "beringia.qualify.hardware.collective_rank")
-_POLL_SECONDS = 0.05
+RANK_WORK = "beringia.qualify.hardware.rank_work"
+_LONGEST_WORDS = 200
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,18 @@ def probe_collectives(
     if devices is not None and devices < ranks:
         return [_too_few(name, devices, ranks)]
     began = time.perf_counter()
-    ends = _run_ranks(name, faults, seed, ranks, time_out_seconds, bandwidth)
-    for end in ends:
-        if end.last is not None and end.last.state == "unavailable":
-            raise ChipUnavailable(end.last.reason)
+    order = RankOrder(
+        chip=name,
+        faults=faults,
+        seed=seed,
+        rank=0,
+        ranks=ranks,
+        index=0,
+        port=0,
+        time_out_seconds=time_out_seconds,
+        bandwidth=bandwidth,
+    )
+    ends = _run_ranks(order)
     return judge(ends, time_out_seconds, time.perf_counter() - began)
 
 
@@ -108,60 +116,56 @@ def judge(ends: list[RankEnd], time_out_seconds: float, seconds: float) -> list[
 # ---- processes
 
 
-def _run_ranks(
-    name: str, faults: str | None, seed: int, ranks: int, time_out_seconds: float, bandwidth: bool
-) -> list[RankEnd]:
-    store = TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
+def _run_ranks(order: RankOrder) -> list[RankEnd]:
+    store = TCPStore("127.0.0.1", 0, order.ranks, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="beringia-collectives-") as directory:
-        jobs = [
-            Job(
-                chip=name,
-                faults=faults,
-                seed=seed,
-                rank=rank,
-                ranks=ranks,
-                index=rank,
-                port=store.port,
-                report=str(Path(directory, f"rank-{rank}.jsonl")),
-                time_out_seconds=time_out_seconds,
-                bandwidth=bandwidth,
-            )
-            for rank in range(ranks)
-        ]
-        processes = [_start(job) for job in jobs]
-        killed = _wait(processes, time_out_seconds)
-        return [_end(job, process, process in killed) for job, process in zip(jobs, processes, strict=True)]
+        ranks: list[_Rank] = []
+        try:
+            for rank in range(order.ranks):
+                own = order.model_copy(update={"rank": rank, "index": rank, "port": store.port})
+                ranks.append(_Rank(own, Path(directory, f"rank-{rank}.log")))
+            _hear_all(ranks, order.time_out_seconds)
+        finally:
+            ends = [rank.end() for rank in ranks]
+    return ends
 
 
-def _start(job: Job) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
-    prepare_threads(environment, processes=job.ranks)
-    told = Path(f"{job.report}.job")
-    told.write_text(job.model_dump_json())
-    with told.open("rb") as job_file, open(f"{job.report}.err", "wb") as errors:
-        return subprocess.Popen(COMMAND, stdin=job_file, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+class _Rank:
+    """One rank's process."""
+
+    def __init__(self, order: RankOrder, log: Path) -> None:
+        self._number = order.rank
+        command = Command(f"rank {order.rank}", RANK_WORK)
+        patience = Patience(start_seconds=order.time_out_seconds, silence_seconds=order.time_out_seconds)
+        self.child = start(command, order, log, patience=patience)
+        self.reports: list[CaseReport] = []
+
+    def hear(self) -> None:
+        """What it has said."""
+        for message in self.child.poll(0.0):
+            if isinstance(message, Line):
+                self.reports.append(CaseReport.model_validate(message.line))
+
+    def end(self) -> RankEnd:
+        """End it. Raises ChipUnavailable where it could not open its chip."""
+        ended = self.child.ended
+        killed = not self.child.over
+        # One that is killed is late already: it gets no time to end by itself.
+        status = self.child.end(0.0 if killed else None)
+        if ended is not None and ended.error is not None and isinstance(problem := ended.error.error(), InputError):
+            raise problem
+        failed = ended is None or ended.why != "done"
+        words = ended.message if ended is not None and ended.message else last_lines(self.child.log, 1)
+        return RankEnd(self._number, self.reports, status or int(failed), killed, words[:_LONGEST_WORDS])
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], time_out_seconds: float) -> list[subprocess.Popen[bytes]]:
-    """Until all have ended or the time is up; those that had not ended are killed, and returned."""
-    deadline = time.monotonic() + time_out_seconds
-    late: list[subprocess.Popen[bytes]] = []
-    try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-    finally:
-        late += [process for process in processes if process.poll() is None]
-        for process in late:
-            process.kill()
-            process.wait()
-    return late
-
-
-def _end(job: Job, process: subprocess.Popen[bytes], killed: bool) -> RankEnd:
-    report, errors = Path(job.report), Path(f"{job.report}.err")
-    reports = [CaseReport.model_validate(line) for _, line in read_lines(report)]
-    words = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
-    return RankEnd(job.rank, reports, process.returncode, killed, words[-1].strip()[:200] if words else "")
+def _hear_all(ranks: Sequence[_Rank], seconds: float) -> None:
+    """Until all have ended or the time is up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not all(rank.child.over for rank in ranks):
+        wait_for_any((rank.child for rank in ranks), POLL_SECONDS)
+        for rank in ranks:
+            rank.hear()
 
 
 # ---- findings

@@ -18,6 +18,7 @@ import torch
 from beringia.chips.chip import Chip
 from beringia.model import Decoder
 from beringia.numerics.keyed_sum import open_kernel
+from beringia.processes.ranks import Ranks
 from beringia.records.events import Alarm, CheckDone
 from beringia.records.manifest import CleanCheck
 from beringia.records.messages import StepNumbers
@@ -32,7 +33,6 @@ from beringia.train.guard.spikes import MEDIAN_STEPS, Spikes
 from beringia.train.guard.update import Before, look
 from beringia.train.guard.update import judge as judge_update
 from beringia.train.optimizer import moments
-from beringia.train.ranks import Ranks
 from beringia.train.sharding import Sharding, sum_of_host_values, whole
 
 Item = TypeVar("Item")

@@ -1,4 +1,4 @@
-"""The worker's end of the two streams: sends messages to the supervisor, hears its orders, dies with it.
+"""The far end's end of the two streams: sends messages to the starter, hears what it says, dies with it.
 
 Standard output belongs to messages alone, so everything else that a library prints there is sent to standard error.
 """
@@ -8,73 +8,92 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import sys
+import select
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import IO
 
-from beringia.records.events import Event
-from beringia.records.messages import EventLine, Go, Heartbeat, Order, Stop, to_worker
+from beringia.processes.patience import HEARTBEAT_SECONDS, STACKS_SHARE
+from beringia.processes.protocol import Go, Heartbeat, Job, Line, Stop, to_far_end
 from beringia.records.record import Record
 
-_HEARTBEAT_SECONDS = 1.0
-
-_STACKS_SHARE = 0.8
-"""Of the time after which the supervisor calls silence a hang: the stacks must be written before it kills."""
 _ORPHANED_STATUS = 70
-"""Exit status of a worker whose supervisor is gone (EX_SOFTWARE of sysexits: nobody is left to read it)."""
+"""Exit status of a far end whose starter is gone (EX_SOFTWARE of sysexits: nobody is left to read it)."""
 
 
 class Channel:
     """Messages over standard input and output. Make one per process, before anything else prints."""
 
     def __init__(self, *, rank: int = 0) -> None:
-        self._rank = rank
-        self._output = os.dup(1)
+        self.rank = rank
+        self.input: IO[bytes] = os.fdopen(os.dup(0), "rb")
+        """As bytes; what a message's line has read ahead is in here."""
+        self.output = os.dup(1)
+        """Descriptor of standard output as it was."""
         os.dup2(2, 1)
         self._lock = threading.Lock()
         self._beat_at = 0.0
         self.watchdog: Watchdog | None = None
         self.go = threading.Event()
-        """Set when the supervisor has accepted the handshake and the state is in place."""
+        """Set when the starter has accepted the handshake and what the work needs is in place."""
         self.stop_requested = threading.Event()
-        """Set when a checkpoint is to be written and the worker to end."""
+        """Set when what there is to save is to be saved and the process to end."""
 
     def listen(self, on_close: Callable[[], None] | None = None) -> None:
-        """Hear orders from now on. When the supervisor is gone the process exits at once: nothing may be published
-        that nobody watches, and what was not published is as if it had not been."""
+        """Hear the starter from now on. When it is gone the process exits at once: nothing may be published that
+        nobody watches, and what was not published is as if it had not been."""
         threading.Thread(target=self._listen, args=(on_close or _exit_orphaned,), daemon=True).start()
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM and SIGINT ask to stop, as the starter may."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.stop_requested.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
 
     def send(self, message: Record) -> None:
         """Send one message, as one line."""
         line = message.model_dump_json().encode() + b"\n"
         with self._lock:
             while line:
-                line = line[os.write(self._output, line) :]
+                line = line[os.write(self.output, line) :]
 
-    def event(self, event: Event) -> None:
-        """Send an event of this rank."""
-        document = event.model_dump(mode="json") | {"rank": self._rank}
-        self.send(EventLine(event=json.loads(json.dumps(document, allow_nan=False))))
+    def line(self, record: Record) -> None:
+        """Send a fact of the work. Raises ValueError for a number that JSON cannot carry."""
+        document = record.model_dump(mode="json")
+        self.send(Line(line=json.loads(json.dumps(document, allow_nan=False))))
 
     def beat(self) -> None:
         """Say that the computing thread gets on; cheap enough to call in every loop."""
         now = time.monotonic()
-        if now - self._beat_at >= _HEARTBEAT_SECONDS:
+        if now - self._beat_at >= HEARTBEAT_SECONDS:
             self._beat_at = now
             self.send(Heartbeat())
             if self.watchdog is not None:
                 self.watchdog.feed()
 
+    def readable_within(self, seconds: float) -> bool:
+        """Whether something comes, or the end, before anything was read."""
+        return bool(select.select([self.input], [], [], seconds)[0])
+
+    def readline(self) -> bytes:
+        """One line; empty at the end."""
+        return self.input.readline()
+
     def _listen(self, on_close: Callable[[], None]) -> None:
-        for line in sys.stdin:
-            match to_worker.validate_json(line, strict=False):
+        while line := self.readline():
+            match to_far_end.validate_json(line):
                 case Go():
                     self.go.set()
                 case Stop():
                     self.stop_requested.set()
-                case Order():
+                case Job():
                     pass  # read from the environment
         on_close()
 
@@ -89,7 +108,7 @@ class Watchdog:
     def __init__(self, file: Path, patience_seconds: float) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(file, "w")  # noqa: SIM115 - must stay open until the last moment
-        self._seconds = patience_seconds * _STACKS_SHARE
+        self._seconds = patience_seconds * STACKS_SHARE
         self.feed()
 
     def feed(self) -> None:

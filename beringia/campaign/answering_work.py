@@ -1,25 +1,21 @@
-"""The process that has the chip: `python -m beringia.campaign.answering_worker`, a job as JSON on standard input.
-
-Writes its result to the file that the job names, complete or not at all.
-"""
+"""Answering on one chip, as work of a far end: its document is an `AnsweringOrder`, its one line are the answers."""
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from beringia.chips.open import open_chip
 from beringia.engine import Engine, Sampling
-from beringia.records.files import write_text
+from beringia.processes.far_end import FarEnd
+from beringia.processes.protocol import Ended
 from beringia.records.record import Record
 
 TEMPERATURE = 1.0
 """As evaluation inside training samples."""
 
 
-class AnsweringJob(Record):
+class AnsweringOrder(Record):
     """Answer prompts, or say how likely their tokens are."""
 
     chip: str
@@ -30,7 +26,6 @@ class AnsweringJob(Record):
     prompts: list[list[int]]
     max_tokens: int | None
     """New tokens at most; None: none are wanted, only the prompts' log-probabilities."""
-    result: str
 
 
 class Answers(Record):
@@ -52,16 +47,16 @@ class Answers(Record):
     """What the chip said, where a request failed."""
 
 
-def main() -> None:
-    """Do one job."""
-    job = AnsweringJob.model_validate_json(sys.stdin.read())
-    chip = open_chip(job.chip, faults=job.faults, seed=job.seed)
-    engine = Engine(job.model, chip)
+def work(document: dict[str, Any], far_end: FarEnd) -> Ended:
+    """Answer one order."""
+    order = AnsweringOrder.model_validate(document)
+    chip = open_chip(order.chip, faults=order.faults, seed=order.seed)
+    engine = Engine(order.model, chip)
     began = time.perf_counter()
-    completions = engine.generate(job.prompts, [_sampling(job, number) for number in range(len(job.prompts))])
+    completions = engine.generate(order.prompts, [_sampling(order, number) for number in range(len(order.prompts))])
     seconds = time.perf_counter() - began
-    told = [one.prompt_logprobs if job.max_tokens is None else one.logprobs for one in completions]
-    new = [() if job.max_tokens is None else one.tokens for one in completions]
+    told = [one.prompt_logprobs if order.max_tokens is None else one.logprobs for one in completions]
+    new = [() if order.max_tokens is None else one.tokens for one in completions]
     answers = Answers(
         chip=chip.name,
         sku=chip.identity.sku,
@@ -70,20 +65,17 @@ def main() -> None:
         weights_hash=engine.weights_hash,
         dtype=str(engine.dtype).removeprefix("torch."),
         operators=engine.operators,
-        tokens=[[*prompt, *tokens] for prompt, tokens in zip(job.prompts, new, strict=True)],
+        tokens=[[*prompt, *tokens] for prompt, tokens in zip(order.prompts, new, strict=True)],
         logprobs=[[one.chosen for one in logprobs] for logprobs in told],
         seconds=seconds,
         error=next((one.error for one in completions if one.error is not None), None),
     )
     chip.close()
-    write_text(Path(job.result), answers.model_dump_json())
+    far_end.channel.line(answers)
+    return Ended(why="done")
 
 
-def _sampling(job: AnsweringJob, number: int) -> Sampling:
-    if job.max_tokens is None:
+def _sampling(order: AnsweringOrder, number: int) -> Sampling:
+    if order.max_tokens is None:
         return Sampling(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-    return Sampling(max_tokens=job.max_tokens, temperature=TEMPERATURE, seed=job.seed + number, logprobs=0)
-
-
-if __name__ == "__main__":
-    main()
+    return Sampling(max_tokens=order.max_tokens, temperature=TEMPERATURE, seed=order.seed + number, logprobs=0)

@@ -1,48 +1,41 @@
-"""Reads by indices that do not exist: `python -m beringia.qualify.arithmetic.index_process`, a `Job` on standard input.
+"""Reads by indices that do not exist, as work of a far end: its document is an `IndexOrder`.
 
-Writes a line to its report for each case. After a refusal it tries a sum: where a refused index has broken the device's
-context, as an assertion on a device does, this process ends and the parent starts another one for the cases left.
+Says a line for each case. After a refusal it tries a sum: where a refused index has broken the device's
+context, as an assertion on a device does, this work ends and its starter starts another one for the cases left.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
-from beringia.errors import InputError
+from beringia.processes.far_end import FarEnd
+from beringia.processes.protocol import Ended
 from beringia.qualify.arithmetic.attempts import first_line
-from beringia.records.jsonl import JsonLinesWriter
 from beringia.records.record import Record
 
 ROWS, COLUMNS = 64, 8
 """Of the table that is read."""
-BROKEN_CONTEXT = 9
-"""Exit code: the device refused, and can do nothing more in this process."""
 
 
-class Job(Record):
-    """What a process is told."""
+class IndexOrder(Record):
+    """Which cases to try."""
 
     chip: str
     faults: str | None
     cases: tuple[str, ...]
-    report: str
-    time_out_seconds: float
 
 
 class IndexReport(Record):
     """What became of one case."""
 
     case: str
-    state: Literal["begun", "raised", "numbers", "unavailable"]
+    state: Literal["begun", "raised", "numbers"]
     text: str = ""
     """The error's first line, or the numbers that were returned."""
 
@@ -66,24 +59,18 @@ INDICES: dict[str, int] = {"one past the end": ROWS, "far past the end": 2**20, 
 CASES = tuple(f"{operator}: {where}" for operator in READS for where in INDICES)
 
 
-def main() -> int:
+def work(document: dict[str, Any], far_end: FarEnd) -> Ended:
     """Try the cases until one breaks the device."""
-    job = Job.model_validate_json(sys.stdin.buffer.read())
-    faulthandler.dump_traceback_later(job.time_out_seconds, exit=True)
-    report = JsonLinesWriter(Path(job.report))
-    try:
-        chip = open_chip(job.chip, faults=job.faults)
-    except InputError as error:
-        _append(report, IndexReport(case="opening", state="unavailable", text=str(error)))
-        return error.exit_code
+    order = IndexOrder.model_validate(document, strict=False)
+    chip = open_chip(order.chip, faults=order.faults)
     chip.begin_step(1)
-    for case in job.cases:
-        _append(report, IndexReport(case=case, state="begun"))
+    for case in order.cases:
+        far_end.channel.line(IndexReport(case=case, state="begun"))
         found = read(chip, case)
-        _append(report, found)
+        far_end.channel.line(found)
         if found.state == "raised" and not still_works(chip):
-            return BROKEN_CONTEXT
-    return 0
+            return Ended(why="fault", message="the device refused, and can do nothing more in this process")
+    return Ended(why="done")
 
 
 def read(chip: Chip, case: str) -> IndexReport:
@@ -108,11 +95,3 @@ def still_works(chip: Chip) -> bool:
     except RuntimeError:
         return False
     return total == 8.0
-
-
-def _append(report: JsonLinesWriter, line: IndexReport) -> None:
-    report.append(line.model_dump(mode="json"))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

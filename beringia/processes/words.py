@@ -1,0 +1,73 @@
+"""A death in words: the one place that turns how a process ended into a sentence for the user."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from beringia.errors import BeringiaError, HandshakeError
+
+HELLO, IMPORTS, WORK = "its hello", "its imports", "its work"
+"""What a child is waited for, in order."""
+_LONGEST_LINE = 400
+_NO_BERINGIA = "No module named 'beringia"
+"""What Python says where Beringia, or the part of it that is started, is not installed."""
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a child ended that did not say why."""
+
+    name: str
+    """Whose it was, as the user calls it: `chips.preferred`."""
+    status: int | None
+    """Exit status, negative for a signal; None where it was ended because patience ran out."""
+    waited_for: str
+    """What it was in the middle of."""
+    seconds: float
+    """Patience, where that ran out."""
+    last_words: str
+    question: bool = False
+    """Its prefix asked something."""
+
+    @property
+    def sentence(self) -> str:
+        """Without a full stop: others add what they will do."""
+        if self.question:
+            return (
+                f"the launch prefix of {self.name} asks something, and nobody answers there: {self.last_words!r}. "
+                "Set it up so that it needs no answer (for ssh: a key and a known host)"
+            )
+        words = self.last_words or "it said nothing"
+        if self.status is None:
+            return f"{self.name} was waited for in vain ({self.waited_for}, {self.seconds:g} s): {words}"
+        if _NO_BERINGIA in words:
+            words += ". Install the same Beringia in both environments"
+        what = "was lost" if self.waited_for == WORK else "did not start"
+        return f"the process of {self.name} {what} ({how_ended(self.status)}): {words}"
+
+    def error(self) -> BeringiaError:
+        """As it is raised where nobody decides what to do about it."""
+        sentence = f"{self.sentence[0].upper()}{self.sentence[1:]}."
+        return BeringiaError(sentence) if self.waited_for == WORK else HandshakeError(sentence)
+
+
+def how_ended(status: int) -> str:
+    """A process's exit status in words."""
+    if status >= 0:
+        return f"status {status}"
+    try:
+        return f"signal {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"signal {-status}"
+
+
+def last_lines(log: Path, count: int) -> str:
+    """The end of a log, in one line."""
+    if not log.exists():
+        return ""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - count * _LONGEST_LINE - _LONGEST_LINE))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    return " / ".join(line[-_LONGEST_LINE:] for line in [line for line in lines if line][-count:])

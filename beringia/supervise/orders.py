@@ -1,0 +1,55 @@
+"""The order that a learner's next worker gets, from what the run's history amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from beringia.records.events import AnyEvent, ChipOpened, StepDone
+from beringia.records.messages import Order, StepNumbers
+from beringia.records.recipe import Recipe
+from beringia.supervise.decide import Situation
+from beringia.supervise.event_log import EventLog
+
+_RECENT_STEPS = 512
+"""Of which a new worker is told: what the guard's spike test remembers."""
+
+
+def order_for(recipe: Recipe, situation: Situation, log: EventLog, root: str, epoch: int) -> Order:
+    """What the worker is to do. `root` is the run directory as it sees it."""
+    assert situation.chip is not None
+    target = situation.resume_step
+    canary = situation.canary_due and target is not None
+    return Order(
+        root=root,
+        chip=situation.chip,
+        recipe=recipe,
+        recipe_hash=recipe.hash,
+        epoch=epoch,
+        resume_step=target,
+        canary_from=situation.canary_from if canary else None,
+        canary_compute_dtype=_compute_dtype(log.history, situation.came_from) if canary else None,
+        ranks=recipe.chips[situation.chip].ranks - len(situation.excluded),
+        excluded_devices=tuple(sorted(situation.excluded)),
+        recent=_recent(log.steps_before(target or 0)),
+        accepted_spikes=tuple(situation.accepted_spikes),
+    )
+
+
+def last_opened(history: Sequence[AnyEvent], label: str | None) -> ChipOpened | None:
+    """What the chip of this label said of itself last."""
+    opened = (event for event in reversed(history) if isinstance(event, ChipOpened) and event.chip == label)
+    return next(opened, None)
+
+
+def _recent(steps: Sequence[StepDone]) -> tuple[StepNumbers, ...]:
+    """The numbers of these steps, as far as they are numbers."""
+    return tuple(
+        StepNumbers(loss=step.loss, mtp_loss=step.mtp_loss, gradient_norm=step.gradient_norm)
+        for step in steps[-_RECENT_STEPS:]
+        if step.loss is not None and step.gradient_norm is not None
+    )
+
+
+def _compute_dtype(history: Sequence[AnyEvent], label: str | None) -> str | None:
+    last = last_opened(history, label)
+    return last.compute_dtype if last is not None else None
