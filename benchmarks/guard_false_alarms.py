@@ -37,7 +37,7 @@ def make_trainer(
     from beringia.records.recipe import parse_recipe
     from beringia.train.compute import choose_compute_dtype
     from beringia.train.guard import Guard
-    from beringia.train.ranks import Ranks
+    from beringia.processes.ranks import Ranks
     from beringia.train.trainer import Trainer
 
     keep_freed_memory()  # as training's worker does

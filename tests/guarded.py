@@ -14,10 +14,10 @@ from beringia.chips.emulated.device import register
 from beringia.chips.open import open_chip
 from beringia.data import choose_tokenizer, open_stream
 from beringia.model import load_model
+from beringia.processes.ranks import Ranks
 from beringia.records.events import Alarm
 from beringia.records.recipe import Recipe, parse_recipe
 from beringia.train.guard import Guard
-from beringia.train.ranks import Ranks
 from beringia.train.trainer import Trainer
 
 # torch's autograd makes its queues at the first backward pass of a process and learns of no device later.

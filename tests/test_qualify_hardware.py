@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +22,10 @@ from beringia.errors import ChipUnavailable
 from beringia.qualify.hardware import collective_cases as cases
 from beringia.qualify.hardware import collectives, memory, rates, speed
 from beringia.qualify.hardware.collective_cases import Case, CaseReport
-from beringia.qualify.hardware.collective_rank import ABSENT
 from beringia.qualify.hardware.collectives import RankEnd, judge, probe_collectives
 from beringia.qualify.hardware.measures import bytes_in_words
 from beringia.qualify.hardware.memory import probe_memory
+from beringia.qualify.hardware.rank_work import ABSENT
 from beringia.qualify.hardware.soak import differing_elements, highest_rate, matrix_load, probe_soak
 from beringia.qualify.hardware.speed import probe_speed
 from beringia.records.certificate import ProbeResult
@@ -411,16 +411,15 @@ def test_an_error_that_the_chip_reports_is_told_in_its_words(tmp_path: Path) -> 
 def test_a_backend_without_a_collective_goes_on_with_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(
-        "import sys, torch.distributed as dist\n"
-        "from beringia.qualify.hardware.collective_rank import main\n"
+    (tmp_path / "lacking_rank.py").write_text(
+        "import torch.distributed as dist\n"
+        "from beringia.qualify.hardware.rank_work import work\n"
         "def lacking(*args, **kwargs):\n"
         "    raise RuntimeError('This backend does not support alltoall')\n"
         "dist.all_to_all_single = lacking\n"
-        "sys.exit(main())\n"
     )
-    monkeypatch.setattr(collectives, "COMMAND", (sys.executable, str(script)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(collectives, "RANK_WORK", "lacking_rank")
     results = probe_collectives("cpu")
     assert of(results, "all-to-all, float32").outcome == "told"
     assert of(results, "broadcast, float32").outcome == "passed"

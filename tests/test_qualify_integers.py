@@ -12,8 +12,9 @@ from wrong_kernels import emulated_with
 
 from beringia.chips.open import open_chip
 from beringia.errors import ChipUnavailable
+from beringia.processes.command import Command
 from beringia.qualify.arithmetic import indices
-from beringia.qualify.arithmetic.index_process import CASES, IndexReport
+from beringia.qualify.arithmetic.index_work import CASES, IndexOrder, IndexReport
 from beringia.qualify.arithmetic.indices import probe_indices
 from beringia.qualify.arithmetic.integers import probe_integers
 from beringia.qualify.arithmetic.multiply_add import numbers_for, probe_multiply_add, rounding_of
@@ -151,9 +152,9 @@ def test_a_chip_that_reads_garbage_is_not_fit_for_training(tmp_path: Path) -> No
 def test_a_refusal_that_breaks_the_context_is_followed_by_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[str, ...]] = []
 
-    def run(chip: str, faults: str | None, left: tuple[str, ...], time_out_seconds: float) -> list[IndexReport]:
-        started.append(left)
-        return [IndexReport(case=left[0], state="raised", text="device-side assert")]
+    def run(command: Command, log: Path, time_out_seconds: float, order: IndexOrder) -> list[IndexReport]:
+        started.append(order.cases)
+        return [IndexReport(case=order.cases[0], state="raised", text="device-side assert")]
 
     monkeypatch.setattr(indices, "_run", run)
     assert {result.outcome for result in probe_indices("cpu")} == {"passed"}
@@ -161,8 +162,8 @@ def test_a_refusal_that_breaks_the_context_is_followed_by_another_process(monkey
 
 
 def test_a_process_that_ends_without_an_answer_is_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(chip: str, faults: str | None, left: tuple[str, ...], time_out_seconds: float) -> list[IndexReport]:
-        return [IndexReport(case=left[0], state="begun")]
+    def run(command: Command, log: Path, time_out_seconds: float, order: IndexOrder) -> list[IndexReport]:
+        return [IndexReport(case=order.cases[0], state="begun")]
 
     monkeypatch.setattr(indices, "_run", run)
     found = of(probe_indices("cpu"), "indices: gather")

@@ -17,11 +17,12 @@ from small_runs import beringia, worker_of
 
 from beringia.chips.chip import Memory
 from beringia.errors import HandshakeError, InputError, ModelError
+from beringia.processes.command import Command
 from beringia.qualify import fitting
 from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, read_manifest
 from beringia.qualify.fitting import check_fits
 from beringia.qualify.issue import exit_code
-from beringia.qualify.probing import Interpreter, run_job
+from beringia.qualify.probing import gather
 from beringia.qualify.qualification import Request, qualify, record_reference
 from beringia.records.certificate import Certificate, ProbeResult
 
@@ -71,18 +72,18 @@ def test_a_sound_chip_is_fit_to_train(small_bundle: Path) -> None:
     assert [word for word in said if word in ("operators", "lockstep")] == ["operators", "lockstep"]
 
 
-def interpreter(directory: Path, body: str) -> Interpreter:
+def command(directory: Path, body: str) -> Command:
     """A shell script in the place of Python."""
     path = directory / "python"
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
-    return Interpreter(str(path))
+    return Command("the chip", python=str(path))
 
 
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("echo driver not loaded; sleep 600", "not opened within 1 s: driver not loaded"),
+        ("echo driver not loaded; sleep 600", r"waited for in vain \(its hello, 1 s\): driver not loaded"),
         ("echo driver not loaded; exit 7", r"did not start \(status 7\): driver not loaded"),
         ("kill -9 $$", r"did not start \(signal SIGKILL\): it said nothing"),
     ],
@@ -90,9 +91,9 @@ def interpreter(directory: Path, body: str) -> Interpreter:
 def test_a_process_that_does_not_open_its_chip_is_an_error_with_its_last_words(
     tmp_path: Path, body: str, words: str
 ) -> None:
-    job = small().job("describe", tmp_path, tmp_path / "none")
+    order = small().order("describe", tmp_path / "none")
     with pytest.raises(HandshakeError, match=words):
-        run_job(job, interpreter(tmp_path, body), patience_seconds=1.0)
+        gather(order, command(tmp_path, body), tmp_path / "log", patience_seconds=1.0)
 
 
 def test_the_exit_code_is_about_the_use_that_was_asked_for() -> None:
@@ -269,7 +270,10 @@ def test_a_chip_that_hangs_is_unfit_and_the_probe_is_named(small_bundle: Path, t
     found = qualify(small(faults=faults, patience_seconds=60.0), small_bundle)
     assert found.verdict == "unfit"
     (failure,) = (probe for probe in found.probes if probe.outcome == "failed")
-    assert failure.summary.startswith("while probing operators") and "did not get on for 60 s" in failure.summary
+    assert (
+        failure.summary.startswith("while probing operators")
+        and "waited for in vain (its work, 60 s)" in failure.summary
+    )
     assert {probe.probe for probe in found.probes} == {"arithmetic", "operators"}
 
 
@@ -285,7 +289,7 @@ def test_a_chip_whose_process_dies_is_unfit_and_what_was_seen_before_is_kept(sma
     found = qualify(small(longest=8200), small_bundle, kill)
     assert found.verdict == "unfit"
     (failure,) = (probe for probe in found.probes if probe.outcome == "failed")
-    assert "the chip's process died (signal SIGKILL)" in failure.summary and failure.rules_out == "infer"
+    assert "the process of the chip was lost (signal SIGKILL)" in failure.summary and failure.rules_out == "infer"
     assert len(found.operators) > 100 and any(probe.subject == "forward" for probe in found.probes)
 
 

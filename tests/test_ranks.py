@@ -13,13 +13,13 @@ import pytest
 from small_runs import beringia, events, of_kind, small_recipe, write_recipe
 
 from beringia.errors import Refusal
+from beringia.processes.child import Child
+from beringia.processes.ranks import Ranks, ranks_from_environment
 from beringia.records.events import Fault
 from beringia.records.jsonl import JsonLinesWriter
 from beringia.records.recipe import parse_recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.supervisor import supervise
-from beringia.supervise.worker_process import WorkerProcess
-from beringia.train.ranks import Ranks, ranks_from_environment
 
 # One rank and two add the same float32 terms in another order: a few roundoffs a step, amplified by AdamW's division
 # in the first steps. Measured 0 to 3e-6 over these steps; a wrong average over ranks is off by a factor of two.
@@ -111,15 +111,15 @@ def test_what_another_rank_feels_of_a_refusal_is_no_fault(tmp_path: Path, monkey
     recipe = parse_recipe(small_recipe(train=STEPS, qualify={"unqualified": "refuse"}), "test")
     run = RunDirectory(tmp_path / "run")
     felt = Fault(step=0, code="communication", category="transient", message="Connection closed by peer")
-    end = WorkerProcess.end
+    end = Child.end
 
-    def end_and_be_felt(worker: WorkerProcess, seconds: float) -> int:
+    def end_and_be_felt(worker: Child, seconds: float | None = None) -> int:
         (opened,) = of_kind(run.root, "chip")
         with closing(JsonLinesWriter(run.rank_report(opened.epoch, rank=1))) as report:
             report.append(felt.model_dump(mode="json"), durable=True)
         return end(worker, seconds)
 
-    monkeypatch.setattr(WorkerProcess, "end", end_and_be_felt)
+    monkeypatch.setattr(Child, "end", end_and_be_felt)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     with pytest.raises(Refusal, match="first may not train"):
         supervise(recipe, "", run)

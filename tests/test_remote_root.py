@@ -15,13 +15,13 @@ from small_runs import small_recipe
 from beringia.checkpoint.directory import CheckpointDirectory
 from beringia.checkpoint.store import CheckpointStore
 from beringia.errors import TransferFailed
+from beringia.processes.patient_pipe import PatientPipe
 from beringia.records.events import CheckpointTrusted, CheckpointWritten, Event, StepDone
 from beringia.records.files import write_text
 from beringia.records.manifest import CleanCheck, TrustMark
 from beringia.records.messages import Order
 from beringia.records.recipe import Recipe, parse_recipe
 from beringia.records.run_directory import RunDirectory
-from beringia.supervise.patient_pipe import PatientPipe
 from beringia.supervise.remote_root import RemoteRoot
 
 CHECKS = (CleanCheck(site="layers.0", replica=0, step=9),)
@@ -126,27 +126,24 @@ def test_a_checkpoint_that_cannot_come_home_is_a_fallback_and_not_counted_on(tmp
 
 
 def test_a_machine_that_goes_silent_while_sending_is_not_waited_for_for_ever(tmp_path: Path) -> None:
-    machines = Machines(tmp_path, before="printf 'BERINGIA-CHECKPOINT 1\\n'; sleep 60", patience_seconds=0.5)
-    started = time.monotonic()
+    machines = Machines(tmp_path, before="echo welcome; sleep 3600", patience_seconds=0.5)
     machines.root.receive(machines.save(7))
     (told,) = machines.told()
-    assert told.kind == "fallback" and "nothing moved for 0.5 s" in told.reason
-    assert time.monotonic() - started < 20
+    assert told.kind == "fallback" and "waited for in vain (its hello, 0.5 s): welcome" in told.reason
 
 
 def test_closing_ends_a_transfer_under_way(tmp_path: Path) -> None:
-    machines = Machines(tmp_path, before="sleep 60")
+    machines = Machines(tmp_path, before="sleep 3600")
     machines.root.receive(machines.save(7))
     while not machines.launches.exists():
         time.sleep(0.01)
-    started = time.monotonic()
     machines.root.close()
-    assert time.monotonic() - started < 10
     assert machines.home.steps() == [] and not list(machines.home.root.glob(".step-*"))
 
 
 def order(machines: Machines, **fields: int | None) -> Order:
-    values = {"root": machines.root.root, "chip": "first", "recipe": machines.recipe, "epoch": 4, **fields}
+    values = {"root": machines.root.root, "chip": "first", "recipe": machines.recipe, "recipe_hash": "r", "epoch": 4}
+    values |= fields
     return Order.model_validate(values)
 
 
@@ -168,7 +165,8 @@ def test_our_own_damaged_checkpoint_is_rejected_and_the_machine_is_not_to_blame(
     machines.told()
     (file,) = machines.home.path(7).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
-    rejected = machines.root.send_state(order(machines, resume_step=7))
+    root = RemoteRoot("first", machines.recipe, machines.run, epoch=4)
+    rejected = root.send_state(order(machines, resume_step=7))
     assert rejected is not None and rejected.step == 7 and file.name in rejected.message
 
 

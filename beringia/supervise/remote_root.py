@@ -19,6 +19,7 @@ from beringia.processes.child import lines_of, start
 from beringia.processes.command import Command
 from beringia.processes.files.exchange import Offered, files_below, offer_directory
 from beringia.processes.files.remote import FarFiles
+from beringia.processes.patience import Patience
 from beringia.records.events import (
     AnyEvent,
     CheckpointRejected,
@@ -31,7 +32,7 @@ from beringia.records.manifest import CheckpointManifest, TrustMark
 from beringia.records.messages import Order, PackOrder
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
-from beringia.supervise.chip_command import chip_command, patience_of
+from beringia.supervise.chip_command import chip_command
 from beringia.supervise.inputs import send_inputs
 
 _ATTEMPTS = 3
@@ -76,9 +77,11 @@ class RemoteRoot:
         self._recipe = recipe
         self._run = run
         self._epoch = epoch
-        self._patience = patience_of(recipe.supervise)
+        hang = recipe.supervise.hang_seconds
         self._log = run.logs / f"{label}-{epoch}-transfer.log"
-        self._files = FarFiles(chip_command(label, chip), self._log, self._patience)
+        # Its machine has answered before, or is about to be told that it does not: both are a matter of seconds.
+        patience = Patience(start_seconds=hang, silence_seconds=hang)
+        self._files = FarFiles(chip_command(label, chip), self._log, patience)
         self._transfers = ThreadPoolExecutor(1, thread_name_prefix="beringia-transfer")
         self._awaited: deque[tuple[CheckpointWritten | CheckpointTrusted, Future[None]]] = deque()
         self._closed = False
