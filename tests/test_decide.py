@@ -8,6 +8,8 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from beringia.history.fold import Fold
+from beringia.history.situation import Situation
 from beringia.records.events import (
     SPIKE,
     Alarm,
@@ -29,7 +31,7 @@ from beringia.records.events import (
 )
 from beringia.records.identity import ChipIdentity
 from beringia.records.recipe import Recipe, parse_recipe
-from beringia.supervise.decide import decide, read_situation, remember
+from beringia.supervise.decide import decide
 
 CHIPS = ("first", "second", "third")
 
@@ -127,12 +129,20 @@ def play(*acts: AnyEvent | str, rules: Recipe | None = None) -> list[AnyEvent]:
     history: list[AnyEvent] = [RunStarted(name="r", recipe_hash="", beringia="", steps=1, prefer=CHIPS)]
     for act in ("decide", *acts):
         if isinstance(act, str):
-            decision = decide(history, rules)
+            decision = next_decision(history, rules)
             assert decision is not None
             history.append(decision)
         else:
             history.append(act)
     return history
+
+
+def situation_of(history: Sequence[AnyEvent]) -> Situation:
+    return Fold(history).situation()
+
+
+def next_decision(history: Sequence[AnyEvent], rules: Recipe) -> Decision | None:
+    return decide(situation_of(history), rules)
 
 
 def last_decision(history: Sequence[AnyEvent]) -> Decision:
@@ -161,11 +171,11 @@ def test_the_fourth_transient_fault_within_the_window_crosses() -> None:
 def test_a_machine_that_stays_away_is_left_and_one_that_answers_again_starts_afresh() -> None:
     away = Fault(step=None, code="unreachable", category="transient", message="no route to host")
     history = play(written(50), trusted(50), step(60), away, "decide", away, "decide")
-    assert read_situation(history).unanswered == 2
-    assert read_situation([*history, opened()]).unanswered == 0
+    assert situation_of(history).unanswered == 2
+    assert situation_of([*history, opened()]).unanswered == 0
     left = play(written(50), trusted(50), step(60), *[away, "decide"] * 4)
     assert (last_decision(left).action, last_decision(left).to_step) == ("cross", 50)
-    assert read_situation(left).unanswered == 0
+    assert situation_of(left).unanswered == 0
 
 
 def test_transient_faults_far_apart_are_retried_for_ever() -> None:
@@ -206,7 +216,7 @@ def test_a_spike_that_comes_again_at_the_very_step_is_gone_through() -> None:
     first, second = (event for event in history[-3:] if isinstance(event, Decision))
     assert (first.action, first.to_step, first.accepted_spike) == ("rollback", 50, None)
     assert (second.action, second.to_step, second.accepted_spike) == ("rollback", 50, 90)
-    assert read_situation(history).accepted_spikes == [90]
+    assert situation_of(history).accepted_spikes == [90]
 
 
 def test_a_spike_at_another_step_after_a_rollback_crosses_unless_a_checkpoint_was_trusted_in_between() -> None:
@@ -243,7 +253,7 @@ def test_a_lost_device_is_left_out_while_others_remain() -> None:
     )
     decision = last_decision(history)
     assert (decision.action, decision.to_chip, decision.excluded_device) == ("exclude", "third", 0)
-    assert read_situation(history).excluded == {0}
+    assert situation_of(history).excluded == {0}
 
 
 def test_the_last_device_lost_ends_a_chip() -> None:
@@ -258,10 +268,10 @@ def test_a_canary_beyond_its_band_refuses_the_crossing_and_tries_the_next_chip_f
 
 def test_the_canary_stays_due_until_it_has_passed() -> None:
     before = play(step(100), written(100), trusted(100), fault("persistent"), "decide", fault("transient"), "decide")
-    assert read_situation(before).canary_due
+    assert situation_of(before).canary_due
     after = [*before, canary(True), crossing()]
-    assert not read_situation(after).canary_due
-    assert read_situation(after).came_from is None
+    assert not situation_of(after).canary_due
+    assert situation_of(after).came_from is None
 
 
 def test_with_no_chip_left_the_run_is_given_up_with_the_reason() -> None:
@@ -275,7 +285,7 @@ def test_a_damaged_checkpoint_sends_the_run_back_to_the_one_before() -> None:
     rejected = CheckpointRejected(step=150, file="x.safetensors", message="x.safetensors is truncated")
     history = play(step(100), written(100), step(150), written(150), fault("transient"), "decide", rejected, "decide")
     assert last_decision(history).to_step == 100
-    assert read_situation(history).damaged == {150}
+    assert situation_of(history).damaged == {150}
 
 
 def test_checkpoints_of_an_abandoned_future_do_not_come_back() -> None:
@@ -295,7 +305,7 @@ def test_a_restarted_supervisor_goes_on_from_the_newest_checkpoint() -> None:
 
 def test_a_chip_that_may_not_train_is_passed_over_and_the_next_one_starts_from_the_initial_state() -> None:
     history = play(opened(), unqualified(), "decide")
-    decision, situation = last_decision(history), read_situation(history)
+    decision, situation = last_decision(history), situation_of(history)
     assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("skip", "second", None, 0)
     assert "first may not train: no certificate" in decision.reason
     assert (situation.chip, situation.came_from, situation.canary_due) == ("second", None, False)
@@ -304,7 +314,7 @@ def test_a_chip_that_may_not_train_is_passed_over_and_the_next_one_starts_from_t
 def test_a_crossing_to_a_chip_that_may_not_train_goes_on_to_the_next_from_the_chip_that_had_the_state() -> None:
     begun = [opened(), resumed(0), step(100), written(100), trusted(100), step(120), fault("persistent"), "decide"]
     history = play(*begun, opened(), unqualified(), "decide")
-    decision, situation = last_decision(history), read_situation(history)
+    decision, situation = last_decision(history), situation_of(history)
     assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("skip", "third", 100, 0)
     assert (situation.came_from, situation.canary_due) == ("first", True)
 
@@ -334,14 +344,14 @@ def test_a_run_that_stopped_for_want_of_certificates_asks_all_its_chips_again_in
     history = play(*NONE_MAY, *AGAIN, opened(), unqualified(), "decide", opened(), resumed(0), step(10))
     decisions = [(event.action, event.to_chip) for event in history if isinstance(event, Decision)]
     assert decisions[4:] == [("start", "first"), ("skip", "second")]
-    assert read_situation(history).chip == "second"
+    assert situation_of(history).chip == "second"
 
 
 def test_asked_again_are_the_chips_that_were_not_let_train_and_the_state_is_the_trusted_one() -> None:
     begun = [opened(), resumed(0), step(100), written(100), trusted(100), step(120), fault("persistent"), "decide"]
     others = [opened(), unqualified(), "decide"] * 2
     history = play(*begun, *others, *AGAIN)
-    decision, situation = last_decision(history), read_situation(history)
+    decision, situation = last_decision(history), situation_of(history)
     assert (decision.action, decision.to_chip, decision.to_step) == ("start", "second", 100)
     assert (situation.came_from, situation.canary_due, situation.step) == ("first", True, 100)
 
@@ -352,12 +362,12 @@ def test_a_stop_by_the_user_right_after_a_refusal_asks_that_chip_again() -> None
 
 
 def test_a_finished_run_needs_no_decision() -> None:
-    assert decide([*play(), RunFinished(status="done", step=1, message="")], recipe()) is None
+    assert next_decision([*play(), RunFinished(status="done", step=1, message="")], recipe()) is None
 
 
 def test_a_stopped_run_goes_on() -> None:
     history = [*play(step(50), written(50)), RunFinished(status="stopped", step=50, message="")]
-    decision = decide(history, recipe())
+    decision = next_decision(history, recipe())
     assert decision is not None and (decision.action, decision.to_step) == ("retry", 50)
 
 
@@ -385,7 +395,7 @@ def _play_any(acts: list[Any], rules: Recipe) -> list[AnyEvent]:
         if last_decision(history).action == "stop":
             break
         if act == "decide":
-            decision = decide(history, rules)
+            decision = next_decision(history, rules)
             assert decision is not None
             history.append(decision)
         else:
@@ -396,7 +406,7 @@ def _play_any(acts: list[Any], rules: Recipe) -> list[AnyEvent]:
 @given(st.lists(_EVENTS, max_size=40))
 def test_the_same_history_always_gives_the_same_decision(acts: list[Any]) -> None:
     history = _play_any(acts, recipe())
-    assert decide(history, recipe()) == decide(list(history), recipe())
+    assert next_decision(history, recipe()) == next_decision(list(history), recipe())
 
 
 @given(st.lists(_EVENTS, max_size=40))
@@ -404,7 +414,7 @@ def test_no_decision_goes_on_from_a_checkpoint_that_is_missing_damaged_or_for_a_
     acts: list[Any],
 ) -> None:
     history = _play_any(acts, recipe())
-    situation, decision = read_situation(history), decide(history, recipe())
+    situation, decision = situation_of(history), next_decision(history, recipe())
     assert decision is not None
     if decision.to_step is not None:
         assert decision.to_step in situation.complete
@@ -439,15 +449,15 @@ def test_a_chip_that_may_not_train_is_not_the_next_one_and_the_state_stays_with_
     acts: list[Any],
 ) -> None:
     history = _play_any([*acts, "decide"], recipe())
-    before = read_situation(history)
+    before = situation_of(history)
     if last_decision(history).action == "stop":
         return
     refused = [*history, unqualified()]
-    decision = decide(refused, recipe())
+    decision = next_decision(refused, recipe())
     assert decision is not None and decision.action in ("skip", "cross", "stop")
     assert decision.to_chip != before.chip
     if decision.action == "skip":
-        after = read_situation([*refused, decision])
+        after = situation_of([*refused, decision])
         assert (after.came_from, after.canary_due, after.complete) == (
             before.came_from,
             before.canary_due,
@@ -461,9 +471,9 @@ def test_a_run_that_stopped_for_want_of_certificates_always_has_a_next_chip(
 ) -> None:
     told = [act for refusal in refusals for act in (refusal, "decide")]
     history = _play_any([*acts, "decide", *told], recipe())
-    if not isinstance(read_situation(history).trouble, Unqualified):
+    if not isinstance(situation_of(history).trouble, Unqualified):
         return
-    decision = decide([*history, *AGAIN[:2]], recipe())  # type: ignore[list-item]
+    decision = next_decision([*history, *AGAIN[:2]], recipe())  # type: ignore[list-item]
     assert decision is not None and decision.action in ("start", "retry") and decision.to_chip in CHIPS
 
 
@@ -473,21 +483,3 @@ def test_lost_steps_are_never_negative(acts: list[Any]) -> None:
     for event in _play_any([*acts, "decide"], recipe()):
         if isinstance(event, Decision):
             assert event.lost_steps >= 0
-
-
-@given(st.lists(_EVENTS, max_size=40))
-def test_what_is_remembered_of_a_history_decides_as_the_whole_does(acts: list[Any]) -> None:
-    remembered: list[AnyEvent] = []
-    whole = _play_any(acts, recipe())
-    for event in whole:
-        remember(remembered, event)
-    assert read_situation(remembered) == read_situation(whole)
-    assert decide(remembered, recipe()) == decide(whole, recipe())
-
-
-def test_what_is_remembered_does_not_grow_with_the_steps() -> None:
-    remembered: list[AnyEvent] = []
-    for number in range(1, 1001):
-        remember(remembered, step(number))
-        remember(remembered, check(number))
-    assert remembered == [step(1000)]

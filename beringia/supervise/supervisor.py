@@ -13,7 +13,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 from beringia.errors import Refusal, TransferFailed
+from beringia.history.log import EventLog
+from beringia.history.situation import Situation
 from beringia.records.events import (
+    TRANSFER,
+    UNREACHABLE,
     AnyEvent,
     ChipOpened,
     Decision,
@@ -31,8 +35,7 @@ from beringia.records.messages import Ended, EventLine, FromWorker, Go, Heartbea
 from beringia.records.recipe import ChipSection, Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.crossing import CrossingInProgress
-from beringia.supervise.decide import TRANSFER, UNREACHABLE, Situation, decide, read_situation
-from beringia.supervise.event_log import EventLog
+from beringia.supervise.decide import decide
 from beringia.supervise.follower import RankReports, follow, lead, rank_in
 from beringia.supervise.greeting import greet_later_chips
 from beringia.supervise.lock import RunLock
@@ -117,7 +120,7 @@ class Supervisor:
         done = self._finished_before()
         if done is not None:
             return done
-        if not any(isinstance(event, RunStarted) for event in self._log.history):
+        if self._log.fold.last(RunStarted) is None:
             greet_later_chips(self._recipe, self._run)
         self._append(
             RunStarted(
@@ -129,9 +132,9 @@ class Supervisor:
             )
         )
         while True:
-            decision = decide(self._log.history, self._recipe)
+            decision = decide(self._log.situation(), self._recipe)
             assert decision is not None, "a finished run is noticed where it finishes"
-            self._append(decision, chip=read_situation(self._log.history).chip)
+            self._append(decision, chip=self._log.situation().chip)
             if decision.action == "stop":
                 return self._give_up(decision)
             finished = self._work()
@@ -140,7 +143,7 @@ class Supervisor:
 
     def _work(self) -> RunFinished | None:
         """One worker's life. Returns the end of the run, or None when there is something to decide."""
-        situation = read_situation(self._log.history)
+        situation = self._log.situation()
         self._pause(situation)
         epoch = self._lock.advance()
         discard_abandoned(self._run, situation, epoch)
@@ -155,12 +158,11 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def _finished_before(self) -> RunFinished | None:
-        last = next((event for event in reversed(self._log.history) if isinstance(event, RunFinished)), None)
-        return last if last is not None and read_situation(self._log.history).finished else None
+        return self._log.fold.last(RunFinished) if self._log.fold.finished else None
 
     def _give_up(self, decision: Decision) -> RunFinished:
-        trouble = read_situation(self._log.history).trouble
-        step = read_situation(self._log.history).step
+        trouble = self._log.situation().trouble
+        step = self._log.situation().step
         if isinstance(trouble, Fault) and trouble.category == "ours":
             self._append(RunFinished(status="stopped", step=step, message=decision.reason))
             raise error_called(trouble.code, trouble.message)
@@ -192,8 +194,8 @@ class _WorkerWatch:
         self._chip: ChipSection = self._recipe.chips[self._label]
         self._epoch = epoch
         self._root = open_root(self._label, self._recipe, self._run, epoch)
-        self._order = _order(self._recipe, situation, self._log, self._root.root, epoch)
-        self._crossing = CrossingInProgress.of(self._log.history, situation, decided_at)
+        self._order = _order(self._recipe, situation, self._root.root, epoch)
+        self._crossing = CrossingInProgress.of(situation, decided_at)
         self._other_ranks = RankReports(self._run, epoch)
         self._progress_at = time.monotonic()
         self._stepping = False
@@ -266,7 +268,7 @@ class _WorkerWatch:
                 pass
 
     def _record(self, event: Event, worker: WorkerProcess) -> None:
-        earlier = _last_opened(self._log.history, self._label) if isinstance(event, ChipOpened) else None
+        earlier = self._log.situation().opened.get(self._label) if isinstance(event, ChipOpened) else None
         stamped = self._log.append(event, epoch=self._epoch, chip=self._label)
         match stamped:
             case ChipOpened() if earlier is not None and earlier.identity_hash != stamped.identity_hash:
@@ -328,9 +330,9 @@ class _WorkerWatch:
         return asked is not None and time.monotonic() - asked > self._recipe.supervise.grace_seconds
 
     def _outcome(self, worker: WorkerProcess, status: int) -> RunFinished | None:
-        situation = read_situation(self._log.history)
+        situation = self._log.situation()
         step, ended = situation.step, self._ended
-        if ended is not None and ended.why == "done" and situation.newest == step:
+        if ended is not None and ended.why == "done" and situation.newest == step and situation.alarm is None:
             return self._finish("done", step, "all steps done")
         if self._told_to_stop is not None:
             return self._finish(
@@ -352,7 +354,7 @@ class _WorkerWatch:
             message = f"the worker was lost ({how_ended(status)}): {worker.last_log_lines() or 'no last words'}"
             return Fault(step=None, code="exit", category="transient", message=message)
         message = worker.did_not_start(status)
-        if _last_opened(self._log.history, self._label) is not None:
+        if self._label in self._log.situation().opened:
             # What has worked before is not misspelt: the machine is gone, for now or for good.
             return Fault(step=None, code=UNREACHABLE, category="transient", message=message)
         return Fault(step=None, code="HandshakeError", category="ours", message=message)
@@ -366,7 +368,7 @@ class _WorkerWatch:
         return self._log.append(event, epoch=self._epoch, chip=self._label)
 
 
-def _order(recipe: Recipe, situation: Situation, log: EventLog, root: str, epoch: int) -> Order:
+def _order(recipe: Recipe, situation: Situation, root: str, epoch: int) -> Order:
     assert situation.chip is not None
     target = situation.resume_step
     canary = situation.canary_due and target is not None
@@ -377,10 +379,10 @@ def _order(recipe: Recipe, situation: Situation, log: EventLog, root: str, epoch
         epoch=epoch,
         resume_step=target,
         canary_from=situation.canary_from if canary else None,
-        canary_compute_dtype=_compute_dtype(log.history, situation.came_from) if canary else None,
+        canary_compute_dtype=_compute_dtype(situation, situation.came_from) if canary else None,
         ranks=recipe.chips[situation.chip].ranks - len(situation.excluded),
         excluded_devices=tuple(sorted(situation.excluded)),
-        recent=_recent(log.steps_before(target or 0)),
+        recent=_recent(situation.steps_before(target or 0)),
         accepted_spikes=tuple(situation.accepted_spikes),
     )
 
@@ -394,14 +396,9 @@ def _recent(steps: Sequence[StepDone]) -> tuple[StepNumbers, ...]:
     )
 
 
-def _compute_dtype(history: Sequence[AnyEvent], label: str | None) -> str | None:
-    last = _last_opened(history, label)
+def _compute_dtype(situation: Situation, label: str | None) -> str | None:
+    last = situation.opened.get(label) if label is not None else None
     return last.compute_dtype if last is not None else None
-
-
-def _last_opened(history: Sequence[AnyEvent], label: str | None) -> ChipOpened | None:
-    opened = (event for event in reversed(history) if isinstance(event, ChipOpened) and event.chip == label)
-    return next(opened, None)
 
 
 def _another_chip(before: ChipIdentity, now: ChipIdentity) -> Fallback:

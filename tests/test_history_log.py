@@ -1,4 +1,4 @@
-"""The supervisor's log of a run: numbered without gaps, whatever ended the writer before."""
+"""The log of a run: numbered without gaps, whatever ended the writer before; followed while it grows."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from beringia.history.log import EventLog
 from beringia.records.events import StepDone
 from beringia.records.jsonl import read_lines
 from beringia.records.run_directory import RunDirectory
-from beringia.supervise.event_log import EventLog
 
 
 def step(number: int) -> StepDone:
@@ -28,12 +28,12 @@ def written(run: RunDirectory) -> list[tuple[int, int]]:
     return [(line["sequence"], line["step"]) for _, line in read_lines(run.events)]
 
 
-def test_every_event_is_in_the_file_numbered_across_restarts_while_memory_holds_the_last_step(tmp_path: Path) -> None:
+def test_every_event_is_in_the_file_numbered_across_restarts(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     write_steps(run, 1, 30)
     log = write_steps(run, 31, 50)
     assert written(run) == [(number - 1, number) for number in range(1, 51)]
-    assert [event.step for event in log.history if isinstance(event, StepDone)] == [50]
+    assert (log.fold.length, log.situation().step) == (50, 50)
 
 
 @pytest.mark.parametrize("lost", range(1, 8))
@@ -65,6 +65,6 @@ def test_the_steps_that_led_to_a_checkpoint_are_those_of_its_own_line(tmp_path: 
     again = EventLog(run)
     again.close()
     for one in (log, again):
-        found = [(done.step, done.loss) for done in one.steps_before(7)]
+        found = [(done.step, done.loss) for done in one.situation().steps_before(7)]
         assert found == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0)]
-        assert one.steps_before(0) == []
+        assert one.situation().steps_before(0) == []
