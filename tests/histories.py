@@ -4,7 +4,9 @@ and any history whatever (`any_history`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 from hypothesis import strategies as st
@@ -162,6 +164,22 @@ def next_decision(history: Sequence[AnyEvent], rules: Recipe) -> Decision | None
 
 def last_decision(history: Sequence[AnyEvent]) -> Decision:
     return next(event for event in reversed(history) if isinstance(event, Decision))
+
+
+def called_in(work: Callable[[], object]) -> list[str]:
+    """The functions that were called, in order: what work costs, on a machine however busy."""
+    names: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event in ("call", "c_call"):
+            names.append(frame.f_code.co_name if event == "call" else f"compiled {argument.__name__}")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return names
 
 
 # Any history whatever
