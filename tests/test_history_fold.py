@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from beringia.history.fold import Fold
-from beringia.history.log import read_events
+from beringia.history.log import EventLog, read_events
 from beringia.records.events import (
     LEARNER,
     AnyEvent,
@@ -45,6 +46,7 @@ from beringia.records.events import (
     RunStarted,
     StepDone,
 )
+from beringia.records.run_directory import RunDirectory
 from beringia.report.history import History, read_history
 from beringia.report.page import render_report
 from beringia.report.summary import summarise
@@ -248,13 +250,20 @@ def test_work_that_no_decision_began_is_on_the_chip_that_opened() -> None:
     assert Fold([started()]).situation().chip is None
 
 
-def test_a_record_of_schema_2_is_read_as_the_learners_and_goes_on() -> None:
-    events = list(read_events(DATA / "events-schema-2.jsonl"))
+def test_a_record_of_schema_2_is_read_as_the_learners_and_goes_on(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    shutil.copy(DATA / "events-schema-2.jsonl", run.events)
+    events = list(read_events(run.events))
     assert {event.schema_version for event in events} == {2} and {event.role for event in events} == {LEARNER}
     fold = Fold(events)
     assert (fold.situation().chip, fold.situation().step, fold.situation().trusted) == ("second", 7, {5})
     decision = next_decision(events, recipe())
     assert decision is not None and (decision.action, decision.to_step) == ("rollback", 5)
+    log = EventLog(run)
+    log.append(decision, epoch=2)
+    log.close()
+    page = read_history(tmp_path)
+    assert (page.step, page.decisions[-1].event.schema_version, page.decisions[-1].event.sequence) == (5, 3, 23)
 
 
 @settings(deadline=None)
