@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from beringia.records.events import (
+    LEARNER,
     Alarm,
     Answered,
     AnyEvent,
@@ -47,7 +48,7 @@ def showing_progress(recipe: Recipe) -> Iterator[Callable[[AnyEvent], None]]:
         task = progress.add_task(recipe.name, total=recipe.train.steps, rate="")
 
         def show(event: AnyEvent) -> None:
-            if isinstance(event, StepDone):
+            if isinstance(event, StepDone) and event.role == LEARNER:
                 loss = "-" if event.loss is None else f"{event.loss:.3f}"
                 progress.update(
                     task,
@@ -57,6 +58,7 @@ def showing_progress(recipe: Recipe) -> Iterator[Callable[[AnyEvent], None]]:
                 )
             line = describe(event)
             if line is not None:
+                line = line if event.role == LEARNER else f"{event.role}: {line}"
                 progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
         yield show

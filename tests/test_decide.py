@@ -2,141 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import pytest
+from histories import (
+    CHIPS,
+    alarm,
+    any_history,
+    canary,
+    check,
+    crossing,
+    fault,
+    finished,
+    last_decision,
+    next_decision,
+    opened,
+    play,
+    recipe,
+    rejected,
+    resumed,
+    situation_of,
+    spike,
+    started,
+    step,
+    trusted,
+    unqualified,
+    written,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beringia.records.events import (
-    SPIKE,
     Alarm,
     AnyEvent,
-    Canary,
-    CheckDone,
-    CheckpointRejected,
     CheckpointTrusted,
-    CheckpointWritten,
-    ChipOpened,
-    Crossing,
     Decision,
     Fault,
-    Resumed,
-    RunFinished,
-    RunStarted,
-    StepDone,
     Unqualified,
 )
-from beringia.records.identity import ChipIdentity
-from beringia.records.recipe import Recipe, parse_recipe
-from beringia.supervise.decide import decide, read_situation, remember
-
-CHIPS = ("first", "second", "third")
-
-
-def recipe(**supervise: Any) -> Recipe:
-    return parse_recipe(
-        {
-            "name": "rules",
-            "model": {"preset": "r2-nano"},
-            "chips": {label: {"use": "cpu", "ranks": 2 if label == "third" else 1} for label in CHIPS},
-            "data": {"task": "digit-sum"},
-            "train": {"prefer": list(CHIPS), "steps": 1000},
-            "supervise": supervise,
-        },
-        "test",
-    )
-
-
-def step(number: int) -> StepDone:
-    return StepDone(step=number, loss=1.0, gradient_norm=1.0, learning_rate=1e-3, tokens=1, seconds=0.1, cursor=number)
-
-
-def written(number: int) -> CheckpointWritten:
-    return CheckpointWritten(
-        step=number, directory="", bytes=1, state_hash=f"hash-{number}", pause_seconds=0, write_seconds=0
-    )
-
-
-def trusted(number: int) -> CheckpointTrusted:
-    return CheckpointTrusted(step=number, state_hash=f"hash-{number}", checks=())
-
-
-def alarm(number: int, site: str = "layers.0") -> Alarm:
-    return Alarm(step=number, detector="shadow", site=site, tensor="output", value=2.0, bound=1.0, message="wrong")
-
-
-def spike(number: int) -> Alarm:
-    return Alarm(step=number, detector=SPIKE, site="model", tensor="loss", value=2.0, bound=1.0, message="high")
-
-
-def check(number: int) -> CheckDone:
-    return CheckDone(step=number, detector="shadow", site="layers.0", tensor="output", value=0.5, bound=1.0, seconds=0)
-
-
-def fault(category: Any, number: int | None = None) -> Fault:
-    return Fault(step=number, code="507014", category=category, message="aicore timeout")
-
-
-def opened() -> ChipOpened:
-    identity = ChipIdentity(
-        vendor="v", sku="s", truth="real", driver="d", runtime="r", torch="t", plugin="p", switches={}
-    )
-    return ChipOpened(
-        asked="cpu",
-        used="cpu",
-        identity=identity,
-        identity_hash=identity.hash,
-        ranks=1,
-        compute_dtype="float32",
-        sharding="none",
-    )
-
-
-def resumed(number: int) -> Resumed:
-    return Resumed(step=number, cursor=number, state_hash_expected="h", state_hash="h", load_seconds=0)
-
-
-def unqualified() -> Unqualified:
-    return Unqualified(used="cpu", identity_hash="", found="none", reason="no certificate")
-
-
-def canary(passed: bool) -> Canary:
-    return Canary(from_step=50, to_step=100, difference=0.5, band=0.1, parts={}, passed=passed, seconds=1)
-
-
-def crossing() -> Crossing:
-    return Crossing(
-        from_chip="first",
-        to_chip="second",
-        step=100,
-        state_hash_before="h",
-        state_hash_after="h",
-        band=0.1,
-        difference=0.05,
-        seconds=1,
-        imports_seconds=1,
-        load_seconds=1,
-        canary_seconds=1,
-    )
-
-
-def play(*acts: AnyEvent | str, rules: Recipe | None = None) -> list[AnyEvent]:
-    """The history of these events; "decide" lets the rules speak."""
-    rules = rules or recipe()
-    history: list[AnyEvent] = [RunStarted(name="r", recipe_hash="", beringia="", steps=1, prefer=CHIPS)]
-    for act in ("decide", *acts):
-        if isinstance(act, str):
-            decision = decide(history, rules)
-            assert decision is not None
-            history.append(decision)
-        else:
-            history.append(act)
-    return history
-
-
-def last_decision(history: Sequence[AnyEvent]) -> Decision:
-    return next(event for event in reversed(history) if isinstance(event, Decision))
+from beringia.records.recipe import Recipe
 
 
 def test_a_new_run_starts_on_the_first_chip_from_the_initial_state() -> None:
@@ -161,11 +65,11 @@ def test_the_fourth_transient_fault_within_the_window_crosses() -> None:
 def test_a_machine_that_stays_away_is_left_and_one_that_answers_again_starts_afresh() -> None:
     away = Fault(step=None, code="unreachable", category="transient", message="no route to host")
     history = play(written(50), trusted(50), step(60), away, "decide", away, "decide")
-    assert read_situation(history).unanswered == 2
-    assert read_situation([*history, opened()]).unanswered == 0
+    assert situation_of(history).unanswered == 2
+    assert situation_of([*history, opened()]).unanswered == 0
     left = play(written(50), trusted(50), step(60), *[away, "decide"] * 4)
     assert (last_decision(left).action, last_decision(left).to_step) == ("cross", 50)
-    assert read_situation(left).unanswered == 0
+    assert situation_of(left).unanswered == 0
 
 
 def test_transient_faults_far_apart_are_retried_for_ever() -> None:
@@ -206,7 +110,7 @@ def test_a_spike_that_comes_again_at_the_very_step_is_gone_through() -> None:
     first, second = (event for event in history[-3:] if isinstance(event, Decision))
     assert (first.action, first.to_step, first.accepted_spike) == ("rollback", 50, None)
     assert (second.action, second.to_step, second.accepted_spike) == ("rollback", 50, 90)
-    assert read_situation(history).accepted_spikes == [90]
+    assert situation_of(history).accepted_spikes == [90]
 
 
 def test_a_spike_at_another_step_after_a_rollback_crosses_unless_a_checkpoint_was_trusted_in_between() -> None:
@@ -243,7 +147,7 @@ def test_a_lost_device_is_left_out_while_others_remain() -> None:
     )
     decision = last_decision(history)
     assert (decision.action, decision.to_chip, decision.excluded_device) == ("exclude", "third", 0)
-    assert read_situation(history).excluded == {0}
+    assert situation_of(history).excluded == {0}
 
 
 def test_the_last_device_lost_ends_a_chip() -> None:
@@ -258,10 +162,10 @@ def test_a_canary_beyond_its_band_refuses_the_crossing_and_tries_the_next_chip_f
 
 def test_the_canary_stays_due_until_it_has_passed() -> None:
     before = play(step(100), written(100), trusted(100), fault("persistent"), "decide", fault("transient"), "decide")
-    assert read_situation(before).canary_due
+    assert situation_of(before).canary_due
     after = [*before, canary(True), crossing()]
-    assert not read_situation(after).canary_due
-    assert read_situation(after).came_from is None
+    assert not situation_of(after).canary_due
+    assert situation_of(after).came_from is None
 
 
 def test_with_no_chip_left_the_run_is_given_up_with_the_reason() -> None:
@@ -272,10 +176,11 @@ def test_with_no_chip_left_the_run_is_given_up_with_the_reason() -> None:
 
 
 def test_a_damaged_checkpoint_sends_the_run_back_to_the_one_before() -> None:
-    rejected = CheckpointRejected(step=150, file="x.safetensors", message="x.safetensors is truncated")
-    history = play(step(100), written(100), step(150), written(150), fault("transient"), "decide", rejected, "decide")
+    history = play(
+        step(100), written(100), step(150), written(150), fault("transient"), "decide", rejected(150), "decide"
+    )
     assert last_decision(history).to_step == 100
-    assert read_situation(history).damaged == {150}
+    assert situation_of(history).damaged == {150}
 
 
 def test_checkpoints_of_an_abandoned_future_do_not_come_back() -> None:
@@ -287,15 +192,14 @@ def test_checkpoints_of_an_abandoned_future_do_not_come_back() -> None:
 
 
 def test_a_restarted_supervisor_goes_on_from_the_newest_checkpoint() -> None:
-    again = RunStarted(name="r", recipe_hash="", beringia="", steps=1, prefer=CHIPS)
-    decision = last_decision(play(step(100), written(100), step(120), again, "decide"))
+    decision = last_decision(play(step(100), written(100), step(120), started(), "decide"))
     assert (decision.action, decision.to_step, decision.lost_steps) == ("retry", 100, 20)
     assert "restarted" in decision.reason
 
 
 def test_a_chip_that_may_not_train_is_passed_over_and_the_next_one_starts_from_the_initial_state() -> None:
     history = play(opened(), unqualified(), "decide")
-    decision, situation = last_decision(history), read_situation(history)
+    decision, situation = last_decision(history), situation_of(history)
     assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("skip", "second", None, 0)
     assert "first may not train: no certificate" in decision.reason
     assert (situation.chip, situation.came_from, situation.canary_due) == ("second", None, False)
@@ -304,7 +208,7 @@ def test_a_chip_that_may_not_train_is_passed_over_and_the_next_one_starts_from_t
 def test_a_crossing_to_a_chip_that_may_not_train_goes_on_to_the_next_from_the_chip_that_had_the_state() -> None:
     begun = [opened(), resumed(0), step(100), written(100), trusted(100), step(120), fault("persistent"), "decide"]
     history = play(*begun, opened(), unqualified(), "decide")
-    decision, situation = last_decision(history), read_situation(history)
+    decision, situation = last_decision(history), situation_of(history)
     assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("skip", "third", 100, 0)
     assert (situation.came_from, situation.canary_due) == ("first", True)
 
@@ -316,11 +220,7 @@ def test_a_chip_that_has_trained_and_no_longer_may_is_left_by_a_crossing_from_a_
 
 
 NONE_MAY = [act for _ in CHIPS for act in (opened(), unqualified(), "decide")]
-AGAIN = [
-    RunFinished(status="stopped", step=0, message=""),
-    RunStarted(name="r", recipe_hash="", beringia="", steps=1, prefer=CHIPS),
-    "decide",
-]
+AGAIN = [finished("stopped"), started(), "decide"]
 
 
 def test_with_no_chip_that_may_train_the_run_stops_and_says_why() -> None:
@@ -334,14 +234,14 @@ def test_a_run_that_stopped_for_want_of_certificates_asks_all_its_chips_again_in
     history = play(*NONE_MAY, *AGAIN, opened(), unqualified(), "decide", opened(), resumed(0), step(10))
     decisions = [(event.action, event.to_chip) for event in history if isinstance(event, Decision)]
     assert decisions[4:] == [("start", "first"), ("skip", "second")]
-    assert read_situation(history).chip == "second"
+    assert situation_of(history).chip == "second"
 
 
 def test_asked_again_are_the_chips_that_were_not_let_train_and_the_state_is_the_trusted_one() -> None:
     begun = [opened(), resumed(0), step(100), written(100), trusted(100), step(120), fault("persistent"), "decide"]
     others = [opened(), unqualified(), "decide"] * 2
     history = play(*begun, *others, *AGAIN)
-    decision, situation = last_decision(history), read_situation(history)
+    decision, situation = last_decision(history), situation_of(history)
     assert (decision.action, decision.to_chip, decision.to_step) == ("start", "second", 100)
     assert (situation.came_from, situation.canary_due, situation.step) == ("first", True, 100)
 
@@ -352,13 +252,84 @@ def test_a_stop_by_the_user_right_after_a_refusal_asks_that_chip_again() -> None
 
 
 def test_a_finished_run_needs_no_decision() -> None:
-    assert decide([*play(), RunFinished(status="done", step=1, message="")], recipe()) is None
+    assert next_decision([*play(), finished("done")], recipe()) is None
 
 
 def test_a_stopped_run_goes_on() -> None:
-    history = [*play(step(50), written(50)), RunFinished(status="stopped", step=50, message="")]
-    decision = decide(history, recipe())
+    history = [*play(step(50), written(50)), finished("stopped", 50)]
+    decision = next_decision(history, recipe())
     assert decision is not None and (decision.action, decision.to_step) == ("retry", 50)
+
+
+BEFORE_A_STOP = [step(100), written(100), trusted(100), step(150), written(150), step(170)]
+
+
+def test_an_alarm_is_not_forgotten_when_a_stop_coincides() -> None:
+    decision = last_decision(play(*BEFORE_A_STOP, alarm(170), *AGAIN))
+    assert (decision.action, decision.to_step, decision.lost_steps) == ("rollback", 100, 70)
+
+
+def test_an_alarm_is_not_forgotten_when_the_supervisor_is_killed() -> None:
+    decision = last_decision(play(*BEFORE_A_STOP, alarm(170), started(), "decide"))
+    assert (decision.action, decision.to_step) == ("rollback", 100)
+
+
+def test_an_alarm_told_twice_around_a_stop_is_one_rollback_for_two_lives() -> None:
+    history = play(*BEFORE_A_STOP, alarm(170), *AGAIN, step(170), alarm(170), *AGAIN)
+    assert [event.action for event in history if isinstance(event, Decision)] == ["start", "rollback", "cross"]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "action", "to_chip", "to_step"),
+    [
+        (fault("persistent"), "cross", "second", 100),
+        (fault("device-lost"), "cross", "second", 100),
+        (fault("transient"), "retry", "first", 150),
+        (canary(False), "cross", "second", 100),
+        (rejected(150), "retry", "first", 100),
+    ],
+    ids=["persistent", "device-lost", "transient", "canary", "rejected"],
+)
+def test_what_went_wrong_before_a_stop_is_decided_about_when_the_run_goes_on(
+    trouble: AnyEvent, action: str, to_chip: str, to_step: int
+) -> None:
+    decision = last_decision(play(*BEFORE_A_STOP, trouble, *AGAIN))
+    assert (decision.action, decision.to_chip, decision.to_step) == (action, to_chip, to_step)
+    assert decision.reason != "the supervisor was restarted"
+
+
+def test_what_the_user_was_told_to_mend_is_not_decided_about_again() -> None:
+    decision = last_decision(play(*BEFORE_A_STOP, fault("ours"), "decide", *AGAIN))
+    assert (decision.action, decision.to_step, decision.reason) == ("retry", 150, "the supervisor was restarted")
+
+
+def test_an_alarm_outranks_a_checkpoint_that_cannot_be_used() -> None:
+    decision = last_decision(play(*BEFORE_A_STOP, rejected(120), alarm(170), "decide"))
+    assert (decision.action, decision.to_step) == ("rollback", 100)
+
+
+def test_a_run_given_up_and_taken_up_again_decides_about_what_it_was_given_up_for() -> None:
+    all_tried = [act for _ in CHIPS for act in (fault("persistent"), "decide")]
+    more = recipe().model_copy(update={"train": recipe().train.model_copy(update={"prefer": (*CHIPS, "fourth")})})
+    decision = next_decision([*play(*all_tried), finished("given-up"), started()], more)
+    assert decision is not None and (decision.action, decision.to_chip) == ("cross", "fourth")
+
+
+@example(play(*BEFORE_A_STOP, alarm(170), finished("stopped"), started()))
+@example([*play(*BEFORE_A_STOP, resumed(0), unqualified(), alarm(170)), finished("stopped"), started()])
+@given(any_history())
+def test_after_an_alarm_that_no_decision_answered_the_run_goes_on_from_a_trusted_checkpoint_or_the_start(
+    history: list[AnyEvent],
+) -> None:
+    mine = [event for event in history if event.role == "learner"]
+    answered = [isinstance(event, Decision) and event.action != "stop" for event in mine]
+    since = len(mine) - answered[::-1].index(True) if any(answered) else 0
+    decision = next_decision(history, recipe())
+    if decision is None or not any(isinstance(event, Alarm) for event in mine[since:]):
+        return
+    assert decision.action in ("start", "rollback", "skip", "cross", "stop")
+    assert decision.to_step in (None, situation_of(history).newest_trusted)
+    assert decision.to_step in (None, *(event.step for event in mine if isinstance(event, CheckpointTrusted)))
 
 
 _NEW_CHIP = ("start", "skip", "cross")
@@ -373,7 +344,7 @@ _EVENTS = st.one_of(
     st.booleans().map(canary),
     st.just(unqualified()),
     _STEPS.map(resumed),
-    _STEPS.map(lambda number: CheckpointRejected(step=number, file=None, message="bad")),
+    _STEPS.map(rejected),
     st.just("decide"),
 )
 
@@ -385,7 +356,7 @@ def _play_any(acts: list[Any], rules: Recipe) -> list[AnyEvent]:
         if last_decision(history).action == "stop":
             break
         if act == "decide":
-            decision = decide(history, rules)
+            decision = next_decision(history, rules)
             assert decision is not None
             history.append(decision)
         else:
@@ -396,7 +367,7 @@ def _play_any(acts: list[Any], rules: Recipe) -> list[AnyEvent]:
 @given(st.lists(_EVENTS, max_size=40))
 def test_the_same_history_always_gives_the_same_decision(acts: list[Any]) -> None:
     history = _play_any(acts, recipe())
-    assert decide(history, recipe()) == decide(list(history), recipe())
+    assert next_decision(history, recipe()) == next_decision(list(history), recipe())
 
 
 @given(st.lists(_EVENTS, max_size=40))
@@ -404,7 +375,7 @@ def test_no_decision_goes_on_from_a_checkpoint_that_is_missing_damaged_or_for_a_
     acts: list[Any],
 ) -> None:
     history = _play_any(acts, recipe())
-    situation, decision = read_situation(history), decide(history, recipe())
+    situation, decision = situation_of(history), next_decision(history, recipe())
     assert decision is not None
     if decision.to_step is not None:
         assert decision.to_step in situation.complete
@@ -439,15 +410,15 @@ def test_a_chip_that_may_not_train_is_not_the_next_one_and_the_state_stays_with_
     acts: list[Any],
 ) -> None:
     history = _play_any([*acts, "decide"], recipe())
-    before = read_situation(history)
+    before = situation_of(history)
     if last_decision(history).action == "stop":
         return
     refused = [*history, unqualified()]
-    decision = decide(refused, recipe())
+    decision = next_decision(refused, recipe())
     assert decision is not None and decision.action in ("skip", "cross", "stop")
     assert decision.to_chip != before.chip
     if decision.action == "skip":
-        after = read_situation([*refused, decision])
+        after = situation_of([*refused, decision])
         assert (after.came_from, after.canary_due, after.complete) == (
             before.came_from,
             before.canary_due,
@@ -461,9 +432,9 @@ def test_a_run_that_stopped_for_want_of_certificates_always_has_a_next_chip(
 ) -> None:
     told = [act for refusal in refusals for act in (refusal, "decide")]
     history = _play_any([*acts, "decide", *told], recipe())
-    if not isinstance(read_situation(history).trouble, Unqualified):
+    if not isinstance(situation_of(history).trouble, Unqualified):
         return
-    decision = decide([*history, *AGAIN[:2]], recipe())  # type: ignore[list-item]
+    decision = next_decision([*history, *AGAIN[:2]], recipe())  # type: ignore[list-item]
     assert decision is not None and decision.action in ("start", "retry") and decision.to_chip in CHIPS
 
 
@@ -473,21 +444,3 @@ def test_lost_steps_are_never_negative(acts: list[Any]) -> None:
     for event in _play_any([*acts, "decide"], recipe()):
         if isinstance(event, Decision):
             assert event.lost_steps >= 0
-
-
-@given(st.lists(_EVENTS, max_size=40))
-def test_what_is_remembered_of_a_history_decides_as_the_whole_does(acts: list[Any]) -> None:
-    remembered: list[AnyEvent] = []
-    whole = _play_any(acts, recipe())
-    for event in whole:
-        remember(remembered, event)
-    assert read_situation(remembered) == read_situation(whole)
-    assert decide(remembered, recipe()) == decide(whole, recipe())
-
-
-def test_what_is_remembered_does_not_grow_with_the_steps() -> None:
-    remembered: list[AnyEvent] = []
-    for number in range(1, 1001):
-        remember(remembered, step(number))
-        remember(remembered, check(number))
-    assert remembered == [step(1000)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from small_runs import beringia, events, final_hash, gone, of_kind, small_recipe, start, worker_of, write_recipe
 
+from beringia.records.events import Alarm, RunFinished
 from beringia.records.run_directory import RunDirectory
 
 
@@ -116,6 +118,26 @@ def test_sigterm_ends_in_a_checkpoint_and_the_same_command_goes_on(uninterrupted
     assert beringia("train", recipe, "--out", str(run)).returncode == 0
     assert final_hash(run) == final_hash(uninterrupted)
     assert not [event for event in of_kind(run, "fallback") if event.what != "qualification"]
+
+
+def test_an_alarm_that_coincides_with_a_stop_is_decided_about_when_the_run_goes_on(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The record of a run whose last checkpoint, at step 60, was still pending when an alarm and then a stop came."""
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    told = [
+        event for event in events(run) if event.kind != "finish" and not (event.kind == "trusted" and event.step == 60)
+    ]
+    told += [
+        Alarm(step=60, detector="shadow", site="layers.0", tensor="output", value=2.0, bound=1.0, message="wrong"),
+        RunFinished(status="stopped", step=60, message="stopped by signal 15"),
+    ]
+    (run / "events.jsonl").write_text("".join(event.model_dump_json() + "\n" for event in told))
+    assert beringia("train", str(run / "recipe.toml"), "--out", str(run)).returncode == 0
+    decision = of_kind(run, "decision")[-1]
+    assert (decision.action, decision.to_step, decision.lost_steps) == ("rollback", 40, 20)
+    assert of_kind(run, "resume")[-1].step == 40
+    assert final_hash(run) == final_hash(uninterrupted)
 
 
 def test_a_chip_that_comes_back_with_other_settings_is_told(uninterrupted: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from beringia.errors import RecipeError
+from beringia.history.log import EventLog
 from beringia.qualify.qualification import Request, qualify, reference_for
 from beringia.records.certificate import Certificate
 from beringia.records.events import AnyEvent, Qualified
@@ -21,7 +22,6 @@ from beringia.records.run_directory import RunDirectory
 from beringia.records.signature import load_or_create_key, public_key_of, sign, write_signed
 from beringia.report.certificate import write_certificate_page, write_junit
 from beringia.supervise.chip_command import chip_command
-from beringia.supervise.event_log import EventLog
 from beringia.supervise.lock import RunLock
 from beringia.supervise.run_files import prepare_run
 

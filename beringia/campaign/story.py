@@ -9,13 +9,13 @@ from beringia.campaign.answers import answer
 from beringia.campaign.export import compare_with_transformers, export
 from beringia.campaign.qualification import qualify_chips
 from beringia.errors import Refusal
+from beringia.history.log import EventLog
 from beringia.records.events import Answered, AnyEvent, Exported, RunFinished
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.report.history import read_history
 from beringia.report.page import write_report
 from beringia.report.summary import Summary, summarise
-from beringia.supervise.event_log import EventLog
 from beringia.supervise.lock import RunLock
 from beringia.supervise.supervisor import supervise
 
@@ -44,7 +44,7 @@ def run_campaign(
 def _hand_on(run: RunDirectory, on_event: Callable[[AnyEvent], None] | None) -> None:
     with RunLock(run) as lock:
         log = EventLog(run, on_event)
-        if any(isinstance(event, Exported) for event in log.history):
+        if log.fold.last(Exported) is not None:
             log.close()
             return
         # Left by a campaign that was interrupted before it had compared and told of it.
@@ -76,7 +76,7 @@ def _serve(
     with RunLock(run) as lock:
         log = EventLog(run, on_event)
         try:
-            if not any(isinstance(event, Answered) for event in log.history):
+            if log.fold.last(Answered) is None:
                 assert finished.chip is not None, "a run that is done was on a chip"
                 answered = answer(recipe, run, finished.chip, finished.step)
                 log.append(answered, epoch=lock.epoch, chip=recipe.serve.chip)

@@ -15,10 +15,19 @@ from beringia.records.identity import ChipIdentity
 from beringia.records.manifest import CleanCheck
 from beringia.records.record import Record
 
-EVENTS_SCHEMA = 2
+EVENTS_SCHEMA = 3
+"""Lines of schema 2 are read too: they say nothing of roles, and are the learner's."""
+
+LEARNER = "learner"
+"""The role that trains the run's model."""
 
 SPIKE = "spike"
 """The detector whose alarms say that something is unusual, not that it is wrong: training has spikes of its own."""
+
+UNREACHABLE = "unreachable"
+"""Code of the fault that a worker did not start on a chip whose worker has started before."""
+TRANSFER = "transfer"
+"""Code of the fault that state did not get to the chip's machine, or from it."""
 
 
 class Event(Record):
@@ -33,6 +42,9 @@ class Event(Record):
     chip: str | None = None
     """The recipe's label of the chip this is about."""
     rank: int | None = None
+    role: str = LEARNER
+    """Whose work this is about: `learner`, `candidate:<label>`, `rollout:<n>`. The `run` and `finish` events are about
+    all roles, whatever they name."""
 
 
 class RunStarted(Event):
@@ -352,3 +364,8 @@ _ADAPTER: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
 def parse_event(line: dict[str, Any]) -> AnyEvent:
     """One event from one line of `events.jsonl`; raises pydantic's ValidationError if it is not one."""
     return _ADAPTER.validate_python(line, strict=False)
+
+
+def parse_event_line(line: bytes) -> AnyEvent:
+    """One event from the bytes of a line, in one pass; raises pydantic's ValidationError if it is not one."""
+    return _ADAPTER.validate_json(line)

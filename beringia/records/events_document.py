@@ -30,17 +30,24 @@ Every fact of a run, in order, one JSON object a line, UTF-8, in `runs/<name>/ev
   `kind` says which of the models below a line is. Fields are never dropped or renamed within a schema version; a
   new field, a new kind or a new value of a listed choice raises it.
 - **Writing.** The supervisor is the only writer. Lines are never changed or removed.
-- **Steps.** A run that went back to a checkpoint does the same step numbers again: the later line counts.
+- **Earlier schemas.** Lines of schema version 2 are read too, and may stand before lines of 3 in one file: they have no
+  `role`, and are the learner's.
+- **Roles.** Each role has its own chip, steps and checkpoints; events of one say nothing about another.
+- **Steps.** A run that went back to a checkpoint does the same step numbers again: the later line counts. A `decision`
+  (but to stop) abandons all steps and checkpoints of its role after `to_step`.
 - **Numbers.** JSON has no infinity and no NaN: such a value is `null`, and the event's message says which it was.
 - **Emulated chips** are marked: `identity.truth` in the `chip` event is `real` or `emulated`.
 
 From Python:
 
 ```python
-from beringia.records.events import parse_event
-from beringia.records.jsonl import read_lines
+from beringia.history.fold import Fold
+from beringia.history.log import Tail
 
-events = [parse_event(line) for _, line in read_lines(path)]
+tail, fold = Tail(path), Fold()
+for event in tail.new():  # again later: what was written since
+    fold.add(event)
+print(fold.status, fold.situation().step, fold.situation().chip)
 ```
 """
 

@@ -47,8 +47,8 @@ class JsonLinesWriter:
         self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
 
 
-def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (offset after the line, record) for each complete line from byte `offset` on."""
+def whole_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset after the line, its bytes) for each complete line from byte `offset` on; none without a file."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -57,4 +57,10 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield offset, json.loads(line)
+            yield offset, line
+
+
+def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (offset after the line, record) for each complete line from byte `offset` on."""
+    for end, line in whole_lines(path, offset):
+        yield end, json.loads(line)

@@ -1,8 +1,10 @@
 """What happened in a run, read from its directory alone: the page, the table and the JSON are made from this.
 
-Reads `events.jsonl`, `recipe.json` and which checkpoints still lie on disk; writes nothing. Works on a run that is
-still going on (a torn last line is left for later), that never crossed, that was killed and started again, and that did
-the same step number more than once: such steps are all here, and only the last of each is `kept`.
+What counts and what was abandoned is the fold's (`beringia.history`); this adds what a page needs beside it: when each
+thing happened, on which chip, and how long work took. Reads `events.jsonl`, `recipe.json` and which checkpoints still
+lie on disk; writes nothing. Works on a run that is still going on (a torn last line is left for later), that never
+crossed, that was killed and started again, and that did the same step number more than once: such steps are all here,
+and only the last of each is `kept`. Of a run in which several roles worked it shows one.
 
 Times are seconds since the run began. While no supervisor ran, the clock stands still (`pauses` says for how long).
 """
@@ -10,15 +12,16 @@ Times are seconds since the run began. While no supervisor ran, the clock stands
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import ValidationError
-
 from beringia.errors import RunError
+from beringia.history.fold import Fold, Status
+from beringia.history.log import read_events
+from beringia.history.situation import Situation
 from beringia.records.events import (
+    LEARNER,
     Alarm,
     Answered,
     AnyEvent,
@@ -41,19 +44,13 @@ from beringia.records.events import (
     RunStarted,
     StepDone,
     Unqualified,
-    parse_event,
 )
 from beringia.records.identity import ChipIdentity
-from beringia.records.jsonl import read_lines
 from beringia.records.run_directory import RunDirectory
 
 SHORTEST_PAUSE_SECONDS = 2.0
 """A supervisor that starts again sooner than this did not leave a gap that anyone could see."""
 
-GOING_BACK = ("retry", "rollback", "exclude", "skip", "cross")
-"""Actions after which the run goes on from a checkpoint, or from the start where the decision names none."""
-
-Status = Literal["empty", "unfinished", "done", "given-up", "stopped"]
 E = TypeVar("E", bound=Event)
 F = TypeVar("F", bound=Event)
 
@@ -85,6 +82,8 @@ class Checkpoint:
     chip: str
     event: CheckpointWritten
     state: Literal["pending", "trusted", "rejected"]
+    kept: bool
+    """It can be loaded: it is not rejected, and the run did not go back behind it."""
     on_disk: bool
 
 
@@ -141,6 +140,8 @@ class History:
     planned_steps: int | None
     status: Status
     message: str
+    situation: Situation
+    """What the events amount to: the fold that decisions are made from."""
     chips: tuple[Chip, ...] = ()
     segments: tuple[Segment, ...] = ()
     pauses: tuple[Pause, ...] = ()
@@ -168,12 +169,12 @@ class History:
     @property
     def step(self) -> int:
         """How far the run is: steps done that still count."""
-        return max((step.event.step for step in self.steps if step.kept), default=0)
+        return self.situation.step
 
     @property
     def lost_steps(self) -> int:
         """Steps that decisions threw away: done after the checkpoint that the run went back to."""
-        return sum(at.event.lost_steps for at in self.decisions)
+        return self.situation.lost_steps
 
     @property
     def accuracy(self) -> At[Evaluated] | None:
@@ -209,36 +210,42 @@ def same_state(crossing: Crossing) -> bool | None:
     return crossing.state_hash_before == crossing.state_hash_after
 
 
-def read_history(run_directory: Path | str) -> History:
+def read_history(run_directory: Path | str, role: str = LEARNER) -> History:
     """The history of a run. Raises RunError where there is no run, or a line of its record cannot be read."""
     run = RunDirectory(Path(run_directory))
     if not run.root.is_dir() or not (run.events.exists() or run.resolved_recipe.exists() or run.recipe.exists()):
         raise RunError(
             f"{run.root} is not a run: it has no events.jsonl. Give the directory of a run, e.g. runs/r2-nano."
         )
-    moments, pauses = _place(list(_read_events(run.events)))
+    reader = _Reader(role)
+    for event in read_events(run.events):
+        reader.read(event)
+    return _history(reader, run)
+
+
+def _history(reader: _Reader, run: RunDirectory) -> History:
+    moments, fold = reader.moments, reader.fold
+    situation = fold.situation(reader.role)
     recipe = _read_recipe(run.resolved_recipe)
-    first = next(iter(_of(moments, RunStarted)), None)
-    last_start = next(iter(reversed(_of(moments, RunStarted))), None)
-    finish = _finish(moments)
-    chips = _chips(moments, last_start.event.prefer if last_start else ())
+    first, last_start = reader.first_start, fold.last(RunStarted)
     return History(
         directory=run.root,
-        name=first.event.name if first else str((recipe or {}).get("name", run.root.resolve().name)),
+        name=first.name if first else str((recipe or {}).get("name", run.root.resolve().name)),
         recipe=recipe,
-        recipe_hash=last_start.event.recipe_hash if last_start else None,
-        beringia=last_start.event.beringia if last_start else None,
-        started=moments[0].event.time - moments[0].seconds if moments else None,
-        seconds=moments[-1].seconds if moments else 0.0,
-        planned_steps=last_start.event.steps if last_start else None,
-        status=finish.status if finish else ("unfinished" if moments else "empty"),
-        message=finish.message if finish else "",
-        chips=chips,
+        recipe_hash=last_start.recipe_hash if last_start else None,
+        beringia=last_start.beringia if last_start else None,
+        started=reader.started,
+        seconds=reader.seconds,
+        planned_steps=last_start.steps if last_start else None,
+        status=fold.status,
+        message=fold.message,
+        situation=situation,
+        chips=_chips(moments, last_start.prefer if last_start else ()),
         segments=_segments(moments),
-        pauses=pauses,
-        steps=_steps(moments),
+        pauses=tuple(reader.pauses),
+        steps=_steps(moments, situation),
         evaluations=_of(moments, Evaluated),
-        checkpoints=_checkpoints(moments, run.root),
+        checkpoints=_checkpoints(reader.written, situation, run.root),
         rejections=_of(moments, CheckpointRejected),
         checks=_of(moments, CheckDone),
         alarms=_of(moments, Alarm),
@@ -255,23 +262,6 @@ def read_history(run_directory: Path | str) -> History:
     )
 
 
-def _read_events(path: Path) -> Iterator[AnyEvent]:
-    number = 0
-    try:
-        for _, line in read_lines(path):
-            number += 1
-            yield parse_event(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}, line {number + 1}, is not JSON ({error}): the file was altered or damaged.") from None
-    except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(str(part) for part in detail["loc"])
-        raise RunError(
-            f"{path}, line {number}, is not an event that this version knows ({where}: {detail['msg']}): "
-            "read it with the version of Beringia that wrote it."
-        ) from None
-
-
 def _read_recipe(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
@@ -283,43 +273,77 @@ def _read_recipe(path: Path) -> dict[str, Any] | None:
     return inner if isinstance(inner, dict) else None
 
 
-def _place(events: list[AnyEvent]) -> tuple[list[At[AnyEvent]], tuple[Pause, ...]]:
-    """Put every event on the history's clock and on a chip.
+@dataclass
+class _Written:
+    """A checkpoint, and what became of it so far."""
+
+    at: At[CheckpointWritten]
+    state: Literal["pending", "trusted", "rejected"] = "pending"
+
+
+@dataclass
+class _Reader:
+    """Puts every event on the history's clock and on a chip, and folds it.
 
     The clock never runs backwards (a machine's clock may be set while a run goes on). It begins with the first event,
     or with the qualification that this event is the end of.
     """
-    moments: list[At[AnyEvent]] = []
-    pauses: list[Pause] = []
-    first = events[0] if events else None
-    now, seconds = (first.time if first else 0.0), (first.seconds if isinstance(first, Qualified) else 0.0)
-    chip: str | None = None
-    for event in events:
-        gap = max(0.0, event.time - now)
-        if isinstance(event, RunStarted) and gap > SHORTEST_PAUSE_SECONDS:
-            pauses.append(Pause(seconds, gap))
-            gap = 0.0
-        now, seconds = max(now, event.time), seconds + gap
-        if isinstance(event, ChipOpened):
-            chip = event.chip or event.asked
+
+    role: str
+    fold: Fold = field(default_factory=Fold)
+    moments: list[At[AnyEvent]] = field(default_factory=list)
+    """Of this role, and of all roles."""
+    written: list[_Written] = field(default_factory=list)
+    pauses: list[Pause] = field(default_factory=list)
+    first_start: RunStarted | None = None
+    started: float | None = None
+    seconds: float = 0.0
+    now: float = 0.0
+
+    def read(self, event: AnyEvent) -> None:
+        """Take the next event."""
+        if self.started is None:
+            self.seconds = event.seconds if isinstance(event, Qualified) else 0.0
+            self.started, self.now = event.time - self.seconds, event.time
+        self._advance(event)
+        before = self.fold.situation(self.role).chip
+        self.fold.add(event)
+        if isinstance(event, RunStarted):
+            self.first_start = self.first_start or event
+        elif event.role != self.role and not isinstance(event, RunFinished):
+            return
         # A decision belongs to the chip it was made about, whatever chip it leads to.
-        label = chip or event.chip if isinstance(event, Decision) else event.chip or chip
-        moments.append(At(seconds, label, event))
-    return moments, tuple(pauses)
+        chip = self.fold.situation(self.role).chip
+        label = before or event.chip if isinstance(event, Decision) else event.chip or chip
+        self.moments.append(At(self.seconds, label, event))
+        self._note_checkpoint(At(self.seconds, label, event))
+
+    def _advance(self, event: AnyEvent) -> None:
+        gap = max(0.0, event.time - self.now)
+        if isinstance(event, RunStarted) and gap > SHORTEST_PAUSE_SECONDS:
+            self.pauses.append(Pause(self.seconds, gap))
+            gap = 0.0
+        self.now, self.seconds = max(self.now, event.time), self.seconds + gap
+
+    def _note_checkpoint(self, at: At[AnyEvent]) -> None:
+        """A later mark belongs to the last checkpoint written at its step (a step done again is written again)."""
+        event = at.event
+        if isinstance(event, CheckpointWritten):
+            self.written.append(_Written(At(at.seconds, at.chip, event)))
+        elif isinstance(event, CheckpointRejected):
+            self._mark(event.step, "rejected")
+        elif isinstance(event, CheckpointTrusted) and event.step in self.fold.situation(self.role).trusted:
+            self._mark(event.step, "trusted")
+
+    def _mark(self, step: int, state: Literal["trusted", "rejected"]) -> None:
+        for one in reversed(self.written):
+            if one.at.event.step == step:
+                one.state = state
+                return
 
 
 def _of(moments: list[At[AnyEvent]], kind: type[F]) -> tuple[At[F], ...]:
     return tuple(At(at.seconds, at.chip, at.event) for at in moments if isinstance(at.event, kind))
-
-
-def _finish(moments: list[At[AnyEvent]]) -> RunFinished | None:
-    """The end of the run, unless a supervisor took it up again afterwards."""
-    for at in reversed(moments):
-        if isinstance(at.event, RunFinished):
-            return at.event
-        if isinstance(at.event, RunStarted):
-            return None
-    return None
 
 
 def _chips(moments: list[At[AnyEvent]], prefer: tuple[str, ...]) -> tuple[Chip, ...]:
@@ -334,40 +358,30 @@ def _chips(moments: list[At[AnyEvent]], prefer: tuple[str, ...]) -> tuple[Chip, 
     return tuple(sorted(chips.values(), key=lambda chip: order.get(chip.label, len(order))))
 
 
-def _steps(moments: list[At[AnyEvent]]) -> tuple[Step, ...]:
-    """All steps; one is kept unless the run later went back behind it (did it again, or loaded an earlier state)."""
+def _steps(moments: list[At[AnyEvent]], situation: Situation) -> tuple[Step, ...]:
+    """All steps; kept is the last doing of each step that counts."""
     steps: list[Step] = []
-    behind: float = float("inf")  # the run later went on from a state before this step
-    resumed = False  # only the last state loaded counts: a canary loads an older one and then this one
+    later: set[int] = set()
     for at in reversed(moments):
         event = at.event
         if isinstance(event, StepDone):
-            steps.append(Step(at.seconds, at.chip or "?", event, kept=event.step < behind))
-            behind = min(behind, event.step)
-            resumed = False
-        elif isinstance(event, Resumed):
-            behind = behind if resumed else min(behind, event.step + 1)
-            resumed = True
-        elif isinstance(event, Decision) and event.action in GOING_BACK:
-            behind = min(behind, (event.to_step or 0) + 1)
+            kept = event.step not in later and situation.counts(event.step)
+            steps.append(Step(at.seconds, at.chip or "?", event, kept))
+            later.add(event.step)
     return tuple(reversed(steps))
 
 
-def _checkpoints(moments: list[At[AnyEvent]], root: Path) -> tuple[Checkpoint, ...]:
-    """A later mark belongs to the last checkpoint written at its step (a step done again is written again)."""
+def _checkpoints(written: list[_Written], situation: Situation, root: Path) -> tuple[Checkpoint, ...]:
+    """All checkpoints; kept is the last one of each step that is still complete."""
     found: list[Checkpoint] = []
-    for at in moments:
-        event = at.event
-        if isinstance(event, CheckpointWritten):
-            on_disk = (root / event.directory / "manifest.json").exists()
-            found.append(Checkpoint(at.seconds, at.chip or "?", event, "pending", on_disk))
-        elif isinstance(event, CheckpointTrusted | CheckpointRejected):
-            state: Literal["trusted", "rejected"] = "trusted" if isinstance(event, CheckpointTrusted) else "rejected"
-            for place in reversed(range(len(found))):
-                if found[place].event.step == event.step:
-                    found[place] = replace(found[place], state=state)
-                    break
-    return tuple(found)
+    later: set[int] = set()
+    for one in reversed(written):
+        at, step = one.at, one.at.event.step
+        kept = step not in later and step in situation.complete
+        on_disk = (root / at.event.directory / "manifest.json").exists()
+        found.append(Checkpoint(at.seconds, at.chip or "?", at.event, one.state, kept, on_disk))
+        later.add(step)
+    return tuple(reversed(found))
 
 
 @dataclass

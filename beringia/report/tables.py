@@ -82,7 +82,7 @@ def _checkpoints(history: History) -> PageTable:
         (
             f"{one.event.step:,}",
             labelled(history, one.chip),
-            one.state,
+            one.state if one.kept or one.state == "rejected" else f"{one.state}, thrown away",
             "yes" if one.on_disk else "no longer",
             size(one.event.bytes),
             significant(1000 * one.event.pause_seconds),

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from beringia.records.events import Decision
 from beringia.report.charts import Chart, Scale, Shape, mark, text_width, time_ticks, time_unit
-from beringia.report.history import GOING_BACK, At, Checkpoint, Chip, History, Segment
+from beringia.report.history import At, Checkpoint, Chip, History, Segment
 from beringia.report.words import count, duration
 
 TITLE_PIXELS = 24
@@ -217,7 +217,7 @@ def decision_label(decision: Decision) -> str:
     where = " the start" if decision.to_step is None else f" step {decision.to_step:,}"
     if decision.action in ("skip", "cross"):
         return f"{decision.action} to {decision.to_chip} from{where}"
-    if decision.action not in GOING_BACK:
+    if decision.action in ("start", "stop"):
         return decision.action
     return f"{decision.action} {'to' if decision.action == 'rollback' else 'from'}{where}"
 

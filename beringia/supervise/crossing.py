@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
+from beringia.history.situation import Situation
 from beringia.records.events import AnyEvent, Canary, Crossing, Resumed
-from beringia.supervise.decide import Situation
 
 
 class CrossingInProgress:
@@ -21,12 +20,11 @@ class CrossingInProgress:
         self.imports_seconds = 0.0
 
     @classmethod
-    def of(cls, history: Sequence[AnyEvent], situation: Situation, decided_at: float) -> CrossingInProgress | None:
+    def of(cls, situation: Situation, decided_at: float) -> CrossingInProgress | None:
         """The crossing that this situation is in the middle of, if any. `decided_at` is on the monotonic clock."""
         if situation.came_from is None:
             return None
-        before = _hash_on_old_chip(history, situation)
-        return cls(situation.came_from, before, decided_at)
+        return cls(situation.came_from, _hash_on_old_chip(situation, situation.came_from), decided_at)
 
     def note(self, event: AnyEvent) -> None:
         """Keep what matters of one event of the new worker."""
@@ -54,10 +52,8 @@ class CrossingInProgress:
         )
 
 
-def _hash_on_old_chip(history: Sequence[AnyEvent], situation: Situation) -> str:
+def _hash_on_old_chip(situation: Situation, old_chip: str) -> str:
     if situation.resume_step is not None:
         return situation.complete[situation.resume_step]
-    first = (event for event in history if isinstance(event, Resumed) and event.chip == situation.came_from)
-    initial = next((event for event in first if event.step == 0), None)
     # Nothing was ever held on the old chip when its worker never got as far as its initial state.
-    return initial.state_hash if initial is not None else ""
+    return situation.initial_hashes.get(old_chip, "")

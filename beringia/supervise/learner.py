@@ -6,17 +6,20 @@ import time
 from dataclasses import replace
 
 from beringia.errors import BeringiaError, HandshakeError, InputError, StorageFull, TransferFailed
+from beringia.history.log import EventLog
+from beringia.history.situation import Situation
 from beringia.processes.child import Child, Message
 from beringia.processes.patience import POLL_SECONDS
 from beringia.processes.protocol import Ended, Go, Heartbeat, Line, Ready, Stop
 from beringia.records.error_document import ErrorDocument
 from beringia.records.events import (
+    TRANSFER,
+    UNREACHABLE,
     AnyEvent,
     ChipOpened,
     Event,
     Fallback,
     Fault,
-    Resumed,
     StepDone,
     Unqualified,
     parse_event,
@@ -27,10 +30,8 @@ from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.chip_command import patience_of
 from beringia.supervise.crossing import CrossingInProgress
-from beringia.supervise.decide import TRANSFER, UNREACHABLE, Situation
-from beringia.supervise.event_log import EventLog
 from beringia.supervise.follower import RankReports, lead
-from beringia.supervise.orders import last_opened, order_for
+from beringia.supervise.orders import order_for
 from beringia.supervise.qualification import admission
 from beringia.supervise.remote_root import open_root
 from beringia.supervise.stop_request import StopRequest
@@ -56,7 +57,7 @@ class Learner:
         self._chip = recipe.chips[self._label]
         self._epoch = epoch
         self._root = open_root(self._label, recipe, run, epoch)
-        self._crossing = CrossingInProgress.of(log.history, situation, time.monotonic())
+        self._crossing = CrossingInProgress.of(situation, time.monotonic())
         self._other_ranks = RankReports(run, epoch)
         self._order: Order | None = None
         self._child: Child | None = None
@@ -76,7 +77,7 @@ class Learner:
         except (TransferFailed, InputError, StorageFull) as failure:
             self._fail(failure)
             return
-        self._order = order_for(recipe, self._situation, self._log, self._root.root, self._epoch)
+        self._order = order_for(recipe, self._situation, self._root.root, self._epoch)
         self._order = self._order.model_copy(update={"recipe_hash": self._recipe.hash})
         lead(self._run, self._order)
         try:
@@ -152,7 +153,7 @@ class Learner:
         return self._no_start(message)
 
     def _no_start(self, message: str, code: str = HandshakeError.code) -> Fault:
-        if last_opened(self._log.history, self._label) is not None:
+        if self._label in self._log.situation().opened:
             # What has worked before is not misspelt: the machine is gone, for now or for good.
             return Fault(step=None, code=UNREACHABLE, category="transient", message=message)
         return Fault(step=None, code=code, category="ours", message=message)
@@ -190,7 +191,7 @@ class Learner:
             self._note_arrivals()
 
     def _record(self, event: Event) -> None:
-        earlier = last_opened(self._log.history, self._label) if isinstance(event, ChipOpened) else None
+        earlier = self._log.situation().opened.get(self._label) if isinstance(event, ChipOpened) else None
         stamped = self._append(event)
         match stamped:
             case ChipOpened() if earlier is not None and earlier.identity_hash != stamped.identity_hash:
@@ -239,8 +240,7 @@ class Learner:
 
     def _fail(self, failure: BeringiaError) -> None:
         """State did not get there. On a machine that never held any it is the user's to mend, where it says so."""
-        never = not any(isinstance(event, Resumed) and event.chip == self._label for event in self._log.history)
-        if never and not isinstance(failure, TransferFailed):
+        if not self._log.situation().held_state and not isinstance(failure, TransferFailed):
             self._record(Fault(step=None, code=failure.code, category="ours", message=str(failure)))
         else:
             self._record(Fault(step=None, code=TRANSFER, category="transient", message=str(failure)))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from beringia.records.events import AnyEvent, ChipOpened, StepDone
+from beringia.history.situation import Situation
+from beringia.records.events import StepDone
 from beringia.records.messages import Order, StepNumbers
 from beringia.records.recipe import Recipe
-from beringia.supervise.decide import Situation
-from beringia.supervise.event_log import EventLog
 
 _RECENT_STEPS = 512
 """Of which a new worker is told: what the guard's spike test remembers."""
 
 
-def order_for(recipe: Recipe, situation: Situation, log: EventLog, root: str, epoch: int) -> Order:
+def order_for(recipe: Recipe, situation: Situation, root: str, epoch: int) -> Order:
     """What the worker is to do. `root` is the run directory as it sees it."""
     assert situation.chip is not None
     target = situation.resume_step
@@ -27,18 +26,12 @@ def order_for(recipe: Recipe, situation: Situation, log: EventLog, root: str, ep
         epoch=epoch,
         resume_step=target,
         canary_from=situation.canary_from if canary else None,
-        canary_compute_dtype=_compute_dtype(log.history, situation.came_from) if canary else None,
+        canary_compute_dtype=_compute_dtype(situation, situation.came_from) if canary else None,
         ranks=recipe.chips[situation.chip].ranks - len(situation.excluded),
         excluded_devices=tuple(sorted(situation.excluded)),
-        recent=_recent(log.steps_before(target or 0)),
+        recent=_recent(situation.steps_before(target or 0)),
         accepted_spikes=tuple(situation.accepted_spikes),
     )
-
-
-def last_opened(history: Sequence[AnyEvent], label: str | None) -> ChipOpened | None:
-    """What the chip of this label said of itself last."""
-    opened = (event for event in reversed(history) if isinstance(event, ChipOpened) and event.chip == label)
-    return next(opened, None)
 
 
 def _recent(steps: Sequence[StepDone]) -> tuple[StepNumbers, ...]:
@@ -50,6 +43,6 @@ def _recent(steps: Sequence[StepDone]) -> tuple[StepNumbers, ...]:
     )
 
 
-def _compute_dtype(history: Sequence[AnyEvent], label: str | None) -> str | None:
-    last = last_opened(history, label)
+def _compute_dtype(situation: Situation, label: str | None) -> str | None:
+    last = situation.opened.get(label) if label is not None else None
     return last.compute_dtype if last is not None else None

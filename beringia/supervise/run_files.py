@@ -7,11 +7,11 @@ import shutil
 
 from beringia.checkpoint.directory import CheckpointDirectory
 from beringia.errors import RunError
+from beringia.history.situation import Situation
 from beringia.records.files import write_bytes, write_text
 from beringia.records.recipe import Recipe
 from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory
-from beringia.supervise.decide import Situation
 
 
 def prepare_run(recipe: Recipe, recipe_text: str, run: RunDirectory) -> None:

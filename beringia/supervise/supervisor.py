@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 
 from beringia.errors import Refusal
+from beringia.history.log import EventLog
+from beringia.history.situation import Situation
 from beringia.processes.command import check_command
 from beringia.processes.patience import POLL_SECONDS
 from beringia.records.error_document import ErrorDocument
@@ -17,8 +19,7 @@ from beringia.records.events import AnyEvent, Decision, Event, Fault, RunFinishe
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.chip_command import chip_command
-from beringia.supervise.decide import Situation, decide, read_situation
-from beringia.supervise.event_log import EventLog
+from beringia.supervise.decide import decide
 from beringia.supervise.follower import follow, lead, meeting_other_ranks, rank_in
 from beringia.supervise.greeting import greet_later_chips
 from beringia.supervise.learner import Learner
@@ -71,7 +72,7 @@ class Supervisor:
         done = self._finished_before()
         if done is not None:
             return done
-        if not any(isinstance(event, RunStarted) for event in self._log.history):
+        if self._log.fold.last(RunStarted) is None:
             greet_later_chips(self._recipe, self._run)
         self._append(
             RunStarted(
@@ -83,9 +84,9 @@ class Supervisor:
             )
         )
         while True:
-            decision = decide(self._log.history, self._recipe)
+            decision = decide(self._log.situation(), self._recipe)
             assert decision is not None, "a finished run is noticed where it finishes"
-            self._append(decision, chip=read_situation(self._log.history).chip)
+            self._append(decision, chip=self._log.situation().chip)
             if decision.action == "stop":
                 return self._give_up(decision)
             finished = self._work()
@@ -94,7 +95,7 @@ class Supervisor:
 
     def _work(self) -> RunFinished | None:
         """One worker's life. Returns the end of the run, or None when there is something to decide."""
-        situation = read_situation(self._log.history)
+        situation = self._log.situation()
         self._pause(situation)
         epoch = self._lock.advance()
         discard_abandoned(self._run, situation, epoch)
@@ -110,9 +111,9 @@ class Supervisor:
         return self._outcome(learner)
 
     def _outcome(self, learner: Learner) -> RunFinished | None:
-        situation = read_situation(self._log.history)
+        situation = self._log.situation()
         step, ended = situation.step, learner.ended
-        if ended is not None and ended.why == "done" and situation.newest == step:
+        if ended is not None and ended.why == "done" and situation.newest == step and situation.alarm is None:
             return self._finish("done", step, "all steps done", situation.chip)
         if learner.told_to_stop is not None:
             message = f"stopped by signal {self._stop.signal}; the same command goes on from here"
@@ -137,12 +138,11 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _finished_before(self) -> RunFinished | None:
-        last = next((event for event in reversed(self._log.history) if isinstance(event, RunFinished)), None)
-        return last if last is not None and read_situation(self._log.history).finished else None
+        return self._log.fold.last(RunFinished) if self._log.fold.finished else None
 
     def _give_up(self, decision: Decision) -> RunFinished:
-        trouble = read_situation(self._log.history).trouble
-        step = read_situation(self._log.history).step
+        trouble = self._log.situation().trouble
+        step = self._log.situation().step
         if isinstance(trouble, Fault) and trouble.category == "ours":
             self._append(RunFinished(status="stopped", step=step, message=decision.reason))
             raise ErrorDocument(code=trouble.code, message=trouble.message).error()
