@@ -98,7 +98,7 @@ class Operators(ABC):
 
     @abstractmethod
     def route(
-        self, x_MD: torch.Tensor, weight_ED: Weight, bias_E: torch.Tensor, router: Router
+        self, x_MD: torch.Tensor, weight_ED: Weight, bias_E: torch.Tensor | None, router: Router
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts (int64) and their weights (float32), each M A; `router` says how."""
 
