@@ -25,6 +25,8 @@ class Family:
     """Its own keys, and the field of `DecoderConfig` that each states."""
     drafts: bool = False
     """Its files say how many multi-token prediction layers follow the last layer."""
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    """Other names of keys, which transformers writes."""
     silent: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes where a file lacks a key and our default is another (published files are never
     silent)."""
@@ -86,6 +88,7 @@ FAMILIES = (
         flags={"qk_norm": True, "router": "softmax", "n_shared_experts": 0},
         keys=same("head_dim", "moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
         | {"num_experts": "n_routed_experts"},
+        spellings={"num_local_experts": "num_experts"},
         silent={"num_key_value_heads": 4, "max_position_embeddings": 32768, "norm_topk_prob": False},
         fixed=_NO_BLOCK_BIAS | {"decoder_sparse_step": 1, "mlp_only_layers": []},
         written={"decoder_sparse_step": 1, "mlp_only_layers": []},
@@ -95,6 +98,7 @@ FAMILIES = (
         "DeepseekV3ForCausalLM",
         flags={"latent": True},
         drafts=True,
+        spellings={"num_mtp_layers": "num_nextn_predict_layers"},
         keys=_LATENT | _ROUTING,
         silent={
             "routed_scaling_factor": 2.5,

@@ -65,7 +65,7 @@ def config_from_document(document: dict[str, Any]) -> DecoderConfig:
     """The config that a parsed `config.json` states. Raises ModelError naming what is not computed here."""
     family = _family(document)
     _refuse_unsupported(document, {**FIXED, **family.fixed})
-    document = {**family.silent, **{key: value for key, value in document.items() if value is not None}}
+    document = _spelled({key: value for key, value in document.items() if value is not None}, family)
     keys = {**same(*COMMON, *TOKENS), **family.keys}
     values = {name: document[key] for key, name in keys.items() if key in document}
     _require(values, keys, family)
@@ -77,7 +77,7 @@ def config_from_document(document: dict[str, Any]) -> DecoderConfig:
     if isinstance(values.get("eos_token_id"), list):
         values["eos_token_id"] = tuple(values["eos_token_id"])
     if family.drafts:
-        values[DRAFTS] = document.get(DRAFTS, document.get("num_mtp_layers", 0))
+        values[DRAFTS] = document.get(DRAFTS, 0)
     return DecoderConfig(**{**values, **family.flags})
 
 
@@ -114,6 +114,12 @@ def _family(document: dict[str, Any]) -> Family:
     if name not in known:
         raise ModelError(f"Models of type {name!r} are not supported; supported are {', '.join(known)}.")
     return known[name]
+
+
+def _spelled(document: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The document with what it is silent about, and under one name each."""
+    respelled = {name: document[other] for other, name in family.spellings.items() if other in document}
+    return {**family.silent, **respelled, **document}
 
 
 def _family_of(config: DecoderConfig) -> Family:
