@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from beringia import errors
+import beringia.errors as errors
 from beringia.errors import BeringiaError, HandshakeError
 from beringia.qualify.evidence import (
     Begun,

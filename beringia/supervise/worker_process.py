@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from beringia import errors
+import beringia.errors as errors
 from beringia.errors import BeringiaError, HandshakeError
 from beringia.records.events import EVENTS_SCHEMA
 from beringia.records.manifest import MANIFEST_SCHEMA
