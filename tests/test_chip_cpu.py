@@ -61,14 +61,6 @@ def test_accumulating_rows_at_repeated_indices_repeats_bit_for_bit_on_two_thread
     assert bool(((sums[0] - exact).abs() <= terms_4 * 2.0**-24 * magnitude).all())
 
 
-def test_random_state_is_restored() -> None:
-    chip = Cpu()
-    state = chip.random_state()
-    drawn = torch.rand(4)
-    chip.set_random_state(state)
-    assert torch.equal(torch.rand(4), drawn)
-
-
 def test_memory_grows_with_what_the_process_holds() -> None:
     chip = Cpu()
     before = chip.memory()
