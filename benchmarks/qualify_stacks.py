@@ -278,7 +278,6 @@ def small_model() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as temporary:
         small = Path(temporary) / "dense-small"
         config = DecoderConfig(
-            family="llama",
             vocab_size=VOCABULARY,
             hidden_size=HIDDEN,
             intermediate_size=688,

@@ -44,6 +44,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'beringia' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def chip(name: str, *, index: int = 0, faults: str | None = None, seed: int = 0) -> Chip:
     """Open a chip: `cpu`, `cuda`, `npu`, `auto` or `emulated:<profile>`. Raises ChipUnavailable."""
     from beringia.chips.open import open_chip

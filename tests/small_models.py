@@ -25,7 +25,6 @@ from beringia.records.certificate import ModelFingerprint, OperatorCheck
 register()
 
 _GROUPED = DecoderConfig(
-    family="llama",
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,
@@ -38,8 +37,8 @@ _GROUPED = DecoderConfig(
 CONFIGS = {
     "deepseek_v3": replace(
         _GROUPED,
-        family="deepseek_v3",
         num_key_value_heads=4,
+        latent=True,
         q_lora_rank=24,
         kv_lora_rank=16,
         qk_nope_head_dim=12,
@@ -55,8 +54,8 @@ CONFIGS = {
         num_nextn_predict_layers=1,
     ),
     "llama": _GROUPED,
-    "qwen2": replace(_GROUPED, family="qwen2", tie_word_embeddings=True),
-    "qwen3": replace(_GROUPED, family="qwen3", head_dim=16),
+    "qwen2": replace(_GROUPED, attention_bias=True, tie_word_embeddings=True),
+    "qwen3": replace(_GROUPED, qk_norm=True, head_dim=16),
 }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 from pathlib import Path
 
+import pytest
 import torch
 
 import beringia
@@ -12,6 +15,27 @@ from beringia.model import greedy
 
 # torch's autograd makes its queues at the first backward pass of a process and learns of no device later.
 register()
+
+
+EXPORTED = ["Endpoint", "Engine", "Sampling", "__version__", "certify", "chip", "load", "save"]
+
+
+def test_these_names_are_exported_and_nothing_else() -> None:
+    assert beringia.__all__ == dir(beringia) == EXPORTED
+    given: dict[str, object] = {}
+    exec("from beringia import *", given)
+    assert sorted(given.keys() - {"__builtins__"}) == EXPORTED
+    with pytest.raises(AttributeError, match="'beringia' has no attribute 'Decoder'"):
+        beringia.Decoder  # noqa: B018  # the access is the test
+
+
+def test_what_the_face_defines_it_exports_and_explains() -> None:
+    source = Path(beringia.__file__ or "").read_text()
+    defined = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert {name for name in defined if not name.startswith("_")} <= set(EXPORTED)
+    for name in EXPORTED:
+        assert name == "__version__" or getattr(beringia, name).__doc__, name
+    assert beringia.__version__ == importlib.metadata.version("beringia")
 
 
 def test_a_model_goes_through_save_and_load_unchanged_and_computes_on_a_chip(tmp_path: Path) -> None:

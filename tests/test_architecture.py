@@ -1,4 +1,5 @@
-"""The house's laws that can be read from the source: who imports whom, where vendor words stand, no pickle."""
+"""The house's laws that can be read from the source: who imports whom and in no circle, where vendor words stand, no
+pickle."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,57 @@ def imports_of(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_statements(source: str, package: str) -> Iterator[tuple[str, str, bool]]:
+    """Module, what is imported from it ("" for the module itself), and whether that gets the module's own name;
+    wherever the import stands. `package`: what a relative import starts from."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "", alias.asname is not None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from ((module, alias.name, True) for alias in node.names)
+
+
+def names_the_face(source: str, package: str) -> bool:
+    """Whether a module reaches for the public face: `import beringia`, `from beringia import x` whatever x is, and
+    `import beringia.x`, which binds the face's own name."""
+    return any(
+        module == "beringia" or (module.startswith("beringia.") and not own_name)
+        for module, _, own_name in import_statements(source, package)
+    )
+
+
+def loads(name: str, source: str, package: str, known: Mapping[str, Path]) -> set[str]:
+    """Modules of the house that importing a module loads: what it names (`from a import b` is a.b where that is a
+    module, else a), and the packages around those, but not the packages around itself, which are there already."""
+    found: set[str] = set()
+    for module, member, _ in import_statements(source, package):
+        named = f"{module}.{member}" if f"{module}.{member}" in known else module
+        parts = named.split(".")
+        around = {".".join(parts[:length]) for length in range(1, len(parts))}
+        found |= {named} | {each for each in around if not f"{name}.".startswith(f"{each}.")}
+    return (found & set(known)) - {name}
+
+
+def circle_in(sources: Mapping[str, tuple[str, str]], known: Mapping[str, Path]) -> list[str]:
+    """Modules that load each other in turn, the first one twice; none: no circle. Sources by name, with packages."""
+    graph = {name: loads(name, source, package, known) for name, (source, package) in sources.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def package_of(path: Path) -> str:
+    name = module_name(path)
+    return name if path.name == "__init__.py" else name.rpartition(".")[0]
+
+
 def named_parts(path: Path) -> set[str]:
     parts = {name.split(".")[1] for name in imports_of(path) if name.startswith("beringia.")}
     return {part for part in parts if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists()}
@@ -86,6 +140,65 @@ def test_imports_point_down_the_house(path: Path) -> None:
         return
     for part in named_parts(path) - {own}:
         assert layer_of(own) < layer_of(part), f"{path.relative_to(ROOT)} imports beringia.{part}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = {module_name(path): path for path in modules()}
+    sources = {name: (path.read_text(), package_of(path)) for name, path in known.items()}
+    assert not circle_in(sources, known)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("import beringia.b as b", "from beringia.a import x"),
+        ("def late():\n    from beringia.b import x", "from beringia import a"),
+        ("from beringia.b.inner import x", "from beringia.a import x"),  # runs b/__init__
+        ("from . import b", "from .. import a"),
+    ],
+)
+def test_a_circle_is_seen_however_it_is_written(a: str, b: str) -> None:
+    known = dict.fromkeys(["beringia", "beringia.a", "beringia.b", "beringia.b.inner"], PACKAGE)
+    sources = {"beringia.a": (a, "beringia"), "beringia.b": (b, "beringia.b"), "beringia.b.inner": ("", "beringia.b")}
+    circle = circle_in(sources, known)
+    assert circle[0] == circle[-1] and set(circle) == {"beringia.a", "beringia.b"}
+    assert not circle_in({**sources, "beringia.b": ("", "beringia.b")}, known)
+
+
+def test_what_is_inside_a_package_may_import_its_neighbours_without_a_circle() -> None:
+    known = dict.fromkeys(["beringia.b", "beringia.b.inner", "beringia.b.other"], PACKAGE)
+    sources = {
+        "beringia.b": ("from beringia.b.inner import x", "beringia.b"),
+        "beringia.b.inner": ("from beringia.b.other import x", "beringia.b"),
+        "beringia.b.other": ("", "beringia.b"),
+    }
+    assert not circle_in(sources, known)
+    assert circle_in({**sources, "beringia.b.other": ("from beringia.b import x", "beringia.b")}, known)
+
+
+def test_nothing_inside_imports_the_public_face() -> None:
+    for path in modules():
+        if path not in (PACKAGE / "__init__.py", PACKAGE / "__main__.py"):
+            assert not names_the_face(path.read_text(), package_of(path)), path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("source", "face"),
+    [
+        ("import beringia", True),
+        ("import beringia as b", True),
+        ("import beringia.errors", True),
+        ("from beringia import Engine", True),
+        ("def late():\n    from beringia import errors", True),
+        ("from .. import errors", True),
+        ("import beringia.errors as errors", False),
+        ("from beringia.errors import ModelError", False),
+        ("from ..errors import ModelError", False),
+        ("import beringian", False),
+    ],
+)
+def test_an_import_of_the_face_is_seen_however_it_is_written(source: str, face: bool) -> None:
+    assert names_the_face(source, "beringia.model") is face
 
 
 def test_every_part_has_a_place_in_the_house() -> None:

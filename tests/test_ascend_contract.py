@@ -168,15 +168,11 @@ with chip.stream():
 chip.synchronize()
 reference = nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 1))
 reference.load_state_dict(state)
-before = chip.random_state()
-answers.generator.manual_seed(99)
-chip.set_random_state(before)
 print(json.dumps({
     "device": device,
     "losses": losses,
     "reference": train(reference, "cpu"),
     "identity": chip.identity.model_dump(),
-    "restored": bool((chip.random_state() == before).all()),
     "memory": chip.memory().total_bytes,
     "backend": chip.collective_backend,
     "calls": answers.calls,
@@ -225,9 +221,9 @@ def test_the_identity_says_that_it_never_ran_on_ascend(trained: dict[str, Any]) 
     assert identity["driver"].startswith("driver 25.3.0, firmware ")
 
 
-def test_memory_random_state_and_streams_go_through_torch_npu(trained: dict[str, Any]) -> None:
-    assert trained["memory"] == 64 * 2**30 and trained["restored"] and trained["backend"] == "hccl"
-    assert {"stream", "Stream", "synchronize", "get_rng_state", "set_rng_state"} <= set(trained["calls"])
+def test_memory_and_streams_go_through_torch_npu(trained: dict[str, Any]) -> None:
+    assert trained["memory"] == 64 * 2**30 and trained["backend"] == "hccl"
+    assert {"stream", "Stream", "synchronize"} <= set(trained["calls"])
 
 
 def test_an_environment_that_asks_for_saturation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,9 @@ PLAIN: dict[str, Any] = {
 }
 CONFIGS = {
     "deepseek_v3": LATENT,
-    "llama": DecoderConfig(family="llama", **PLAIN),
-    "qwen2": DecoderConfig(family="qwen2", **PLAIN),
-    "qwen3": DecoderConfig(family="qwen3", tie_word_embeddings=True, **PLAIN),
+    "llama": DecoderConfig(**PLAIN),
+    "qwen2": DecoderConfig(attention_bias=True, **PLAIN),
+    "qwen3": DecoderConfig(qk_norm=True, tie_word_embeddings=True, **PLAIN),
 }
 
 

@@ -49,6 +49,8 @@ LATENT = {
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
 }
+ROUTED = {"moe_intermediate_size": 20, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 8}
+OF_FAMILY = {"deepseek_v3": LATENT, "qwen3_moe": ROUTED}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -64,6 +66,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3 with one group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
     "deepseek_v3 with four groups of which two": ("deepseek_v3", {"n_group": 4, "topk_group": 2}),
     "deepseek_v3 all layers sparse": ("deepseek_v3", {"first_k_dense_replace": 0, "n_shared_experts": 2}),
+    "deepseek_v3 all layers dense": ("deepseek_v3", {"first_k_dense_replace": 3}),
     "deepseek_v3 yarn": ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.0}}),
     "deepseek_v3 yarn without mscale": ("deepseek_v3", {"rope_parameters": YARN}),
     "deepseek_v3 rotary halves": ("deepseek_v3", {"rope_interleave": False}),
@@ -79,14 +82,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
     "qwen3 yarn, biases": ("qwen3", {"attention_bias": True, "head_dim": 8, "rope_parameters": YARN}),
+    "qwen3_moe": ("qwen3_moe", {"num_key_value_heads": 2, "norm_topk_prob": True}),
+    "qwen3_moe weights not normalised": ("qwen3_moe", {"num_experts_per_tok": 3, "attention_bias": True}),
 }
 
 
 def reference(name: str) -> Any:
-    """A transformers model of this case with weights that exercise every term (norms not one, biases not zero)."""
+    """A transformers model of this case."""
     family, settings = CASES[name]
-    values = {**SMALL, **(LATENT if family == "deepseek_v3" else {}), **settings}
-    torch.manual_seed(sum(name.encode()))
+    return drawn(family, {**SMALL, **OF_FAMILY.get(family, {}), **settings}, sum(name.encode()))
+
+
+def drawn(family: str, values: dict[str, Any], seed: int) -> Any:
+    """A transformers model with weights that exercise every term (norms not one, biases not zero)."""
+    torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **values)
     config._experts_implementation = "eager"  # the only one that has float64
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -130,15 +139,35 @@ class Float64Torch(ModuleType):
         return getattr(torch, name)
 
 
+def softmax_as_wide_as_its_input(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Qwen3-MoE's router asks for `torch.float`, which is also the format of all rotary tables."""
+    return x.softmax(dim, dtype=x.dtype if x.dtype == torch.float64 else dtype)
+
+
 def float64_results(model: Any, family: str, patch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     with patch.context() as context:
         context.setattr(modeling, "torch", Float64Torch("torch"))
+        context.setattr(F, "softmax", softmax_as_wide_as_its_input)
         return results(model.double())
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
+
+
+def assert_agreement(ours: Decoder, theirs: Any, family: str, patch: pytest.MonkeyPatch) -> None:
+    """Of logits and gradients, in both formats; `ours` has the weights of `theirs`. Leaves both in float64."""
+    theirs_32, ours_32 = results(theirs), results(ours)
+    exact = float64_results(theirs, family, patch)
+    ours.double().set_compute_dtype(torch.float64)
+    ours_64 = results(ours)
+
+    assert set(ours_32) == set(exact)
+    for tensor, wanted in exact.items():
+        assert distance(ours_64[tensor], wanted) <= FLOAT64_AGREEMENT, tensor
+        allowed = FLOAT32_RATIO * distance(theirs_32[tensor], wanted) + FLOAT32_FLOOR
+        assert distance(ours_32[tensor], wanted) <= allowed, tensor
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -148,16 +177,7 @@ def test_logits_and_gradients_agree_with_transformers(
     theirs = reference(name)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
-    theirs_32, ours_32 = results(theirs), results(ours)
-    exact = float64_results(theirs, CASES[name][0], monkeypatch)
-    ours.double().set_compute_dtype(torch.float64)
-    ours_64 = results(ours)
-
-    assert set(ours_32) == set(exact)
-    for tensor, wanted in exact.items():
-        assert distance(ours_64[tensor], wanted) <= FLOAT64_AGREEMENT, tensor
-        allowed = FLOAT32_RATIO * distance(theirs_32[tensor], wanted) + FLOAT32_FLOOR
-        assert distance(ours_32[tensor], wanted) <= allowed, tensor
+    assert_agreement(ours, theirs, CASES[name][0], monkeypatch)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -36,7 +36,6 @@ class Answers:
     """What the made-up device answers; one method for each function that the adapter calls."""
 
     def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(0)
         self.jit_compile = True
         self.level = 0
         self.calls: list[str] = []
@@ -83,12 +82,6 @@ class Answers:
         return 4 * 2**30
 
     def synchronize(self, device: Any = None) -> None: ...
-
-    def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return self.generator.get_state()
-
-    def set_rng_state(self, new_state: torch.Tensor, device: Any = None) -> None:
-        self.generator.set_state(new_state)
 
     def Stream(self, device: Any = None) -> str:  # noqa: N802  # the wheel's name
         return "a stream"

@@ -162,13 +162,6 @@ class Ascend(Chip):
     def synchronize(self) -> None:
         self._torch_npu.npu.synchronize(self._device)
 
-    def random_state(self) -> torch.Tensor:
-        state: torch.Tensor = self._torch_npu.npu.get_rng_state(self._device)
-        return state
-
-    def set_random_state(self, state: torch.Tensor) -> None:
-        self._torch_npu.npu.set_rng_state(state, self._device)
-
     def classify(self, error: BaseException) -> ChipFault | None:
         return classify_ascend(error)
 

@@ -122,14 +122,6 @@ class Chip(ABC):
         """Wait until the device has done everything it was given; raises what went wrong meanwhile."""
 
     @abstractmethod
-    def random_state(self) -> torch.Tensor:
-        """The device generator's state, a CPU uint8 tensor."""
-
-    @abstractmethod
-    def set_random_state(self, state: torch.Tensor) -> None:
-        """Restore what `random_state` gave on the same kind of chip."""
-
-    @abstractmethod
     def classify(self, error: BaseException) -> ChipFault | None:
         """What an error means, or None if it is not the chip's (a bug of ours, a user's mistake)."""
 

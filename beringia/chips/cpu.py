@@ -117,12 +117,6 @@ class Cpu(Chip):
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""
 
-    def random_state(self) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_random_state(self, state: torch.Tensor) -> None:
-        torch.set_rng_state(state)
-
     def classify(self, error: BaseException) -> ChipFault | None:
         return classify_cpu(error)
 

@@ -1,7 +1,7 @@
 """What NVIDIA's and AMD's chips share: torch drives both under the name `cuda`.
 
-`TorchCuda` opens such a device, sets the switches that make a run repeat bit for bit, and answers for memory, streams
-and random state. `nvidia.py` and `amd.py` add who the chip is, what it can do and what its errors mean;
+`TorchCuda` opens such a device, sets the switches that make a run repeat bit for bit, and answers for memory and
+streams. `nvidia.py` and `amd.py` add who the chip is, what it can do and what its errors mean;
 `torch.version.hip` tells them apart. Identity is assembled by a pure function from `Facts`, so that it can be checked
 without a device.
 """
@@ -84,12 +84,6 @@ class TorchCuda(Chip):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
-
-    def random_state(self) -> torch.Tensor:
-        return torch.cuda.get_rng_state(self._device)
-
-    def set_random_state(self, state: torch.Tensor) -> None:
-        torch.cuda.set_rng_state(state, self._device)
 
     def stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]  # torch: untyped

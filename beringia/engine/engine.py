@@ -376,7 +376,7 @@ def _end_tokens(config: DecoderConfig, tokenizer: Tokenizer | None) -> frozenset
 
 
 def _router_of(decoder: Decoder) -> Router | None:
-    mixtures = (layer.mlp for layer in decoder.layers if isinstance(layer.mlp, MixtureOfExperts))
+    mixtures = (layer.mlp for layer in decoder.model.layers if isinstance(layer.mlp, MixtureOfExperts))
     first = next(mixtures, None)
     return None if first is None else first.gate
 

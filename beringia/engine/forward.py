@@ -79,7 +79,7 @@ class Forward:
         config, path = self._config, f"{path}.attention"
         heads_MXH = self._linear(x_MD, f"{path}.qkv").view(len(x_MD), -1, config.head_dim)
         q_MNH, k_MGH, _ = torch.split(heads_MXH, [config.num_attention_heads, *[config.num_key_value_heads] * 2], dim=1)
-        if self._weights.has(f"{path}.q_norm"):
+        if config.qk_norm:
             self._norm(q_MNH, f"{path}.q_norm", config.rms_norm_eps, out=q_MNH)
             self._norm(k_MGH, f"{path}.k_norm", config.rms_norm_eps, out=k_MGH)
         self._rotate(q_MNH, places, out=q_MNH)
@@ -117,7 +117,7 @@ class Forward:
         if self._weights.has(f"{path}.mlp.down"):
             return self._block(x_MD, f"{path}.mlp", add_to)
         add_to += self._experts(x_MD, f"{path}.experts")
-        return self._block(x_MD, f"{path}.shared", add_to)
+        return self._block(x_MD, f"{path}.shared", add_to) if self._config.n_shared_experts else add_to
 
     def _block(self, x_MD: torch.Tensor, path: str, add_to: torch.Tensor) -> torch.Tensor:
         gated_MF = self._operators.gate(self._linear(x_MD, f"{path}.gate_up"))
@@ -126,7 +126,7 @@ class Forward:
     def _experts(self, x_MD: torch.Tensor, path: str) -> torch.Tensor:
         weights, router, operators = self._weights, self._router, self._operators
         assert router is not None
-        bias_E = weights.vector(f"{path}.router_bias")
+        bias_E = None if router.e_score_correction_bias is None else weights.vector(f"{path}.router_bias")
         chosen_MA, weights_MA = operators.route(x_MD, weights.matrix(f"{path}.router"), bias_E, router)
         gate_up, down = weights.matrix(f"{path}.gate_up_EFD"), weights.matrix(f"{path}.down_EDF")
         return operators.experts(x_MD, chosen_MA, weights_MA, gate_up, down)

@@ -130,7 +130,8 @@ def _of_layer(path: str, layer: DecoderLayer) -> Named:
     yield f"{path}.post_norm", layer.post_attention_layernorm.weight
     if isinstance(layer.mlp, MixtureOfExperts):
         yield from _of_experts(f"{path}.experts", layer.mlp)
-        yield from _of_feed_forward(f"{path}.shared", layer.mlp.shared_experts)
+        if layer.mlp.shared_experts is not None:
+            yield from _of_feed_forward(f"{path}.shared", layer.mlp.shared_experts)
     else:
         assert isinstance(layer.mlp, FeedForward)
         yield from _of_feed_forward(f"{path}.mlp", layer.mlp)
@@ -166,7 +167,8 @@ def _of_feed_forward(path: str, block: FeedForward) -> Named:
 
 def _of_experts(path: str, mixture: MixtureOfExperts) -> Named:
     yield f"{path}.router", mixture.gate.weight
-    yield f"{path}.router_bias", mixture.gate.e_score_correction_bias
+    if mixture.gate.e_score_correction_bias is not None:
+        yield f"{path}.router_bias", mixture.gate.e_score_correction_bias
     yield f"{path}.gate_up_EFD", mixture.experts.gate_up_proj
     yield f"{path}.down_EDF", mixture.experts.down_proj
 

@@ -1,4 +1,4 @@
-"""Causal self-attention: grouped-query (llama, qwen) and latent (DeepSeek-V2, arXiv 2405.04434 section 2.1).
+"""Causal self-attention: grouped-query (arXiv 2305.13245) and latent (DeepSeek-V2, arXiv 2405.04434 section 2.1).
 
 B batch, T new tokens, S all tokens, D hidden, N heads, G key-value heads, H head width, P its rotary part, V width of
 values, R latent rank.
@@ -74,22 +74,22 @@ def halved(x: torch.Tensor, start: int, width: int) -> torch.Tensor:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Heads share keys and values in groups (arXiv 2305.13245); `qwen3` norms queries and keys per head."""
+    """Heads share keys and values in groups."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.head_dim
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        qkv_bias = config.attention_bias or config.family == "qwen2"
+        bias = config.attention_bias
         self.width, self.scale = width, softmax_scale(config)
-        self.q_proj = Linear(hidden, heads * width, bias=qkv_bias)
-        self.k_proj = Linear(hidden, groups * width, bias=qkv_bias)
-        self.v_proj = Linear(hidden, groups * width, bias=qkv_bias)
-        self.o_proj = Linear(heads * width, hidden, bias=config.attention_bias and config.family != "qwen2")
-        if config.family == "qwen3":
+        self.q_proj = Linear(hidden, heads * width, bias=bias)
+        self.k_proj = Linear(hidden, groups * width, bias=bias)
+        self.v_proj = Linear(hidden, groups * width, bias=bias)
+        self.o_proj = Linear(heads * width, hidden, bias=config.output_bias)
+        if config.qk_norm:
             self.q_norm = RMSNorm(width, config.rms_norm_eps)
             self.k_norm = RMSNorm(width, config.rms_norm_eps)
-        self.norms_heads = config.family == "qwen3"
+        self.norms_heads = config.qk_norm
 
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
         q, k, v = linear_jointly(x_BTD, self.q_proj.affine, self.k_proj.affine, self.v_proj.affine)
@@ -122,7 +122,7 @@ class LatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = Linear(hidden, self.rank + self.rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(self.rank, heads * (self.nope + self.value), bias=False)
-        self.o_proj = Linear(heads * self.value, hidden, bias=bias)
+        self.o_proj = Linear(heads * self.value, hidden, bias=config.output_bias)
 
     def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
         q_BTNX, latent_BSR, k_BSP = self._down(x_BTD)
@@ -162,3 +162,11 @@ class LatentAttention(nn.Module):
         weight, bias = (None if part is None else halved(part, start, start + self.rope) for part in affine)
         assert weight is not None
         return weight, bias
+
+
+Attention = GroupedQueryAttention | LatentAttention
+
+
+def attention_of(config: DecoderConfig) -> Attention:
+    """Attention of the kind that a config asks for."""
+    return LatentAttention(config) if config.latent else GroupedQueryAttention(config)

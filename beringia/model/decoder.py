@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from beringia.model import rope as rotary
-from beringia.model.attention import GroupedQueryAttention, LatentAttention
+from beringia.model.attention import attention_of
 from beringia.model.cache import KeyValueCache, LayerCache
 from beringia.model.config import DecoderConfig
 from beringia.model.experts import MixtureOfExperts
@@ -47,7 +47,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        self.self_attn: nn.Module = LatentAttention(config) if config.latent else GroupedQueryAttention(config)
+        self.self_attn: nn.Module = attention_of(config)
         self.mlp: nn.Module
         if config.is_sparse(index):
             self.mlp = MixtureOfExperts(config)
@@ -105,7 +105,7 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model of one of the four families.
+    """A causal language model of what its config says.
 
     >>> decoder = Decoder(preset("r2-nano"))        # parameters are not initialised yet: initialise(decoder, seed)
     >>> logits_BTV = decoder(tokens_BT)             # float32
@@ -218,11 +218,12 @@ def _sparse_layers(decoder: Decoder) -> list[tuple[int, MixtureOfExperts]]:
 def update_router_biases(decoder: Decoder, counts_by_layer: Mapping[int, torch.Tensor], speed: float) -> None:
     """After an optimizer step: raise the bias of experts below their layer's mean load, lower it above it, by `speed`.
 
-    DeepSeek-V3 section 2.1.2. `counts_by_layer` as `decoder.expert_counts()` gives it, summed over ranks. Starts the
-    counts of the decoder anew.
+    DeepSeek-V3 section 2.1.2; softmax routers have no bias. `counts_by_layer` as `decoder.expert_counts()` gives it,
+    summed over ranks. Starts the counts of the decoder anew.
     """
     for index, mlp in _sparse_layers(decoder):
         load_E = counts_by_layer[index].to(torch.float32)
         bias_E = mlp.gate.e_score_correction_bias
-        bias_E += speed * torch.sign(load_E.mean() - load_E).to(bias_E.dtype)
+        if bias_E is not None:
+            bias_E += speed * torch.sign(load_E.mean() - load_E).to(bias_E.dtype)
         mlp.expert_counts.zero_()

@@ -1,8 +1,9 @@
-"""Routed experts as DeepSeek-V3 has them (arXiv 2412.19437 section 2.1.2): sigmoid scores, groups, a correction bias.
+"""Routed experts: scores, the choice within groups, weights, and beside them a shared block, where there is one.
 
-The bias only decides *which* experts are chosen, never their weights, and moves after each optimizer step so that loads
-even out (`update_router_biases`); no auxiliary loss, no dropped tokens. Expert weights are stacked in memory and split
-into one tensor an expert on disk.
+Sigmoid scores are DeepSeek-V3's (arXiv 2412.19437 section 2.1.2), with a correction bias that only decides *which*
+experts are chosen, never their weights, and moves after each optimizer step so that loads even out
+(`update_router_biases`); softmax scores are Qwen3-MoE's (arXiv 2505.09388), and nothing evens out their loads here. No
+auxiliary loss, no dropped tokens. Expert weights are stacked in memory and split into one tensor an expert on disk.
 
 The choice of experts can be recorded and forced, because a replay in float64 must follow the chip's own choices: near a
 tie another choice is not an error of arithmetic.
@@ -32,7 +33,7 @@ UNIT_FORMATS = (torch.bfloat16, torch.float16)
 class Router(nn.Module):
     """Scores experts and chooses K of them for each token; computes in float32 (float64 for float64)."""
 
-    e_score_correction_bias: torch.Tensor
+    e_score_correction_bias: torch.Tensor | None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -40,16 +41,22 @@ class Router(nn.Module):
         self.num_groups, self.num_groups_kept = config.n_group, config.topk_group
         self.normalises, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+        self.shares = config.router == "softmax"
+        bias_E = None if self.shares else torch.zeros(self.num_experts)
+        self.register_buffer("e_score_correction_bias", bias_E)
 
     def scores(self, x_MD: torch.Tensor) -> torch.Tensor:
         """Affinity of each token for each expert, in (0, 1)."""
         dtype = precise(x_MD.dtype)
-        return F.linear(x_MD.to(dtype), self.weight.to(dtype)).sigmoid()
+        return self.squash(F.linear(x_MD.to(dtype), self.weight.to(dtype)))
 
-    def choose(self, scores_ME: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
+    def squash(self, logits_ME: torch.Tensor) -> torch.Tensor:
+        """Scores from products: each by itself, or as shares of 1."""
+        return logits_ME.softmax(-1) if self.shares else logits_ME.sigmoid()
+
+    def choose(self, scores_ME: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
         """Indices M K of the experts with the best biased scores, within the best groups."""
-        biased_ME = scores_ME.detach() + bias_E
+        biased_ME = scores_ME.detach() if bias_E is None else scores_ME.detach() + bias_E
         if self.num_groups_kept < self.num_groups:
             biased_MGE = biased_ME.view(len(biased_ME), self.num_groups, -1)
             group_MG = biased_MGE.topk(2, dim=-1).values.sum(-1)
@@ -165,7 +172,7 @@ def run(experts: Experts, x_MD: torch.Tensor, chosen_MK: torch.Tensor, weights_M
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to its K chosen experts and to the shared ones."""
+    """Each token goes to its K chosen experts, and through the shared block if there is one."""
 
     expert_counts: torch.Tensor
     """Tokens each expert got in training mode since the last `update_router_biases`, int64, not saved."""
@@ -174,7 +181,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = FeedForward(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        shared = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = FeedForward(config.hidden_size, shared) if shared else None
         self.register_buffer("expert_counts", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
         self.run_experts = run
         self.records = False
@@ -188,7 +196,8 @@ class MixtureOfExperts(nn.Module):
         chosen_MK = self.gate.choose(scores_ME, bias_E) if self.forced is None else self.forced
         self._note(chosen_MK)
         routed_MD = self.run_experts(self.experts, x_MD, chosen_MK, self.gate.weigh(scores_ME, chosen_MK))
-        return routed_MD.view_as(x_BTD) + self.shared_experts(x_BTD)
+        routed_BTD = routed_MD.view_as(x_BTD)
+        return routed_BTD if self.shared_experts is None else routed_BTD + self.shared_experts(x_BTD)
 
     def leave_experts_eager(self) -> None:
         """Keep `torch.compile` out of the routed experts."""

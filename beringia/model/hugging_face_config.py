@@ -1,9 +1,10 @@
 """Between Hugging Face's `config.json` and `DecoderConfig`.
 
 Refuses, by name, every setting that would change the numbers and is not computed here (another activation, a sliding
-window, dropout, a quantised checkpoint, ...); ignores what does not change them. Reads both spellings of the rotary
-settings: `rope_theta` with `rope_scaling` (published checkpoints) and `rope_parameters` (transformers 5). Writes the
-first, which every reader knows.
+window, dropout, a quantised checkpoint, ...); ignores what does not change them. What is peculiar to a family stands in
+`families.py`; a decoder that no family's file can describe is not written. Reads both spellings of the rotary settings:
+`rope_theta` with `rope_scaling` (published checkpoints) and `rope_parameters` (transformers 5). Writes the first, which
+every reader knows.
 """
 
 from __future__ import annotations
@@ -13,21 +14,13 @@ from typing import Any
 
 from beringia.errors import ModelError
 from beringia.model.config import DecoderConfig, RopeConfig
+from beringia.model.families import FAMILIES, Family, same
 
-ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 # Settings with one value that is computed here; a file that lacks the key means that value.
 FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "use_sliding_window": False,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "moe_layer_freq": 1,
     "quantization_config": None,
     "mtp_hidden_states_first": False,
     "residual_dropout": 0.0,
@@ -46,89 +39,114 @@ COMMON = (
     "mlp_bias",
 )
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-DEEPSEEK = (
-    "q_lora_rank",
+DRAFTS = "num_nextn_predict_layers"
+# Fields whose keys, where a family has them, must be there and positive.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
     "kv_lora_rank",
     "qk_nope_head_dim",
     "qk_rope_head_dim",
     "v_head_dim",
-    "rope_interleave",
-    "first_k_dense_replace",
     "moe_intermediate_size",
     "n_routed_experts",
     "num_experts_per_tok",
     "n_shared_experts",
-    "n_group",
-    "topk_group",
-    "norm_topk_prob",
-    "routed_scaling_factor",
 )
-# What transformers assumes where a file is silent and our default is another (published files are never silent).
-SILENT: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
-    "deepseek_v3": {"routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3},
-}
+# Fields that are read from more than their own key.
+DERIVED = ("num_key_value_heads", "head_dim", "output_bias", "rope")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def config_from_document(document: dict[str, Any]) -> DecoderConfig:
     """The config that a parsed `config.json` states. Raises ModelError naming what is not computed here."""
     family = _family(document)
-    _refuse_unsupported(document)
-    document = {**SILENT[family], **{key: value for key, value in document.items() if value is not None}}
-    wanted = COMMON + TOKENS + (DEEPSEEK if family == "deepseek_v3" else ())
-    values = {name: document[name] for name in wanted if name in document}
-    values["family"] = family
-    _require(values, document, family)
+    _refuse_unsupported(document, {**FIXED, **family.fixed})
+    document = _spelled({key: value for key, value in document.items() if value is not None}, family)
+    keys = {**same(*COMMON, *TOKENS), **family.keys}
+    values = {name: document[key] for key, name in keys.items() if key in document}
+    _require(values, keys, family)
     values["num_key_value_heads"] = document.get("num_key_value_heads") or values["num_attention_heads"]
-    values["head_dim"] = _head_dim(document, family)
+    values["head_dim"] = _head_dim(values)
     values["rope"] = _read_rope(document)
+    # One key says both, unless the family's flags do.
+    values["output_bias"] = values.get("attention_bias", False)
     if isinstance(values.get("eos_token_id"), list):
         values["eos_token_id"] = tuple(values["eos_token_id"])
-    if family == "deepseek_v3":
-        values["num_nextn_predict_layers"] = _mtp_layers(document)
-    _check_shapes(values)
-    return DecoderConfig(**values)
+    if family.drafts:
+        values[DRAFTS] = document.get(DRAFTS, 0)
+    return DecoderConfig(**{**values, **family.flags})
 
 
 def document_of(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` that transformers and vLLM read; `dtype` is the one the weights are stored in."""
-    names = COMMON + TOKENS + ("num_key_value_heads",) + (DEEPSEEK if config.latent else ("head_dim",))
+    """The `config.json` that transformers and vLLM read; `dtype` is the one the weights are stored in.
+
+    Raises ModelError where no family has such a decoder.
+    """
+    family = _family_of(config)
+    keys = {**same(*COMMON, *TOKENS, "num_key_value_heads"), **family.keys}
     document: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.family]],
-        "model_type": config.family,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "torch_dtype": dtype,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_cache": True,
-        **{name: getattr(config, name) for name in names},
+        **{key: getattr(config, name) for key, name in keys.items()},
         "rope_theta": config.rope.theta,
         "rope_scaling": _write_rope(config.rope),
+        **family.written,
     }
     if isinstance(config.eos_token_id, tuple):
         document["eos_token_id"] = list(config.eos_token_id)
-    if config.latent:
-        # vLLM refuses to route without the first two; the others are what the published file says.
-        document |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1, "ep_size": 1}
-        document["num_nextn_predict_layers"] = config.num_nextn_predict_layers
+    if family.drafts:
+        document[DRAFTS] = config.num_nextn_predict_layers
     return document
 
 
-def _family(document: dict[str, Any]) -> Any:
-    family = document.get("model_type")
-    if family is None:
+def _family(document: dict[str, Any]) -> Family:
+    name, known = document.get("model_type"), {family.model_type: family for family in FAMILIES}
+    if name is None:
+        raise ModelError(f"The config has no model_type; give the config.json of a model of {', '.join(known)}.")
+    if name not in known:
+        raise ModelError(f"Models of type {name!r} are not supported; supported are {', '.join(known)}.")
+    return known[name]
+
+
+def _spelled(document: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The document with what it is silent about, and under one name each."""
+    respelled = {name: document[other] for other, name in family.spellings.items() if other in document}
+    return {**family.silent, **respelled, **document}
+
+
+def _family_of(config: DecoderConfig) -> Family:
+    """The one whose file says everything that the config does."""
+    closest = min(FAMILIES, key=lambda family: len(_unsaid(config, family)))
+    unsaid = _unsaid(config, closest)
+    if unsaid:
         raise ModelError(
-            "The config has no model_type; give the config.json of a deepseek_v3, llama, qwen2 or qwen3 model."
+            f"No family has this decoder: the config.json of {closest.model_type}, the closest, cannot say "
+            f"{', '.join(f'{name} = {getattr(config, name)!r}' for name in unsaid)}."
         )
-    if family not in ARCHITECTURES:
-        raise ModelError(f"Models of type {family!r} are not supported; supported are {', '.join(ARCHITECTURES)}.")
-    return family
+    return closest
 
 
-def _refuse_unsupported(document: dict[str, Any]) -> None:
-    for name, value in FIXED.items():
+def _unsaid(config: DecoderConfig, family: Family) -> list[str]:
+    """Fields with another value than would be read from this family's file."""
+    said = {*COMMON, *TOKENS, *DERIVED, *family.keys.values()} - set(family.fixed) | (
+        {DRAFTS} if family.drafts else set()
+    )
+    read = {each.name: each.default for each in fields(DecoderConfig) if each.name not in said}
+    read |= {"output_bias": config.attention_bias, **family.flags}
+    refused = [name for name in SIZES if name in family.keys.values() and getattr(config, name) < 1]
+    return [name for name, value in read.items() if getattr(config, name) != value] + refused
+
+
+def _refuse_unsupported(document: dict[str, Any], fixed: dict[str, Any]) -> None:
+    for name, value in fixed.items():
         found = document.get(name)
         if found is None or found == value:
             continue
@@ -139,53 +157,20 @@ def _refuse_unsupported(document: dict[str, Any]) -> None:
         raise ModelError(f"The config sets {name} to {found!r}; only {value!r} is supported.")
 
 
-def _require(values: dict[str, Any], document: dict[str, Any], family: str) -> None:
-    sizes = [
-        f.name for f in fields(DecoderConfig) if f.name in COMMON and f.name.endswith(("_size", "layers", "heads"))
-    ]
-    if family == "deepseek_v3":
-        sizes += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_intermediate_size"]
-        sizes += ["n_routed_experts", "num_experts_per_tok"]
-    missing = [name for name in sizes if name not in values]
+def _require(values: dict[str, Any], keys: dict[str, str], family: Family) -> None:
+    sizes = {name: key for key, name in keys.items() if name in SIZES}
+    missing = [key for name, key in sizes.items() if name not in values]
     if missing:
-        raise ModelError(f"The config of this {family} model lacks {', '.join(missing)}.")
+        raise ModelError(f"The config of this {family.model_type} model lacks {', '.join(missing)}.")
     wrong = [name for name in sizes if type(values[name]) is not int or values[name] < 1]
     if wrong:
-        raise ModelError(f"The config sets {wrong[0]} to {values[wrong[0]]!r}; a positive integer is needed.")
+        raise ModelError(f"The config sets {sizes[wrong[0]]} to {values[wrong[0]]!r}; a positive integer is needed.")
 
 
-def _head_dim(document: dict[str, Any], family: str) -> int:
-    if family == "deepseek_v3":
-        return int(document["qk_rope_head_dim"])
-    return int(document.get("head_dim") or document["hidden_size"] // document["num_attention_heads"])
-
-
-def _mtp_layers(document: dict[str, Any]) -> int:
-    layers = document.get("num_nextn_predict_layers", document.get("num_mtp_layers", 0))
-    if layers not in (0, 1):
-        raise ModelError(f"The config asks for {layers} multi-token prediction layers; 0 and 1 are supported.")
-    return int(layers)
-
-
-def _check_shapes(values: dict[str, Any]) -> None:
-    heads, groups = values["num_attention_heads"], values["num_key_value_heads"]
-    if values["family"] == "deepseek_v3":
-        if heads != groups:
-            raise ModelError(f"Latent attention has as many key as query heads; the config has {groups} and {heads}.")
-        _check_routing(values)
-    elif heads % groups:
-        raise ModelError(f"{heads} attention heads cannot share {groups} key-value heads evenly.")
-
-
-def _check_routing(values: dict[str, Any]) -> None:
-    experts, groups, kept = values["n_routed_experts"], values["n_group"], values["topk_group"]
-    if values.get("n_shared_experts", 1) < 1:
-        raise ModelError("The config sets n_shared_experts to 0; at least 1 is supported.")
-    # A group is scored by its two best experts (DeepSeek-V3 section 2.1.2), so it needs two.
-    if experts % groups or experts // groups < 2:
-        raise ModelError(f"{experts} experts cannot form {groups} equal groups of at least two.")
-    if not 1 <= kept <= groups or values["num_experts_per_tok"] > kept * (experts // groups):
-        raise ModelError(f"{values['num_experts_per_tok']} experts a token do not fit into {kept} of {groups} groups.")
+def _head_dim(values: dict[str, Any]) -> int:
+    if "qk_rope_head_dim" in values:
+        return int(values["qk_rope_head_dim"])
+    return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
 
 
 def _read_rope(document: dict[str, Any]) -> RopeConfig:

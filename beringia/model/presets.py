@@ -14,7 +14,6 @@ from beringia.errors import ModelError
 from beringia.model.config import DecoderConfig, RopeConfig
 
 R2_MICRO = DecoderConfig(
-    family="deepseek_v3",
     vocab_size=54,
     hidden_size=128,
     intermediate_size=256,
@@ -23,6 +22,7 @@ R2_MICRO = DecoderConfig(
     num_key_value_heads=4,
     head_dim=64,
     max_position_embeddings=4096,
+    latent=True,
     q_lora_rank=96,
     kv_lora_rank=256,
     qk_nope_head_dim=64,
@@ -70,7 +70,6 @@ R2_SMALL = replace(
 )
 
 DEEPSEEK_V3 = DecoderConfig(
-    family="deepseek_v3",
     vocab_size=129280,
     hidden_size=7168,
     intermediate_size=18432,
@@ -82,6 +81,7 @@ DEEPSEEK_V3 = DecoderConfig(
     rope=RopeConfig(kind="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0),
     bos_token_id=0,
     eos_token_id=1,
+    latent=True,
     q_lora_rank=1536,
     kv_lora_rank=512,
     qk_nope_head_dim=128,

@@ -73,11 +73,9 @@ def table_scale(rope: RopeConfig) -> float:
 
 
 def softmax_scale(config: DecoderConfig) -> float:
-    """What the scores are multiplied by before the softmax; DeepSeek puts yarn's magnitude here, squared."""
-    if not config.latent:
-        return float(config.head_dim**-0.5)
-    scale = float((config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5)
-    if config.rope.kind != "default" and config.rope.mscale_all_dim:
+    """What the scores are multiplied by before the softmax; latent attention has yarn's magnitude here, squared."""
+    scale = float(config.key_width**-0.5)
+    if config.latent and config.rope.kind != "default" and config.rope.mscale_all_dim:
         scale *= _magnitude(config.rope.factor, config.rope.mscale_all_dim) ** 2
     return scale
 

@@ -37,11 +37,6 @@ class Difference:
     """Sum of error times sign of the reference, over the sum of magnitudes: 0.01 is one per cent too large throughout.
     Errors of rounding to nearest cancel in it, those of truncation and of a wrong factor add up."""
 
-    @property
-    def finite(self) -> bool:
-        """Whether both tensors were."""
-        return math.isfinite(self.relative)
-
 
 def difference(found: torch.Tensor, reference: torch.Tensor) -> Difference:
     """Compare two tensors of one shape; computed in the reference's dtype. An all-zero reference counts as 1."""

@@ -234,11 +234,7 @@ def _lengths(
 def heads_of(decoder: Decoder) -> tuple[Heads, int]:
     """Sizes of its attention heads, and the most tokens it takes."""
     config = decoder.config
-    if config.latent:
-        heads = Heads(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
-    else:
-        heads = Heads(config.head_dim, config.head_dim)
-    return heads, config.max_position_embeddings
+    return Heads(config.key_width, config.value_width), config.max_position_embeddings
 
 
 def _hardware(chip: Chip, extent: Extent) -> Iterator[Fact]:

@@ -108,7 +108,7 @@ class Subject(ABC):
 
 @dataclass(frozen=True)
 class DecoderSubject(Subject):
-    """A decoder of our families."""
+    """A decoder of `model/`."""
 
     source: str
     """A preset or a Hugging Face directory."""

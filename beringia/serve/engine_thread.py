@@ -104,11 +104,6 @@ class EngineThread:
         self._thread.start()
 
     @property
-    def num_open(self) -> int:
-        """Requests that wait or run."""
-        return len(self._open)
-
-    @property
     def full(self) -> bool:
         """Whether not even one more would be taken."""
         return len(self._open) >= self._most_open

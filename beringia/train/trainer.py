@@ -21,7 +21,7 @@ from beringia.chips.chip import Chip
 from beringia.data import Batch, Stream
 from beringia.errors import RecipeError
 from beringia.model import IGNORED, Decoder, update_router_biases
-from beringia.model.attention import GroupedQueryAttention, LatentAttention
+from beringia.model.attention import Attention
 from beringia.model.layers import FeedForward
 from beringia.processes.ranks import Ranks
 from beringia.records.recipe import Recipe
@@ -87,7 +87,7 @@ class Trainer:
             return
         self.guard.expect_compiled()
         for part in self.decoder.model.layers.modules():
-            if isinstance(part, LatentAttention | GroupedQueryAttention | FeedForward):
+            if isinstance(part, Attention | FeedForward):
                 part.forward = torch.compile(part.forward)  # type: ignore[method-assign]
 
     def train_step(self) -> StepResult:

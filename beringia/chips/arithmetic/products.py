@@ -157,11 +157,6 @@ def grouped(
     return torch.cat([products(a[group], b[:, start:end]) for group, (start, end) in enumerate(spans)], dim=-1)
 
 
-def scale_for(size: int, scale: float | None) -> float:
-    """Attention's factor: 1/sqrt(head size) where none is given."""
-    return size**-0.5 if scale is None else scale
-
-
 def matmul(
     a: torch.Tensor, b: torch.Tensor, *, unit: str, fidelity: Fidelity = "exact", format: Format | None = None
 ) -> torch.Tensor:

@@ -135,12 +135,6 @@ class EmulatedChip(Chip):
     def synchronize(self) -> None:
         """Operators end before they return."""
 
-    def random_state(self) -> torch.Tensor:
-        return device.device_generator().get_state()
-
-    def set_random_state(self, state: torch.Tensor) -> None:
-        device.device_generator().set_state(state)
-
     def classify(self, error: BaseException) -> ChipFault | None:
         """By the tables of the vendor whose words the profile's faults use; torch's and gloo's own errors by the
         CPU's."""

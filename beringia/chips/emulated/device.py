@@ -95,11 +95,6 @@ class _State:
 _state = _State()
 
 
-def registered_name() -> str | None:
-    """The PrivateUse1 name in this process, or None."""
-    return _state.name
-
-
 def register(name: str = "emu", module_extras: Mapping[str, Any] | None = None) -> torch.device:
     """Make the device exist as `<name>:0`; a second call with the same name does nothing.
 
@@ -125,11 +120,6 @@ def install(kernels: Mapping[OpOverload, Kernel], interposers: Sequence[Interpos
     _state.interposers = tuple(interposers)
     _state.late_error = None
     _state.handlers.clear()
-
-
-def device_generator() -> torch.Generator:
-    """The generator that the device draws from where the caller gives none."""
-    return _state.generator
 
 
 def numbers(tensor: torch.Tensor) -> torch.Tensor:

@@ -446,7 +446,7 @@ void gate(float *out, const float *x, int64_t rows, int64_t width) {
   in_parallel(gate_task, &g, rows, rows * width * 16); /* an exponential and a division each */
 }
 
-/* ---- routing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2) */
+/* ---- routing (arXiv 2412.19437 section 2.1.2; softmax: arXiv 2505.09388) */
 
 void sigmoid(float *x, int64_t count) { /* every number by the same instructions, wherever it stands */
   for (int64_t i = 0; i < count; i += LANES) {
@@ -455,6 +455,22 @@ void sigmoid(float *x, int64_t count) { /* every number by the same instructions
     memcpy(&one, x + i, 4 * size);
     one = 1.0f / (1.0f + exponential(-one));
     memcpy(x + i, &one, 4 * size);
+  }
+}
+
+void softmax(float *x, int64_t rows, int64_t count) {
+  for (int64_t row = 0; row < rows; row++, x += count) {
+    float most = x[0], sum = 0;
+    for (int64_t i = 1; i < count; i++) most = x[i] > most ? x[i] : most;
+    for (int64_t i = 0; i < count; i += LANES) {
+      int64_t size = count - i < LANES ? count - i : LANES;
+      vec one = {};
+      memcpy(&one, x + i, 4 * size);
+      one = exponential(one - most);
+      memcpy(x + i, &one, 4 * size);
+    }
+    for (int64_t i = 0; i < count; i++) sum += x[i];
+    for (int64_t i = 0; i < count; i++) x[i] /= sum;
   }
 }
 

@@ -184,10 +184,13 @@ class Compiled(Operators):
         return out_MF
 
     def route(
-        self, x_MD: torch.Tensor, weight_ED: Panels, bias_E: torch.Tensor, router: Router
+        self, x_MD: torch.Tensor, weight_ED: Panels, bias_E: torch.Tensor | None, router: Router
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scores_ME = self.linear(x_MD, weight_ED)
-        self._c.sigmoid(scores_ME.data_ptr(), scores_ME.numel())
+        if router.shares:
+            self._c.softmax(scores_ME.data_ptr(), *scores_ME.shape)
+        else:
+            self._c.sigmoid(scores_ME.data_ptr(), scores_ME.numel())
         chosen_MA = router.choose(scores_ME, bias_E)
         weights_MA = torch.empty(chosen_MA.shape)
         self._c.weigh(
@@ -260,6 +263,7 @@ def _library() -> ctypes.CDLL:
         ],
         "gate": [pointer, pointer, integer, integer],
         "sigmoid": [pointer, integer],
+        "softmax": [pointer, integer, integer],
         "weigh": [pointer, pointer, pointer, integer, integer, integer, integer, number],
         "experts": [*[pointer] * 8, *[integer] * 6],
     }

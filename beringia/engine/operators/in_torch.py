@@ -109,9 +109,9 @@ class InTorch(Operators):
         return self._in_tiles(F.silu, gate) * up
 
     def route(
-        self, x_MD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, router: Router
+        self, x_MD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, router: Router
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_ME = self._in_tiles(lambda x: F.linear(x, weight_ED).sigmoid(), x_MD.to(weight_ED.dtype))
+        scores_ME = self._in_tiles(lambda x: router.squash(F.linear(x, weight_ED)), x_MD.to(weight_ED.dtype))
         chosen_MA = router.choose(scores_ME, bias_E)
         return chosen_MA, self._in_tiles(router.weigh, scores_ME, chosen_MA)
 

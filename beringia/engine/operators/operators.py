@@ -1,4 +1,4 @@
-"""The interface of the operators that the forward pass calls, and which kind a chip gets.
+"""The interface of the operators that the forward pass calls; `choice.py` says which kind a chip gets.
 
 M rows of the step, K in, N out (or heads, where it follows M), D hidden, F width of the feed-forward block, W width of
 a row in the cache, H width of keys, V of values, P rotary width, A experts a token, X anything.
@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from beringia.chips.chip import Chip
 from beringia.engine.places import Places
-from beringia.errors import InputError
 from beringia.model.experts import Router
 from beringia.model.rope import Rope
 
@@ -98,7 +96,7 @@ class Operators(ABC):
 
     @abstractmethod
     def route(
-        self, x_MD: torch.Tensor, weight_ED: Weight, bias_E: torch.Tensor, router: Router
+        self, x_MD: torch.Tensor, weight_ED: Weight, bias_E: torch.Tensor | None, router: Router
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts (int64) and their weights (float32), each M A; `router` says how."""
 
@@ -112,25 +110,3 @@ class Operators(ABC):
         down_EDF: Weight,
     ) -> torch.Tensor:
         """Each row through its chosen experts, summed with these weights."""
-
-
-def open_operators(kind: str | None, chip: Chip, dtype: torch.dtype, *, batch_invariant: bool = False) -> Operators:
-    """`torch`, `compiled`, or None: compiled on the CPU in float32 and bfloat16, torch elsewhere. Compiled ones are
-    always batch-invariant.
-
-    Raises InputError where compiled ones are asked for, or are what this chip has, and cannot be had.
-    """
-    from beringia.engine.operators.compiled import DTYPES, Compiled
-    from beringia.engine.operators.in_torch import InTorch
-
-    can = chip.device.type == "cpu" and dtype in DTYPES
-    if kind == "torch" or (kind is None and not can):
-        return InTorch(batch_invariant=batch_invariant)
-    if kind not in (None, "compiled"):
-        raise InputError(f"operators must be 'torch' or 'compiled', but is {kind!r}.")
-    if not can:
-        raise InputError(
-            f"Compiled operators run on the CPU in float32 and bfloat16; this engine is on {chip.name} in {dtype}. "
-            "Use operators='torch'."
-        )
-    return Compiled()

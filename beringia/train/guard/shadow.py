@@ -215,9 +215,11 @@ def longest_product(decoder: Decoder) -> int:
     """Most terms that one sum inside a layer or the head has, forward or backward."""
     config = decoder.config
     heads = config.num_attention_heads
+    shared = max(1, config.n_shared_experts) if config.n_routed_experts else 0
     widths = (
         config.hidden_size,
         config.intermediate_size,
+        config.moe_intermediate_size * shared,
         config.vocab_size,
         heads * (config.head_dim if not config.latent else config.qk_nope_head_dim + config.v_head_dim),
     )
