@@ -36,6 +36,7 @@ def make_trainer(
     from beringia.model import load_model
     from beringia.records.recipe import parse_recipe
     from beringia.train.compute import choose_compute_dtype
+    from beringia.train.cross_entropy import CrossEntropy
     from beringia.train.guard import Guard
     from beringia.train.ranks import Ranks
     from beringia.train.trainer import Trainer
@@ -59,18 +60,18 @@ def make_trainer(
     decoder.set_compute_dtype(choose_compute_dtype(recipe.train.compute, opened))
     decoder.to(opened.device)
     decoder.train()
-    trainer = Trainer(recipe, opened, Ranks(), decoder, stream)
+    trainer = Trainer(recipe, opened, Ranks(), decoder, CrossEntropy.of(decoder, recipe.train), stream)
     torch.manual_seed(seed)
     if share is not None:
         trainer.guard = Guard(
             decoder,
             trainer.optimizer,
+            trainer.objective,
             opened,
             Ranks(),
             share=share,
             seed=seed,
             sharding=trainer.sharding,
-            mtp=decoder.mtp is not None,
         )
     return trainer
 
