@@ -19,7 +19,7 @@ from torch import nn
 
 from beringia.chips.chip import Chip
 from beringia.data import Batch, Stream
-from beringia.errors import RecipeError
+from beringia.errors import ModelError, RecipeError
 from beringia.model import Decoder, Targets, update_router_biases
 from beringia.model.attention import GroupedQueryAttention, LatentAttention
 from beringia.model.layers import FeedForward
@@ -75,6 +75,7 @@ class Trainer:
         self.cursor = 0
         if decoder.mtp is not None and not objective.looks_ahead:
             decoder.mtp.requires_grad_(False)
+        _check_layer_that_looks_ahead(decoder, objective)
         self.module, self.sharding = self._spread()
         self._forward = self.module
         self.optimizer = make_optimizer(
@@ -209,6 +210,15 @@ class Trainer:
 def finite(value: float | None) -> float | None:
     """A number as events can carry it: null for NaN and the infinities."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _check_layer_that_looks_ahead(decoder: Decoder, objective: Objective) -> None:
+    ahead = [term.name for term in objective.terms if term.ahead]
+    if ahead and decoder.mtp is None:
+        raise ModelError(
+            f"The objective {objective.name} has a term of the multi-token layer ({ahead[0]}), and this model has no "
+            "such layer: leave the term out, or take a model that has one."
+        )
 
 
 def _check_batch(recipe: Recipe, ranks: Ranks) -> None:

@@ -47,7 +47,7 @@ class Update(Check[Before]):
     """A tensor in turn."""
 
     name = "update"
-    when = When(look=Moment.BEFORE_UPDATE, judge=(Moment.AFTER_UPDATE,), weight=0.05, order=20)
+    when = When(look=Moment.BEFORE_UPDATE, judge=(Moment.AFTER_UPDATE,), weight=0.065, order=20)
 
     def __init__(self, training: Training) -> None:
         super().__init__(training)
