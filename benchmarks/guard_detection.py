@@ -149,7 +149,7 @@ class Bench:
         trainer = make_trainer(self.chip, share=share, steps=1000, seed=7, faults=script)
         self.state.restore(trainer)
         if trainer.guard is not None:
-            trainer.guard._seed = seed  # which sites come first is a draw of the trial too
+            trainer.guard.seed = seed  # which sites come first is a draw of the trial too
         return trainer
 
     def harm(self, fields: dict[str, Any]) -> float:

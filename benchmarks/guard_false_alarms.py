@@ -34,10 +34,11 @@ def make_trainer(
     from beringia.data import choose_tokenizer, open_stream
     from beringia.machine.memory import keep_freed_memory
     from beringia.model import load_model
+    from beringia.processes.ranks import Ranks
     from beringia.records.recipe import parse_recipe
     from beringia.train.compute import choose_compute_dtype
+    from beringia.train.cross_entropy import CrossEntropy
     from beringia.train.guard import Guard
-    from beringia.processes.ranks import Ranks
     from beringia.train.trainer import Trainer
 
     keep_freed_memory()  # as training's worker does
@@ -59,18 +60,18 @@ def make_trainer(
     decoder.set_compute_dtype(choose_compute_dtype(recipe.train.compute, opened))
     decoder.to(opened.device)
     decoder.train()
-    trainer = Trainer(recipe, opened, Ranks(), decoder, stream)
+    trainer = Trainer(recipe, opened, Ranks(), decoder, CrossEntropy.of(decoder, recipe.train), stream)
     torch.manual_seed(seed)
     if share is not None:
         trainer.guard = Guard(
             decoder,
             trainer.optimizer,
+            trainer.objective,
             opened,
             Ranks(),
             share=share,
             seed=seed,
             sharding=trainer.sharding,
-            mtp=decoder.mtp is not None,
         )
     return trainer
 

@@ -77,9 +77,19 @@ def campaign(
 
 
 @app.command()
-def train(recipe: RecipeArgument, change: SetOption = None, out: OutOption = None, as_json: JsonOption = False) -> None:
+def train(
+    recipe: RecipeArgument,
+    change: SetOption = None,
+    out: OutOption = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option("--qualify", help="Label of a chip to qualify while the run trains.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """One supervised training run."""
     parsed, run = _read(recipe, change, out)
+    from beringia.campaign.candidate import candidates
     from beringia.report.history import read_history
     from beringia.report.page import write_report
     from beringia.report.summary import print_table, summarise
@@ -87,7 +97,7 @@ def train(recipe: RecipeArgument, change: SetOption = None, out: OutOption = Non
 
     try:
         with _progress(parsed) as on_event:
-            supervise(parsed, recipe.read_text(), run, on_event=on_event)
+            supervise(parsed, recipe.read_text(), run, on_event=on_event, beside=candidates(parsed, candidate or []))
     finally:
         if run.events.exists():
             write_report(run.root)

@@ -17,7 +17,11 @@ from beringia.model import load_model
 from beringia.processes.ranks import Ranks
 from beringia.records.events import Alarm
 from beringia.records.recipe import Recipe, parse_recipe
+from beringia.train.cross_entropy import CrossEntropy
 from beringia.train.guard import Guard
+from beringia.train.guard.check import Check
+from beringia.train.guard.checks import all_checks
+from beringia.train.objective import Objective
 from beringia.train.trainer import Trainer
 
 # torch's autograd makes its queues at the first backward pass of a process and learns of no device later.
@@ -44,6 +48,7 @@ def trainer(
     dtype: torch.dtype | None = None,
     faults: str | None = None,
     asked: Recipe | None = None,
+    objective: Objective | None = None,
 ) -> Trainer:
     """A trainer at step 0; `share` None leaves the guard out."""
     asked = asked or recipe(chip)
@@ -56,12 +61,25 @@ def trainer(
         decoder.double()
     decoder.to(opened.device)
     decoder.train()
-    made = Trainer(asked, opened, Ranks(), decoder, stream)
+    made = Trainer(asked, opened, Ranks(), decoder, objective or CrossEntropy.of(decoder, asked.train), stream)
     if share is not None:
-        made.guard = Guard(
-            decoder, made.optimizer, opened, Ranks(), share=share, seed=asked.seed, sharding=made.sharding, mtp=True
-        )
+        made.guard = guard(made, share)
     return made
+
+
+def guard(made: Trainer, share: float, *more: type[Check[Any]]) -> Guard:
+    """A guard for a trainer, with these checks beside its own."""
+    return Guard(
+        made.decoder,
+        made.optimizer,
+        made.objective,
+        made.chip,
+        Ranks(),
+        share=share,
+        seed=made.recipe.seed,
+        sharding=made.sharding,
+        checks=[*all_checks(), *more],
+    )
 
 
 def alarms_of_a_full_check(made: Trainer) -> list[Alarm]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beringia.train.guard.memory import PIECE_ELEMENTS, judge_replicas, judge_rest, pieces_of, words
+from beringia.train.guard.checks.memory import PIECE_ELEMENTS, judge_replicas, judge_rest, pieces_of, words
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:

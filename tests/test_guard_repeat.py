@@ -10,9 +10,9 @@ import torch
 from guarded import changed_output, trainer
 
 from beringia.train.guard.capture import Capture, weights_of
+from beringia.train.guard.checks.repeat import Again
 from beringia.train.guard.finding import Finding
 from beringia.train.guard.products import Product, ProductLog, judge_product
-from beringia.train.guard.repeat import Repeat
 from beringia.train.trainer import Trainer
 
 SITES = ("layers.0", "layers.1", "layers.3")  # dense, experts, multi-token
@@ -24,7 +24,7 @@ def findings(made: Trainer, site: str, *, sharded: bool = False, draw: int = 0) 
     made._accumulate_gradients()
     capture.close()
     weights = weights_of(made.decoder, site)
-    found = Repeat(made.decoder, sharded=sharded, alone=True).judge(capture, weights, draw)
+    found = Again(made.decoder, sharded=sharded, alone=True).judge(capture, weights, draw)
     made.optimizer.zero_grad(set_to_none=True)
     return found
 
@@ -51,7 +51,7 @@ def test_a_repeat_counts_no_tokens_and_changes_no_gradient(made: Trainer) -> Non
     made._accumulate_gradients()
     capture.close()
     gradients = {name: p.grad.clone() for name, p in made.decoder.named_parameters() if p.grad is not None}
-    Repeat(made.decoder, sharded=False, alone=False).judge(capture, {}, 0)
+    Again(made.decoder, sharded=False, alone=False).judge(capture, {}, 0)
     twice = [count - before for count, before in zip(made.decoder.expert_counts().values(), counts, strict=True)]
     assert all(torch.equal(2 * one, two) for one, two in zip(once, twice, strict=True))
     assert all(torch.equal(p.grad, gradients[n]) for n, p in made.decoder.named_parameters() if p.grad is not None)
@@ -75,7 +75,7 @@ def test_a_gradient_whose_memory_changed_after_the_backward_pass_is_seen(made: T
     capture.close()
     gradient = made.decoder.layers[0].mlp.down_proj.weight.grad
     gradient.view(torch.int32)[3, 5] ^= 1
-    found = Repeat(made.decoder, sharded=False, alone=True).judge(capture, {}, 0)
+    found = Again(made.decoder, sharded=False, alone=True).judge(capture, {}, 0)
     made.optimizer.zero_grad(set_to_none=True)
     assert [(f.tensor, f.value) for f in found if f.alarming] == [("mlp.down_proj.weight.gradient", 1.0)]
 

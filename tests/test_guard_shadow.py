@@ -13,6 +13,7 @@ from guarded import alarms_of_a_full_check, changed_output, changing_gradient, t
 
 from beringia.model import attention
 from beringia.records.events import CheckDone
+from beringia.train.guard.check import Step
 from beringia.train.guard.shadow import MARGIN
 from beringia.train.trainer import Trainer
 
@@ -189,8 +190,7 @@ def test_what_exceeds_its_bound_by_little_alarms_when_other_samples_agree() -> N
     made = trainer(dtype=torch.float32)
     assert made.guard is not None
     made.train_step()
-    made.guard._step = made.step + 1
-    drawn = made.guard._draw("sample") % made.recipe.train.batch
+    drawn = Step(made.step + 1, made.recipe.seed).draw("sample") % made.recipe.train.batch
 
     def alarm_at(factor: float, samples: slice) -> float | None:
         """How much of its bound the first alarm used, when the output of these samples' experts is off by a factor."""

@@ -7,11 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from beringia.train.guard.spikes import FALSE_ALARMS_PER_VALUE, FIRST_STEPS, Spikes
+from beringia.train.cross_entropy import LEAST_RISE
+from beringia.train.guard.checks.spikes import (
+    FALSE_ALARMS_PER_VALUE,
+    FIRST_STEPS,
+    LEAST_GRADIENT_RISE,
+    Spikes,
+)
 
 
 def alarms(values: list[float], name: str = "loss") -> list[int]:
-    spikes = Spikes((name,))
+    spikes = Spikes({name: LEAST_RISE if name == "loss" else LEAST_GRADIENT_RISE})
     return [step for step, value in enumerate(values) if any(f.alarming for f in spikes.judge({name: value}))]
 
 
@@ -51,7 +57,7 @@ def test_the_bound_lies_where_the_tail_leaves_about_the_false_alarms_allowed() -
     """For exponential tails the quantile is known; the largest of a window tells the scale within some 20 %."""
     shares = []
     for seed in range(40):
-        spikes = Spikes(("norm",))
+        spikes = Spikes({"norm": LEAST_RISE})
         for value in np.exp(np.random.default_rng(seed).laplace(scale=0.6, size=600)):
             findings = spikes.judge({"norm": float(value)})
         shares.append(findings[0].bound / (0.6 * math.log(0.5 / FALSE_ALARMS_PER_VALUE)))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from beringia.records.recipe import TrainSection
-from beringia.train.guard.update import judge, look
+from beringia.train.guard.checks.update import judge_update, slice_before
 from beringia.train.optimizer import make_optimizer, set_learning_rate
 
 TRAIN = TrainSection(prefer=("x",), steps=100)
@@ -25,12 +25,12 @@ def stepped(fused: bool, steps: int, spoil: Callable[[Any], None] | None = None)
     for step in range(1, steps + 1):
         set_learning_rate(optimizer, 1e-3 * step)
         parameter.grad = torch.randn(300, 100, generator=generator) * 10.0 ** -(step % 7)
-        before = look(optimizer, "p", parameter, draw=step * 7919)
+        before = slice_before(optimizer, "p", parameter, draw=step * 7919)
         assert before is not None
         optimizer.step()
         if spoil is not None and step == steps:
             spoil((optimizer, parameter))
-        used = max(finding.used for finding in judge(optimizer, before))
+        used = max(finding.used for finding in judge_update(optimizer, before))
     return used
 
 
@@ -66,4 +66,4 @@ def test_a_moment_with_a_wrong_factor_is_seen(moment: str) -> None:
 
 def test_a_tensor_without_a_gradient_is_left_alone() -> None:
     parameter = nn.Parameter(torch.zeros(3))
-    assert look(make_optimizer([("p", parameter)], TRAIN, fused=False), "p", parameter, 0) is None
+    assert slice_before(make_optimizer([("p", parameter)], TRAIN, fused=False), "p", parameter, 0) is None

@@ -36,14 +36,13 @@ def qualify_chips(
     missing = [label for label in recipe.train.prefer if not (run.certificates / f"{label}.json").exists()]
     if recipe.qualify.unqualified == "allow" or not missing:
         return
-    key = _trusted_key(recipe, run)
+    _trusted_key(recipe, run)
     with RunLock(run) as lock:
         prepare_run(recipe, recipe_text, run)
         log = EventLog(run, on_event)
         try:
             for label in missing:
-                certificate = _qualify(recipe, run, label, key)
-                log.append(_event(certificate, run, label), epoch=lock.epoch, chip=label)
+                log.append(qualify_chip(recipe, run, label), epoch=lock.epoch, chip=label)
         finally:
             log.close()
 
@@ -62,17 +61,21 @@ def _trusted_key(recipe: Recipe, run: RunDirectory) -> Ed25519PrivateKey:
     return key
 
 
-def _qualify(recipe: Recipe, run: RunDirectory, label: str, key: Ed25519PrivateKey) -> Certificate:
+def qualify_chip(
+    recipe: Recipe, run: RunDirectory, label: str, say: Callable[[str], None] = lambda text: None
+) -> Qualified:
+    """Qualify one chip for the run's model, write its certificate into the run directory, and tell of it."""
+    key = _trusted_key(recipe, run)
     request = request_for(recipe, label)
     directory = run.root / "qualify"
-    bundle = reference_for(request, directory)
-    certificate = qualify(request, bundle)
+    bundle = reference_for(request, directory, say)
+    certificate = qualify(request, bundle, say)
     signed = sign(certificate, key)
     write_certificate_page(signed, run.certificates / f"{label}.html")
     write_junit(certificate, run.certificates / f"{label}.xml")
     # Last: it is what says that the chip has been qualified.
     write_signed(run.certificates / f"{label}.json", signed)
-    return certificate
+    return _event(certificate, run, label)
 
 
 def request_for(recipe: Recipe, label: str) -> Request:

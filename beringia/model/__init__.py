@@ -1,12 +1,20 @@
-"""One decoder for Hugging Face checkpoints of the families in `families.py`, and for other combinations of their parts.
+"""One decoder for Hugging Face checkpoints of the families in `families.py`, and for other combinations of parts.
 
-Start in `decoder.py`; then `attention.py`, `experts.py`, `rope.py`. `config.py` has the flags; `presets.py` names models
-without a directory, `hugging_face.py` reads and writes checkpoints, `decoding.py` generates.
+Start in `decoder.py`; then `attention.py`, `experts.py`, `rope.py`. `config.py` has the flags; `presets.py` names
+models without a directory, `hugging_face.py` reads and writes checkpoints, `decoding.py` generates.
 """
 
 from beringia.model.cache import KeyValueCache
 from beringia.model.config import DecoderConfig, RopeConfig
-from beringia.model.decoder import IGNORED, Decoder, Losses, update_router_biases
+from beringia.model.decoder import (
+    IGNORED,
+    Decoder,
+    Losses,
+    Sums,
+    Targets,
+    cross_entropy_sum,
+    update_router_biases,
+)
 from beringia.model.decoding import greedy, sample
 from beringia.model.experts import forcing_routes, recording_routes
 from beringia.model.hugging_face import checkpoint_tensors, initialise, load_model, read_config, save_model
@@ -20,7 +28,10 @@ __all__ = [
     "KeyValueCache",
     "Losses",
     "RopeConfig",
+    "Sums",
+    "Targets",
     "checkpoint_tensors",
+    "cross_entropy_sum",
     "forcing_routes",
     "greedy",
     "initialise",

@@ -10,7 +10,7 @@ B batch, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -26,6 +26,22 @@ from beringia.model.rope import Rope
 
 IGNORED = -100
 """Label of a position that is not a target."""
+
+
+Targets = Mapping[str, torch.Tensor]
+"""What predictions are judged by, B T each, by name: position t of each belongs to the prediction of position t."""
+Sums = dict[str, torch.Tensor]
+"""Sums over the targets of a batch, by name."""
+
+
+class Criterion(Protocol):
+    """What judges predictions inside the forward pass, where sharded weights are whole and a compiler sees it too."""
+
+    def sums(self, logits_BTV: torch.Tensor, targets: Targets) -> Sums:
+        """Of the model's predictions."""
+
+    def sums_ahead(self, logits_BTV: torch.Tensor, targets: Targets) -> Sums:
+        """Of those of the multi-token layer: its position t belongs to position t + 1 of the batch."""
 
 
 class Losses(NamedTuple):
@@ -110,6 +126,7 @@ class Decoder(nn.Module):
     >>> decoder = Decoder(preset("r2-nano"))        # parameters are not initialised yet: initialise(decoder, seed)
     >>> logits_BTV = decoder(tokens_BT)             # float32
     >>> losses = decoder(tokens_BT, labels_BT)      # sums and counts; labels_BT[b, t] is the target of position t
+    >>> sums = decoder(tokens_BT, targets=targets, criterion=criterion)     # what another criterion makes of it
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -153,8 +170,13 @@ class Decoder(nn.Module):
         *,
         mtp: bool = True,
         cache: KeyValueCache | None = None,
-    ) -> torch.Tensor | Losses:
-        """Logits B T V in float32, or with labels the `Losses` (through `__call__`, so that DDP and FSDP2 see it)."""
+        targets: Targets | None = None,
+        criterion: Criterion | None = None,
+    ) -> torch.Tensor | Losses | Sums:
+        """Logits B T V in float32, or with labels the `Losses`, or with targets what the criterion makes of them
+        (through `__call__`, so that DDP and FSDP2 see it)."""
+        if criterion is not None and targets is not None:
+            return self.sums(tokens_BT, targets, criterion, mtp=mtp)
         if labels_BT is not None:
             return self.losses(tokens_BT, labels_BT, mtp=mtp)
         return self.logits(tokens_BT, cache)
@@ -169,15 +191,24 @@ class Decoder(nn.Module):
         The multi-token layer at position t sees token t + 1 and predicts `labels_BT[:, t + 1]`.
         """
         hidden_BTD = self._hidden(tokens_BT, None)
-        main_sum = self._cross_entropy(hidden_BTD, labels_BT)
+        main_sum = cross_entropy_sum(self._head(hidden_BTD), labels_BT)
         target_count = (labels_BT != IGNORED).sum()
-        layer = self.mtp
-        if not mtp or layer is None:
+        ahead_BTD = self._look_ahead(hidden_BTD, tokens_BT) if mtp else None
+        if ahead_BTD is None:
             return Losses(main_sum, main_sum.new_zeros(()), target_count, torch.zeros_like(target_count))
-        rope = self.rope_at(0, tokens_BT.shape[1] - 1, tokens_BT.device)
-        ahead_BTD = layer.predict(hidden_BTD[:, :-1], self._embed(tokens_BT[:, 1:]), rope)
         later_BT = labels_BT[:, 1:]
-        return Losses(main_sum, self._cross_entropy(ahead_BTD, later_BT), target_count, (later_BT != IGNORED).sum())
+        mtp_sum = cross_entropy_sum(self._head(ahead_BTD), later_BT)
+        return Losses(main_sum, mtp_sum, target_count, (later_BT != IGNORED).sum())
+
+    def sums(self, tokens_BT: torch.Tensor, targets: Targets, criterion: Criterion, *, mtp: bool = True) -> Sums:
+        """What a criterion makes of the predictions, and of those of the multi-token layer."""
+        hidden_BTD = self._hidden(tokens_BT, None)
+        sums = criterion.sums(self._head(hidden_BTD), targets)
+        ahead_BTD = self._look_ahead(hidden_BTD, tokens_BT) if mtp else None
+        if ahead_BTD is None:
+            return sums
+        later = {name: target_BT[:, 1:] for name, target_BT in targets.items()}
+        return sums | criterion.sums_ahead(self._head(ahead_BTD), later)
 
     def expert_counts(self) -> dict[int, torch.Tensor]:
         """The live counts of each sparse layer, by layer number; all-reduce them in place before updating biases."""
@@ -200,13 +231,21 @@ class Decoder(nn.Module):
             x_BTD = self.model.layers[index](x_BTD, rope, None if cache is None else cache.layers[index])
         return self.model.norm(x_BTD)
 
+    def _look_ahead(self, hidden_BTD: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor | None:
+        layer = self.mtp
+        if layer is None:
+            return None
+        rope = self.rope_at(0, tokens_BT.shape[1] - 1, tokens_BT.device)
+        return layer.predict(hidden_BTD[:, :-1], self._embed(tokens_BT[:, 1:]), rope)
+
     def _head(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         logits_BTV = self.lm_head(hidden_BTD)
         return logits_BTV.to(precise(logits_BTV.dtype))
 
-    def _cross_entropy(self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        logits_MV = self._head(hidden_BTD).flatten(0, 1)
-        return F.cross_entropy(logits_MV, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+
+def cross_entropy_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, summed over the labels that are not -100."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def _sparse_layers(decoder: Decoder) -> list[tuple[int, MixtureOfExperts]]:

@@ -43,6 +43,15 @@ class Order(Record):
     """Say hello and whether the chip is here, and end: what is wrong with a chip that is needed later shows at once."""
 
 
+class CandidateOrder(Record):
+    """Qualify a chip of a recipe beside its run."""
+
+    recipe: Recipe
+    label: str
+    directory: str
+    """The run's."""
+
+
 class PackOrder(Record):
     """Pack a recipe's folder of text or chats into token shards."""
 

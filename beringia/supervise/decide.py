@@ -53,6 +53,19 @@ def decide(situation: Situation, recipe: Recipe) -> Decision | None:
     return _go_back(situation, "retry", reason, situation.newest)
 
 
+def decide_beside(situation: Situation, recipe: Recipe, chip: str) -> Decision:
+    """The next decision about a role beside the learner: start it, try it again, or leave it. Never the run's end."""
+    trouble = situation.trouble
+    if trouble is None:
+        reason = "the supervisor was restarted" if situation.decided else "beside the learner"
+        return Decision(action="start", reason=reason, to_chip=chip)
+    what = f"{trouble.code}: {trouble.message}" if isinstance(trouble, Fault) else trouble.kind
+    transient = isinstance(trouble, Fault) and trouble.category == "transient"
+    if transient and len(situation.transient_steps) <= recipe.supervise.transient_retries:
+        return Decision(action="retry", reason=what, to_chip=chip)
+    return Decision(action="stop", reason=f"{what}; the run goes on without it")
+
+
 def _start(situation: Situation, recipe: Recipe) -> Decision:
     first = next(label for label in recipe.train.prefer if label not in situation.tried)
     reason = "the chips that were not let train are asked again" if situation.decided else "first chip of train.prefer"

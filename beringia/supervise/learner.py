@@ -1,278 +1,129 @@
-"""The learner's worker while it works: its handshake answered, its events recorded, its silence or death noticed."""
+"""The learner: the role that trains. Decides, starts a worker on the chip that the decision names, follows it, decides
+again, until the run is over."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 
-from beringia.errors import BeringiaError, HandshakeError, InputError, StorageFull, TransferFailed
-from beringia.history.log import EventLog
-from beringia.history.situation import Situation
-from beringia.processes.child import Child, Message
-from beringia.processes.patience import POLL_SECONDS
-from beringia.processes.protocol import Ended, Go, Heartbeat, Line, Ready, Stop
+from beringia.errors import Refusal
+from beringia.processes.child import Child
 from beringia.records.error_document import ErrorDocument
-from beringia.records.events import (
-    TRANSFER,
-    UNREACHABLE,
-    AnyEvent,
-    ChipOpened,
-    Event,
-    Fallback,
-    Fault,
-    StepDone,
-    Unqualified,
-    parse_event,
-)
-from beringia.records.identity import ChipIdentity
-from beringia.records.messages import Order
-from beringia.records.recipe import Recipe
-from beringia.records.run_directory import RunDirectory
-from beringia.supervise.chip_command import patience_of
-from beringia.supervise.crossing import CrossingInProgress
-from beringia.supervise.follower import RankReports, lead
-from beringia.supervise.orders import order_for
-from beringia.supervise.qualification import admission
-from beringia.supervise.remote_root import open_root
-from beringia.supervise.stop_request import StopRequest
-from beringia.supervise.training_worker import start_worker
+from beringia.records.events import LEARNER, AnyEvent, Decision, Event, Fault, RunFinished, Unqualified
+from beringia.supervise.decide import decide
+from beringia.supervise.role import Role
+from beringia.supervise.run_files import discard_abandoned
+from beringia.supervise.supervision import Supervision
+from beringia.supervise.worker_life import WorkerLife
 
 
 class Learner:
-    """One worker's life. `start`, then `hear` again and again until `over`, then `close`; `ended` says how."""
+    """The role without which there is no run."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDirectory,
-        log: EventLog,
-        stop: StopRequest,
-        situation: Situation,
-        epoch: int,
-    ) -> None:
-        assert situation.chip is not None
-        self._recipe, self._run, self._log, self._stop = recipe, run, log, stop
-        self._situation = situation
-        self._label = situation.chip
-        self._chip = recipe.chips[self._label]
-        self._epoch = epoch
-        self._root = open_root(self._label, recipe, run, epoch)
-        self._crossing = CrossingInProgress.of(situation, time.monotonic())
-        self._other_ranks = RankReports(run, epoch)
-        self._order: Order | None = None
-        self._child: Child | None = None
-        self._opened = self._unusable = self._trouble = self._impatient = False
-        self.told_to_stop: float | None = None
-        """When it was, on the monotonic clock."""
+    name = LEARNER
+    over = False
+    """It ends with the run, which `advance` says."""
+
+    def __init__(self, supervision: Supervision, others: Sequence[Role] = ()) -> None:
+        self._supervision = supervision
+        self._others = others
+        self._life: WorkerLife | None = None
+        self._undecided = True
+        self._not_before = 0.0
+        """On the monotonic clock: a machine that does not answer gets time to come back."""
+
+    @property
+    def chip(self) -> str | None:
+        """Label of the chip in use."""
+        return self._supervision.log.situation().chip
 
     @property
     def child(self) -> Child | None:
-        """Its process, once it runs."""
-        return self._child
+        """The worker's process."""
+        return None if self._life is None else self._life.child
 
-    def start(self) -> None:
-        """Send what the recipe names by path, then start the process."""
+    def advance(self) -> RunFinished | None:
+        """Decide, start, or hear the worker."""
+        if self._undecided:
+            self._decide()
+        if self._life is None:
+            self._begin()
+            return None
+        if not self._life.hear():
+            return None
+        life, self._life = self._life, None
+        self._undecided = True
         try:
-            recipe = self._root.recipe_there(self._recipe)
-        except (TransferFailed, InputError, StorageFull) as failure:
-            self._fail(failure)
-            return
-        self._order = order_for(recipe, self._situation, self._root.root, self._epoch)
-        self._order = self._order.model_copy(update={"recipe_hash": self._recipe.hash})
-        lead(self._run, self._order)
-        try:
-            self._child = start_worker(
-                self._label, self._recipe, self._order, self._run, f"{self._label}-{self._epoch}"
-            )
-        except HandshakeError as failure:
-            self._did_not_start(str(failure))
-            return
-        limits = self._recipe.supervise
-        # Until its first step it opens its chip and loads its state, which may take as long as starting does.
-        opening = max(limits.start_seconds, limits.hang_seconds)
-        self._child.patience = replace(self._child.patience, silence_seconds=opening)
-
-    def hear(self, seconds: float) -> bool:
-        """What it says within this time. Returns whether there will be nothing more."""
-        child = self._child
-        if child is None or self._unusable:
-            return True
-        try:
-            for message in child.poll(seconds):
-                self._receive(message)
-                child.feed()
-        except HandshakeError as failure:
-            self._did_not_start(str(failure))
-        self._hear_other_ranks()
-        self._note_arrivals()
-        return self._check_patience(child) or self._unusable or child.over
-
-    def close(self) -> None:
-        """End it, and wait for what is on its way home."""
-        child = self._child
-        ended_here = self._unusable or self._impatient or self._out_of_grace()
-        try:
-            if child is not None:
-                child.end()
-            self._wait_for_arrivals()
-        finally:
-            self._root.close()
-        if not ended_here:  # this rank may only have felt what another one knows the cause of
-            self._hear_other_ranks()
-        self._note_arrivals()
+            life.close()
+        except BaseException:
+            life.kill()
+            raise
+        return self._outcome(life)
 
     def kill(self) -> None:
-        """Because something went wrong here."""
-        if self._child is not None:
-            self._child.end(0.0)
-        self._root.close()
+        """End the worker."""
+        if self._life is not None:
+            self._life.kill()
+            self._life = None
 
-    @property
-    def ended(self) -> Ended | None:
-        """Its last word."""
-        return None if self._child is None else self._child.ended
+    def _decide(self) -> None:
+        situation = self._supervision.log.situation()
+        decision = decide(situation, self._supervision.recipe)
+        assert decision is not None, "a finished run is noticed where it finishes"
+        self._append(decision, chip=situation.chip)
+        if decision.action == "stop":
+            self._give_up(decision)
+        self._undecided = False
+        # Twice as long each time.
+        wait = self._supervision.recipe.supervise.restart_seconds * 2 ** (situation.unanswered - 1)
+        self._not_before = time.monotonic() + (wait if situation.unanswered else 0.0)
 
-    @property
-    def unexplained(self) -> Fault | None:
-        """The fault that stands for the end of a worker that did not say why; None where what went wrong is told."""
-        if self._trouble:
-            return None
-        ended = self.ended
-        if ended is not None and ended.why == "error":
-            error = ended.error or ErrorDocument(code="beringia", message=ended.message)
-            if not self._opened:
-                return self._no_start(error.message, error.code)
-            return Fault(step=None, code=error.code, category="ours", message=error.message)
-        if ended is not None and ended.why == "done":
-            message = "the last checkpoint did not come home from the chip's machine"
-            return Fault(step=None, code=TRANSFER, category="transient", message=message)
-        assert self._child is not None
-        message = self._child.death().sentence
-        if self._child.ready is not None:
-            return Fault(step=None, code="exit", category="transient", message=message)
-        return self._no_start(message)
-
-    def _no_start(self, message: str, code: str = HandshakeError.code) -> Fault:
-        if self._label in self._log.situation().opened:
-            # What has worked before is not misspelt: the machine is gone, for now or for good.
-            return Fault(step=None, code=UNREACHABLE, category="transient", message=message)
-        return Fault(step=None, code=code, category="ours", message=message)
-
-    def _did_not_start(self, message: str) -> None:
-        self._record(self._no_start(message))
-        self._unusable = True
-
-    def _receive(self, message: Message) -> None:
-        match message:
-            case Ready():
-                if self._crossing is not None:
-                    self._crossing.imports_seconds = message.imports_seconds
-            case Line():
-                for ready in self._root.receive(parse_event(message.line)):
-                    self._record(ready)
-            case Ended() | Heartbeat():
-                pass
-
-    def _hear_other_ranks(self) -> None:
-        for event in self._other_ranks.new():
-            self._record(parse_event(event))
-
-    def _note_arrivals(self) -> None:
-        """Record what waited for a checkpoint to come home."""
-        for ready in self._root.arrived():
-            self._record(ready)
-
-    def _wait_for_arrivals(self) -> None:
-        """Unless the user has waited long enough for the run to stop."""
-        while self._root.waiting and not self._out_of_grace():
-            if self._stop.signal is not None and self.told_to_stop is None:
-                self.told_to_stop = time.monotonic()
-            time.sleep(POLL_SECONDS)
-            self._note_arrivals()
-
-    def _record(self, event: Event) -> None:
-        earlier = self._log.situation().opened.get(self._label) if isinstance(event, ChipOpened) else None
-        stamped = self._append(event)
-        match stamped:
-            case ChipOpened() if earlier is not None and earlier.identity_hash != stamped.identity_hash:
-                self._append(_another_chip(earlier.identity, stamped.identity))
-            case StepDone():
-                self._stepped()
-            case _:
-                pass
-        if self._crossing is not None:
-            self._crossing.note(stamped)
-        self._trouble = self._trouble or stamped.kind in ("alarm", "fault", "rejected", "unqualified")
-        if isinstance(stamped, ChipOpened):
-            self._opened = True
-            self._admit(stamped)
-
-    def _stepped(self) -> None:
-        assert self._child is not None
-        self._child.patience = patience_of(self._recipe.supervise)
-        if self._crossing is not None:
-            self._append(self._crossing.event(self._label))
-            self._crossing = None
-
-    def _admit(self, opened: ChipOpened) -> None:
-        """Let a chip train that is qualified, or that the recipe lets train without; the others get no state."""
-        told = admission(opened, self._recipe, self._run)
-        if told is not None:
-            self._record(told)
-        if isinstance(told, Unqualified):
-            self._unusable = True
-        else:
-            self._send_state()
-
-    def _send_state(self) -> None:
-        """What the worker needs, then its go; without it this worker is of no use."""
-        assert self._child is not None and self._order is not None
-        try:
-            rejected = self._root.send_state(self._order)
-        except (TransferFailed, InputError, StorageFull) as failure:
-            self._fail(failure)
+    def _begin(self) -> None:
+        """Start a worker, once it is time and no other role works on its chip."""
+        in_use = any(role.chip == self.chip for role in self._others if not role.over)
+        waits = time.monotonic() < self._not_before or in_use
+        if waits and self._supervision.stop.signal is None:
             return
-        if rejected is None:
-            self._child.send(Go())
-        else:
-            self._record(rejected)
-            self._unusable = True
+        epoch = self._supervision.lock.advance()
+        discard_abandoned(self._supervision.run, self._supervision.log.situation(), epoch)
+        self._life = WorkerLife(self._supervision)
+        self._life.start()
 
-    def _fail(self, failure: BeringiaError) -> None:
-        """State did not get there. On a machine that never held any it is the user's to mend, where it says so."""
-        if not self._log.situation().held_state and not isinstance(failure, TransferFailed):
-            self._record(Fault(step=None, code=failure.code, category="ours", message=str(failure)))
-        else:
-            self._record(Fault(step=None, code=TRANSFER, category="transient", message=str(failure)))
-        self._unusable = True
+    def _outcome(self, life: WorkerLife) -> RunFinished | None:
+        situation = self._supervision.log.situation()
+        step, ended = situation.step, life.ended
+        if ended is not None and ended.why == "done" and situation.newest == step and situation.alarm is None:
+            return self._finish("done", step, "all steps done")
+        if life.told_to_stop is not None:
+            number = self._supervision.stop.signal
+            return self._finish("stopped", step, f"stopped by signal {number}; the same command goes on from here")
+        fault = life.unexplained
+        if fault is not None:
+            self._append(fault, chip=situation.chip)
+        return None
 
-    def _check_patience(self, child: Child) -> bool:
-        """Pass a stop on, and give a worker up that hangs. Returns whether to stop listening."""
-        if self._stop.signal is not None and self.told_to_stop is None:
-            self.told_to_stop = time.monotonic()
-            child.send(Stop())
-        if self._out_of_grace():
-            return True
-        self._impatient = child.impatient()
-        if self._impatient and child.ready is not None:
-            seconds = child.patience.silence_seconds
-            message = f"no progress for {seconds:g} s"
-            self._append(Fault(step=None, code="hang", category="transient", message=message))
-            self._trouble = True
-        return self._impatient
+    def _give_up(self, decision: Decision) -> None:
+        situation = self._supervision.log.situation()
+        trouble, step = situation.trouble, situation.step
+        if isinstance(trouble, Fault) and trouble.category == "ours":
+            self._finish("stopped", step, decision.reason)
+            raise ErrorDocument(code=trouble.code, message=trouble.message).error()
+        if isinstance(trouble, Unqualified):
+            # Not given up: with a certificate the same command goes on.
+            self._finish("stopped", step, decision.reason)
+            raise Refusal(
+                f"The run was stopped at step {step}: {decision.reason}. Qualify a chip for this model, put its signed "
+                f"certificate into {self._supervision.run.certificates} and give the same command again; or let the "
+                'recipe say [qualify] unqualified = "allow".'
+            )
+        self._finish("given-up", step, decision.reason)
+        raise Refusal(f"The run was given up at step {step}: {decision.reason}.")
 
-    def _out_of_grace(self) -> bool:
-        """Whether the user asked to stop, and has waited as long as the recipe says."""
-        asked = self.told_to_stop
-        return asked is not None and time.monotonic() - asked > self._recipe.supervise.grace_seconds
+    def _finish(self, status: str, step: int, message: str) -> RunFinished:
+        finished = RunFinished.model_validate({"status": status, "step": step, "message": message})
+        stamped = self._append(finished, chip=self.chip)
+        assert isinstance(stamped, RunFinished)
+        return stamped
 
-    def _append(self, event: Event) -> AnyEvent:
-        return self._log.append(event, epoch=self._epoch, chip=self._label)
-
-
-def _another_chip(before: ChipIdentity, now: ChipIdentity) -> Fallback:
-    """What differs in the identity of a chip that goes by the same label."""
-    changed = before.differences(now)
-    asked, used = (", ".join(f"{name} {pair[side]}" for name, pair in changed.items()) for side in (0, 1))
-    reason = "the chip under this label is not as it was; the run goes on, but not bitwise as it would have"
-    return Fallback(what="chip identity", asked=asked, used=used, reason=reason)
+    def _append(self, event: Event, chip: str | None) -> AnyEvent:
+        return self._supervision.append(event, role=LEARNER, chip=chip)

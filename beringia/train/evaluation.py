@@ -20,6 +20,7 @@ from beringia.data import Stream, Task
 from beringia.model import Decoder, sample
 from beringia.records.events import Evaluated
 from beringia.records.recipe import TrainSection
+from beringia.train.objective import LOSS, Objective
 
 _Z_95 = 1.959964
 _BATCH = 64
@@ -43,6 +44,7 @@ class Accuracy:
 def evaluate(
     module: nn.Module,
     decoder: Decoder,
+    objective: Objective,
     held_out: Stream,
     train: TrainSection,
     chip: Chip,
@@ -54,7 +56,7 @@ def evaluate(
 ) -> Evaluated:
     """Everything an evaluation measures, as the event that reports it. `module`: what ranks call for losses."""
     started = time.perf_counter()
-    loss = held_out_loss(module, held_out, train.evaluation_sequences, chip, beat)
+    loss = held_out_loss(module, objective, held_out, train.evaluation_sequences, chip, beat)
     measured: dict[str, Any] = {}
     if held_out.task is not None and train.accuracy_samples > 0:
         room = held_out.task.text_tokens(long=True) + MARK_TOKENS
@@ -84,18 +86,27 @@ def evaluate(
 
 
 @torch.no_grad()
-def held_out_loss(module: nn.Module, stream: Stream, sequences: int, chip: Chip, beat: Callable[[], None]) -> float:
-    """Mean cross-entropy per target token in nats over the first `sequences` samples of a held-out stream."""
-    total, targets = 0.0, 0
+def held_out_loss(
+    module: nn.Module,
+    objective: Objective,
+    stream: Stream,
+    sequences: int,
+    chip: Chip,
+    beat: Callable[[], None],
+) -> float:
+    """Mean of the objective's loss per target over the first `sequences` samples of a held-out stream."""
+    total, count = 0.0, 0
     module.eval()
     for start in range(0, sequences, _BATCH):
         batch = stream.samples(start, min(_BATCH, sequences - start))
-        losses = module(batch.tokens_BT.to(chip.device), batch.labels_BT.to(chip.device), mtp=False)
-        total += float(losses.main_sum)
-        targets += int(losses.target_count)
+        targets = objective.targets(batch)
+        there = {name: target.to(chip.device) for name, target in targets.items()}
+        sums = module(batch.tokens_BT.to(chip.device), targets=there, criterion=objective, mtp=False)
+        total += float(sums[LOSS])
+        count += objective.counts(targets)[LOSS]
         beat()
     module.train()
-    return total / targets if targets else math.nan
+    return total / count if count else math.nan
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from beringia.train import sharding
 from beringia.train.canary import Replay, run_canary
 from beringia.train.compile_cache import CompileCache
 from beringia.train.compute import UNIT_ROUNDOFF, choose_compute_dtype, reason_not_to_compile
+from beringia.train.cross_entropy import CrossEntropy
 from beringia.train.evaluation import evaluate
 from beringia.train.guard import Guard
 from beringia.train.reporting import Reporting
@@ -185,7 +186,8 @@ class Session:
         self._initial = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
         decoder.to(self.chip.device)
         decoder.train()
-        return Trainer(self.recipe, self.chip, self.ranks, decoder, self.stream)
+        objective = CrossEntropy.of(decoder, self.recipe.train)
+        return Trainer(self.recipe, self.chip, self.ranks, decoder, objective, self.stream)
 
     def _open_store(self) -> CheckpointStore:
         store = CheckpointStore(
@@ -214,12 +216,12 @@ class Session:
         trainer.guard = Guard(
             trainer.decoder,
             trainer.optimizer,
+            trainer.objective,
             self.chip,
             self.ranks,
             share=share,
             seed=self.recipe.seed,
             sharding=trainer.sharding,
-            mtp=trainer.decoder.mtp is not None and self.recipe.train.mtp_weight > 0,
         )
         trainer.guard.accept_spikes(self.order.accepted_spikes)
         trainer.guard.remember(self.order.recent)
@@ -398,6 +400,7 @@ class Session:
         event = evaluate(
             trainer.module,
             trainer.decoder,
+            trainer.objective,
             self.held_out,
             self.recipe.train,
             self.chip,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -19,14 +19,15 @@ from torch import nn
 
 from beringia.chips.chip import Chip
 from beringia.data import Batch, Stream
-from beringia.errors import RecipeError
-from beringia.model import IGNORED, Decoder, update_router_biases
+from beringia.errors import ModelError, RecipeError
+from beringia.model import Decoder, Targets, update_router_biases
 from beringia.model.attention import Attention
 from beringia.model.layers import FeedForward
 from beringia.processes.ranks import Ranks
 from beringia.records.recipe import Recipe
 from beringia.train.clipping import Clipping
 from beringia.train.guard import Guard
+from beringia.train.objective import LOSS, MTP_LOSS, Objective
 from beringia.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from beringia.train.sharding import Sharding, shard, sum_over_ranks, without_gradient_sync
 
@@ -36,32 +37,45 @@ class StepResult:
     """What one optimizer step was."""
 
     step: int
-    loss: float
-    """Mean cross-entropy per target token over all ranks, nats."""
-    mtp_loss: float | None
+    numbers: Mapping[str, float]
+    """Means of the objective's terms over all ranks, by name."""
     gradient_norm: float
     learning_rate: float
     tokens: int
     seconds: float
     guard_seconds: float
 
+    @property
+    def loss(self) -> float:
+        """Mean per target; of cross-entropy in nats."""
+        return self.numbers[LOSS]
+
+    @property
+    def mtp_loss(self) -> float | None:
+        """Likewise of the multi-token layer; None where it takes no part."""
+        return self.numbers.get(MTP_LOSS)
+
 
 class Trainer:
-    """Decoder, optimizer, data and guard of one run on one chip, at one step.
+    """Decoder, objective, optimizer, data and guard of one run on one chip, at one step.
 
     `step` and `cursor` say how far it is: steps done and samples consumed. Loading a checkpoint sets both.
     """
 
-    def __init__(self, recipe: Recipe, chip: Chip, ranks: Ranks, decoder: Decoder, stream: Stream) -> None:
+    def __init__(
+        self, recipe: Recipe, chip: Chip, ranks: Ranks, decoder: Decoder, objective: Objective, stream: Stream
+    ) -> None:
         self.recipe = recipe
         self.chip = chip
         self.ranks = ranks
         self.decoder = decoder
+        self.objective = objective
         self.stream = stream
         self.step = 0
         self.cursor = 0
-        if decoder.mtp is not None and recipe.train.mtp_weight == 0:
+        if decoder.mtp is not None and not objective.looks_ahead:
             decoder.mtp.requires_grad_(False)
+        _check_layer_that_looks_ahead(decoder, objective)
         self.module, self.sharding = self._spread()
         self._forward = self.module
         self.optimizer = make_optimizer(
@@ -99,7 +113,7 @@ class Trainer:
         if self.guard is not None:
             self.guard.begin_step(number)
         with self.while_computing():
-            sums = self._accumulate_gradients()
+            means_N = self._accumulate_gradients()
         if self.guard is not None:
             self.guard.gradients_ready()
         norm, norms_G = self._clipping.clip()
@@ -113,7 +127,7 @@ class Trainer:
         self._balance_experts()
         self.step = number
         self.cursor += self.recipe.train.batch
-        return self._result(sums, norm, norms_G, rate, started)
+        return self._result(means_N, norm, norms_G, rate, started)
 
     def check_sites(self, sites: Sequence[str]) -> None:
         """Have the guard check these sites with the weights as they are, in the pass of a step that is not taken."""
@@ -135,36 +149,35 @@ class Trainer:
         return [self.stream.samples(start, count) for start in starts]
 
     def _accumulate_gradients(self) -> torch.Tensor:
-        """Gradients of the mean loss over all targets of all ranks. Returns (main, mtp) loss, global means, float32."""
+        """Gradients of the objective over all targets of all ranks. Returns its terms' global means, float32."""
         batches = self.batches()
-        targets = self._count_targets(batches)
-        means = torch.zeros(2, dtype=torch.float32, device=self.chip.device)
-        for number, batch in enumerate(batches, start=1):
+        targets = [self.objective.targets(batch) for batch in batches]
+        counts = self._count(targets)
+        means_N = torch.zeros(len(self.objective.terms), dtype=torch.float32, device=self.chip.device)
+        for number, (batch, own) in enumerate(zip(batches, targets, strict=True), start=1):
             with without_gradient_sync(self.module, last=number == len(batches)):
-                means += self._backward(batch, targets)
-        return sum_over_ranks(means)
+                means_N += self._backward(batch, own, counts)
+        return sum_over_ranks(means_N)
 
-    def _backward(self, batch: Batch, targets: tuple[int, int]) -> torch.Tensor:
-        device = self.chip.device
-        mtp_weight = self.recipe.train.mtp_weight
-        tokens_BT, labels_BT = batch.tokens_BT.to(device), batch.labels_BT.to(device)
-        losses = self._forward(tokens_BT, labels_BT, mtp=mtp_weight > 0)
-        main = losses.main_sum / targets[0]
-        mtp = losses.mtp_sum / max(1, targets[1])
+    def _backward(self, batch: Batch, targets: Targets, counts: Mapping[str, int]) -> torch.Tensor:
+        device, objective = self.chip.device, self.objective
+        targets = {name: target.to(device) for name, target in targets.items()}
+        sums = self._forward(
+            batch.tokens_BT.to(device), targets=targets, criterion=objective, mtp=objective.looks_ahead
+        )
+        means = {name: sums[name] / count for name, count in counts.items()}
         # FSDP2 and DDP average gradients over ranks; ours are shares of one global mean, to be summed.
-        ((main + mtp_weight * mtp) * self.ranks.count).backward()
-        return torch.stack((main.detach(), mtp.detach()))
+        total = objective.total(means) * self.ranks.count
+        total.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        return torch.stack([mean.detach() for mean in means.values()])
 
-    def _count_targets(self, batches: list[Batch]) -> tuple[int, int]:
-        """Targets of the main loss and of the multi-token loss in this step, over all ranks."""
-        own = [
-            sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches),
-            sum(int((batch.labels_BT[:, 1:] != IGNORED).sum()) for batch in batches),
-        ]
-        if self.ranks.count == 1:
-            return own[0], own[1]
-        main, mtp = sum_over_ranks(torch.tensor(own, dtype=torch.int64, device=self.chip.device)).tolist()
-        return main, mtp
+    def _count(self, targets: Sequence[Targets]) -> dict[str, int]:
+        """Targets of each term in this step, over all ranks, in the order of the terms; 1 where there are none."""
+        parts = [self.objective.counts(part) for part in targets]
+        counts = [sum(part[term.name] for part in parts) for term in self.objective.terms]
+        if self.ranks.count > 1:
+            counts = sum_over_ranks(torch.tensor(counts, dtype=torch.int64, device=self.chip.device)).tolist()
+        return {term.name: max(1, count) for term, count in zip(self.objective.terms, counts, strict=True)}
 
     def _balance_experts(self) -> None:
         counts = self.decoder.expert_counts()
@@ -174,27 +187,21 @@ class Trainer:
             update_router_biases(self.decoder, counts, self.recipe.train.router_bias_speed)
 
     def _result(
-        self, means: torch.Tensor, norm: torch.Tensor, norms_G: torch.Tensor, rate: float, started: float
+        self, means_N: torch.Tensor, norm: torch.Tensor, norms_G: torch.Tensor, rate: float, started: float
     ) -> StepResult:
         # One transfer, one wait: the only point in a step where the host waits for the device.
-        norms = torch.cat((norm.reshape(1), norms_G)).to(means.dtype)
-        loss, mtp_loss, gradient_norm, *group_norms = torch.cat((means, norms)).tolist()
-        has_mtp = self.decoder.mtp is not None and self.recipe.train.mtp_weight > 0
-        tokens = self.recipe.train.batch * self.recipe.data.sequence_length
+        norms = torch.cat((norm.reshape(1), norms_G)).to(means_N.dtype)
+        values = torch.cat((means_N, norms)).tolist()
+        means, (gradient_norm, *group_norms) = values[: len(means_N)], values[len(means_N) :]
+        numbers = {term.name: mean for term, mean in zip(self.objective.terms, means, strict=True)}
         if self.guard is not None:
-            self.guard.end_step(
-                loss,
-                mtp_loss if has_mtp else None,
-                gradient_norm,
-                dict(zip(self._clipping.names, group_norms, strict=True)),
-            )
+            self.guard.end_step(numbers, gradient_norm, dict(zip(self._clipping.names, group_norms, strict=True)))
         return StepResult(
             step=self.step,
-            loss=loss,
-            mtp_loss=mtp_loss if has_mtp else None,
+            numbers=numbers,
             gradient_norm=gradient_norm,
             learning_rate=rate,
-            tokens=tokens,
+            tokens=self.recipe.train.batch * self.recipe.data.sequence_length,
             seconds=time.perf_counter() - started,
             guard_seconds=self.guard.seconds_in_step if self.guard is not None else 0.0,
         )
@@ -203,6 +210,15 @@ class Trainer:
 def finite(value: float | None) -> float | None:
     """A number as events can carry it: null for NaN and the infinities."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _check_layer_that_looks_ahead(decoder: Decoder, objective: Objective) -> None:
+    ahead = [term.name for term in objective.terms if term.ahead]
+    if ahead and decoder.mtp is None:
+        raise ModelError(
+            f"The objective {objective.name} has a term of the multi-token layer ({ahead[0]}), and this model has no "
+            "such layer: leave the term out, or take a model that has one."
+        )
 
 
 def _check_batch(recipe: Recipe, ranks: Ranks) -> None:

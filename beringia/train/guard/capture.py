@@ -9,12 +9,13 @@ B samples, T tokens, D hidden, M = B T rows, K experts a token.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from beringia.model import Decoder, recording_routes
+from beringia.model import Decoder, Sums, Targets, recording_routes
 from beringia.numerics.replay import Call, Taps
 from beringia.train.sharding import whole
 
@@ -74,10 +75,10 @@ class Capture:
 
     def __init__(self, decoder: Decoder, site: str) -> None:
         self.site = site
-        self.labels_BT: torch.Tensor | None = None
-        """Labels of the decoder's last call; only at the head."""
-        self.loss_scale: torch.Tensor | None = None
-        """Gradient of the summed loss; only at the head."""
+        self.targets: Targets = {}
+        """Of the decoder's last call; only at the head."""
+        self.scales: dict[str, torch.Tensor] = {}
+        """Gradients of the objective's sums in that call, by term; only at the head."""
         root = root_of(decoder, site)
         self._layer = root.get(LAYER)
         self._stack = ExitStack()
@@ -109,17 +110,20 @@ class Capture:
         return getattr(mlp, "chosen", None)
 
     def _watch_loss(self, decoder: Decoder) -> None:
-        def note_inputs(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-            self.labels_BT = inputs[1]
+        def note_targets(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+            self.targets = options["targets"]
 
-        def note_gradient(gradient: torch.Tensor) -> None:
-            self.loss_scale = gradient.detach()
+        def note_scale(name: str, gradient: torch.Tensor) -> None:
+            self.scales[name] = gradient.detach()
 
-        def note_loss(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            output.main_sum.register_hook(note_gradient)
+        def note_sums(module: nn.Module, inputs: tuple[Any, ...], sums: Sums) -> None:
+            self.scales = {}
+            for name, term_sum in sums.items():
+                if term_sum.requires_grad:
+                    term_sum.register_hook(partial(note_scale, name))  # type: ignore[no-untyped-call]  # in torch
 
         for handle in (
-            decoder.register_forward_pre_hook(note_inputs, with_kwargs=True),
-            decoder.register_forward_hook(note_loss),
+            decoder.register_forward_pre_hook(note_targets, with_kwargs=True),
+            decoder.register_forward_hook(note_sums),
         ):
             self._stack.callback(handle.remove)

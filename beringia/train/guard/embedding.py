@@ -9,17 +9,35 @@ M positions, V vocabulary, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from beringia.model.layers import precise
 from beringia.numerics.metrics import accumulation_floor, difference, rounding_floor
 from beringia.numerics.replay import Call
-from beringia.train.guard.capture import EMBEDDING
+from beringia.train.guard.capture import EMBEDDING, Capture
+from beringia.train.guard.check import Step, Training
 from beringia.train.guard.finding import Finding
 from beringia.train.guard.products import PROJECTION_ALLOWED, random_signs
 from beringia.train.guard.shadow import DETECTOR
+from beringia.train.sharding import sum_of_host_values, whole
+
+
+def judge_embedding(
+    training: Training, capture: Capture, weights: Mapping[str, torch.Tensor], step: Step
+) -> list[Finding]:
+    """Findings about the rows looked up and, where no head is tied to it, the table's gradient."""
+    calls = capture.calls[EMBEDDING]
+    table_VD = weights[f"{EMBEDDING}.weight"]
+    findings = [judge_rows(calls, table_VD, step.draw("sample"))]
+    gradient = training.decoder.model.embed_tokens.weight.grad
+    if gradient is not None and not training.decoder.config.tie_word_embeddings:
+        projection = Projection(calls, table_VD.shape, step.draw("signs"))
+        # Ranks average their gradients, so the sum of what they expect is shared out alike.
+        expected_V = sum_of_host_values(projection.expected_V, training.chip.device) / training.ranks.count
+        findings.append(projection.judge(whole(gradient), expected_V))
+    return findings
 
 
 def judge_rows(calls: Sequence[Call], table_VD: torch.Tensor, sample: int) -> Finding:

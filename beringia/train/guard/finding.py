@@ -21,11 +21,18 @@ class Finding:
     bound: float
     what: str
     """What `value` is, to be read before the numbers: `relative error against the float64 replay`."""
+    accepted: bool = False
+    """Whether it is known, and reported without an alarm however large it is."""
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the value is beyond the bound; a value that is not a number is."""
+        return not self.value <= self.bound
 
     @property
     def alarming(self) -> bool:
-        """Whether the value is beyond the bound; a value that is not a number is."""
-        return not self.value <= self.bound
+        """Whether it is beyond the bound and not known yet."""
+        return self.beyond and not self.accepted
 
     @property
     def used(self) -> float:

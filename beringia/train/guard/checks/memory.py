@@ -6,14 +6,16 @@ also be the same on all ranks. Pieces take turns; what happens to a piece in oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from beringia.numerics.state_hash import hash_tensor
+from beringia.train.guard.check import Check, Moment, Step, Training, Turns, When
 from beringia.train.guard.finding import Finding
-from beringia.train.sharding import local
+from beringia.train.optimizer import moments
+from beringia.train.sharding import local, sum_of_host_values
 
 PIECE_ELEMENTS = 1 << 18
 """One MiB of float32: a visit costs two readings of it."""
@@ -44,6 +46,41 @@ class Piece:
     def hashes(self) -> list[int]:
         """One for each stretch."""
         return [stretch.hash() for stretch in self.stretches]
+
+
+@dataclass(frozen=True)
+class Resting:
+    """A piece and the hashes that it had after an update."""
+
+    piece: Piece
+    hashes: list[int]
+
+
+class Memory(Check[Resting]):
+    """A piece in turn."""
+
+    name = "memory"
+    when = When(look=Moment.AFTER_UPDATE, judge=(Moment.AFTER_UPDATE, Moment.BEFORE_UPDATE), weight=0.15, order=30)
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training)
+        named = list(training.decoder.named_parameters())
+        self._turns = Turns(pieces_of((*named, *moments(named, training.optimizer))))
+
+    def look(self, step: Step) -> Sequence[Resting]:
+        piece = self._turns.next()
+        return [Resting(piece, piece.hashes())]
+
+    def judge(self, look: Resting, step: Step) -> Sequence[Finding]:
+        if step.moment is Moment.BEFORE_UPDATE:
+            return judge_rest(look.piece, look.hashes, look.piece.hashes())
+        return self._judge_replicas(look) if self.training.sharding == "ddp" else []
+
+    def _judge_replicas(self, look: Resting) -> list[Finding]:
+        ranks = self.training.ranks
+        words_RS2 = torch.zeros(ranks.count, len(look.hashes), 2, dtype=torch.int64)
+        words_RS2[ranks.rank] = words(look.hashes)
+        return judge_replicas(look.piece, sum_of_host_values(words_RS2, self.training.chip.device))
 
 
 def pieces_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[Piece, ...]:

@@ -10,64 +10,89 @@ M rows, K experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from beringia.model import Decoder, forcing_routes
 from beringia.numerics.replay import place, run
-from beringia.train.guard.capture import LAYER, Capture, root_of
+from beringia.train.guard.capture import LAYER, Capture, root_of, weights_of
+from beringia.train.guard.check import Check, Moment, Step, Training, Turns, When
 from beringia.train.guard.finding import Finding
 from beringia.train.guard.products import Product, ProductLog, judge_product
-from beringia.train.guard.shadow import empty_replica
+from beringia.train.guard.sample import empty_replica
 
 PRODUCTS_CHECKED = 8
 DETECTOR = "repeat"
 
 
-class Repeat:
+class Repeat(Check[Capture]):
+    """A layer in turn; the two ends have nothing to repeat."""
+
+    name = DETECTOR
+    when = When(look=Moment.FORWARD, judge=(Moment.GRADIENTS,), weight=0.4, order=10)
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training)
+        self._turns = Turns(training.sites[1:-1])
+
+    def look(self, step: Step) -> Sequence[Capture]:
+        capture = Capture(self.training.decoder, self._turns.next())
+        step.hooks.callback(capture.close)
+        return [capture]
+
+    def judge(self, look: Capture, step: Step) -> Sequence[Finding]:
+        if not look.complete:
+            return []  # a part of the model that this step did not use
+        decoder, weights = self.training.decoder, weights_of(self.training.decoder, look.site)
+        again = Again(decoder, sharded=self.training.sharding == "fsdp2", alone=self.training.ranks.count == 1)
+        return again.judge(look, weights, step.draw("products"), compiled=step.compiled)
+
+
+@dataclass(frozen=True)
+class Again:
     """Runs layers of one decoder again on their own chip."""
 
-    def __init__(self, decoder: Decoder, *, sharded: bool, alone: bool) -> None:
-        self.compiled = False
-        """Whether parts of the layers are compiled: then products are inside kernels, where no log can see them."""
-        self._decoder = decoder
-        self._sharded = sharded
-        self._alone = alone
+    decoder: Decoder
+    sharded: bool
+    alone: bool
 
-    def judge(self, capture: Capture, weights: Mapping[str, torch.Tensor], draw: int) -> list[Finding]:
+    def judge(
+        self, capture: Capture, weights: Mapping[str, torch.Tensor], draw: int, *, compiled: bool = False
+    ) -> list[Finding]:
         """Findings about a captured layer; `draw` chooses the products that are checked."""
         layer = self._layer(capture.site, weights)
         call = capture.calls[LAYER][-1]
         assert call.output_gradient is not None
         names, parameters = zip(*layer.named_parameters(), strict=True)
         log = ProductLog()
-        with nullcontext() if self.compiled else log, forcing_routes(layer, capture.routes_MK):
+        with nullcontext() if compiled else log, forcing_routes(layer, capture.routes_MK):
             output, gradients = run(
                 lambda x: layer(x, call.inputs[1]), call.inputs[0], call.output_gradient, parameters
             )
         pairs: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {"output": (call.output, output)}
         if call.input_gradient is not None:
             pairs["input.gradient"] = (call.input_gradient, gradients[0])
-        if self._alone and len(capture.calls[LAYER]) == 1:
+        if self.alone and len(capture.calls[LAYER]) == 1:
             pairs |= self._parameter_gradients(capture.site, dict(zip(names, gradients[1:], strict=True)))
         findings = _compare(capture.site, pairs)
         return findings + [judge_product(capture.site, product, draw) for product in _some(log.products, draw)]
 
     def _layer(self, site: str, weights: Mapping[str, torch.Tensor]) -> nn.Module:
         """The live layer; where its weights are sharded, another one that holds them whole, on the chip."""
-        if not self._sharded:
-            return root_of(self._decoder, site)[LAYER]
-        layer = empty_replica(self._decoder, site)
+        if not self.sharded:
+            return root_of(self.decoder, site)[LAYER]
+        layer = empty_replica(self.decoder, site)
         place(layer, weights, trainable=True)
         return layer
 
     def _parameter_gradients(
         self, site: str, again: Mapping[str, torch.Tensor | None]
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-        layer = root_of(self._decoder, site)[LAYER]
+        layer = root_of(self.decoder, site)[LAYER]
         return {
             f"{name}.gradient": (parameter.grad, again[name])
             for name, parameter in layer.named_parameters()

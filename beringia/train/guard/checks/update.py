@@ -9,7 +9,7 @@ Weights w, moments m and v, gradient g, all flat slices; u is the unit roundoff 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.train.guard.check import Check, Moment, Step, Training, Turns, When
 from beringia.train.guard.finding import Finding
 from beringia.train.sharding import local
 
@@ -24,7 +25,6 @@ SLICE_ELEMENTS = 16384
 ELEMENTARY_ULPS = 4
 """Root and quotient are within 2 ulp on every chip whose figures are published (LLVM libc's GPU conformance table);
 twice that for those whose are not."""
-DETECTOR = "update"
 _ROUNDOFF = 2.0 * UNIT_ROUNDOFF[torch.float32]
 _FLUSHED = 2.0**-126
 """A chip may flush what is below float32's smallest normal number to zero."""
@@ -43,7 +43,26 @@ class Before:
     step: int
 
 
-def look(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter, draw: int) -> Before | None:
+class Update(Check[Before]):
+    """A tensor in turn."""
+
+    name = "update"
+    when = When(look=Moment.BEFORE_UPDATE, judge=(Moment.AFTER_UPDATE,), weight=0.065, order=20)
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training)
+        named = training.decoder.named_parameters()
+        self._turns = Turns([(name, parameter) for name, parameter in named if parameter.requires_grad])
+
+    def look(self, step: Step) -> Sequence[Before]:
+        before = slice_before(self.training.optimizer, *self._turns.next(), step.draw("slice"))
+        return [] if before is None else [before]
+
+    def judge(self, look: Before, step: Step) -> Sequence[Finding]:
+        return judge_update(self.training.optimizer, look)
+
+
+def slice_before(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter, draw: int) -> Before | None:
     """Remember a drawn slice before the update; None for a tensor that has no gradient in this step."""
     if parameter.grad is None:
         return None
@@ -54,7 +73,7 @@ def look(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter, d
     return Before(name, parameter, start, _slices(tensors, start), int(state["step"].item()) + 1)
 
 
-def judge(optimizer: torch.optim.Optimizer, before: Before) -> list[Finding]:
+def judge_update(optimizer: torch.optim.Optimizer, before: Before) -> list[Finding]:
     """Compare weights and moments after the update with what they had to become."""
     state = optimizer.state[before.parameter]
     after = _slices({"m": state["exp_avg"], "v": state["exp_avg_sq"], "w": before.parameter}, before.start)
@@ -62,7 +81,7 @@ def judge(optimizer: torch.optim.Optimizer, before: Before) -> list[Finding]:
     names = {"m": "exp_avg", "v": "exp_avg_sq", "w": "weight"}
     return [
         Finding(
-            DETECTOR,
+            Update.name,
             before.name,
             names[key],
             ((after[key] - expected[key]).abs() / bounds[key]).max().item() if len(bounds[key]) else 0.0,

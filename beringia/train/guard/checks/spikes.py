@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from beringia.records.events import SPIKE
+from beringia.train.guard.check import GRADIENT, Check, Moment, Step, Training, When
 from beringia.train.guard.finding import Finding
+from beringia.train.objective import Rise
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,12 +37,11 @@ TAIL_STEPS = 512
 FIRST_STEPS = 64
 """Values needed before anything is judged."""
 LASTING_STEPS = 4
-LEAST_BOUNDS = {"loss": (0.9, 0.35), "gradient": (6.0, 4.0)}
-"""Smallest bounds, for a rise and for a lasting one: quiet stretches end, and what is normal after one was not seen in
-it. Up to these no rise is believed to be a fault: a loss of 2.5 times the median, or 1.4 times for four steps; a
-gradient norm of 400 times, or 55 times for four steps. In thousands of sound steps of r2-nano norms of single layers
-rose up to 130-fold (e^4.9), also after hundreds of quiet steps, and stayed up to 16-fold (e^2.8) at a learning rate of
-0.01."""
+LEAST_GRADIENT_RISE = Rise(sudden=6.0, lasting=4.0)
+"""Smallest bounds of gradient norms (those of the objective's terms are its own): quiet stretches end, and what is
+normal after one was not seen in it. Up to 400 times the median, or 55 times for four steps, no rise is believed to be a
+fault. In thousands of sound steps of r2-nano norms of single layers rose up to 130-fold (e^4.9), also after hundreds of
+quiet steps, and stayed up to 16-fold (e^2.8) at a learning rate of 0.01."""
 _REFRESH_STEPS = 8
 """Steps between estimates, which cost more than comparing."""
 _WHAT = (
@@ -48,17 +50,48 @@ _WHAT = (
 )
 
 
-class Spikes:
-    """Running judgement of named positive values, one set a step.
+Numbers = Mapping[str, float]
 
-    >>> spikes = Spikes(("loss", "gradient of layers.0"))
+
+class SpikeTest(Check[tuple[Numbers, Numbers]]):
+    """Terms of the objective that have a rise, and norms of gradients."""
+
+    name = SPIKE
+    when = When(look=Moment.END, judge=(Moment.END,), order=210)
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training)
+        rises = {term.name: term.rise for term in training.objective.terms if term.rise is not None}
+        # Apart, since after a restart only the numbers of the whole model are known.
+        self._model = Spikes({GRADIENT: LEAST_GRADIENT_RISE, **rises})
+        self._layers: Spikes | None = None
+
+    def look(self, step: Step) -> Sequence[tuple[Numbers, Numbers]]:
+        return [(step.numbers, step.layer_numbers)]
+
+    def judge(self, look: tuple[Numbers, Numbers], step: Step) -> Sequence[Finding]:
+        model, layers = look
+        if self._layers is None:
+            self._layers = Spikes(dict.fromkeys(layers, LEAST_GRADIENT_RISE))
+        accepted = any(first <= step.number < first + MEDIAN_STEPS for first in step.accepted_spikes)
+        findings = self._model.judge(model) + self._layers.judge(layers)
+        return [replace(finding, accepted=True) for finding in findings] if accepted else findings
+
+    def remember(self, earlier: Sequence[Numbers]) -> None:
+        for numbers in earlier:
+            self._model.judge(numbers)
+
+
+class Spikes:
+    """Running judgement of named positive values, one set a step; `rises` are the smallest bounds of each.
+
+    >>> spikes = Spikes({"loss": Rise(0.9, 0.35), "gradient of layers.0": LEAST_GRADIENT_RISE})
     >>> findings = spikes.judge({"loss": 2.3, "gradient of layers.0": 0.7})     # empty in the first steps
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        kinds = ["gradient" if name.startswith("gradient") else "loss" for name in names]
-        self._least_2N: Floats = np.array([LEAST_BOUNDS[kind] for kind in kinds]).T
+    def __init__(self, rises: Mapping[str, Rise]) -> None:
+        self.names = tuple(rises)
+        self._least_2N: Floats = np.array([(rise.sudden, rise.lasting) for rise in rises.values()]).T
         self._logs_WN: Floats = np.zeros((MEDIAN_STEPS, len(self.names)))
         self._rises_W2N: Floats = np.zeros((TAIL_STEPS, 2, len(self.names)))
         self._last_LN: Floats = np.zeros((LASTING_STEPS, len(self.names)))

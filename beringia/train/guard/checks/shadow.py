@@ -1,0 +1,40 @@
+"""One site in turn: what one sample's way through it was, against a replay on the CPU (`shadow.py`, `embedding.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from beringia.train.guard.capture import EMBEDDING, Capture, weights_of
+from beringia.train.guard.check import Check, Moment, Step, Training, Turns, When
+from beringia.train.guard.embedding import judge_embedding
+from beringia.train.guard.finding import Finding
+from beringia.train.guard.shadow import DETECTOR, Shadow
+
+
+class SiteShadow(Check[Capture]):
+    """Embedding, layers and head. A site in which it finds nothing is clean."""
+
+    name = DETECTOR
+    when = When(look=Moment.FORWARD, judge=(Moment.GRADIENTS,), weight=0.4, order=0)
+    vouches = True
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training)
+        self._turns = Turns(training.sites)
+        self._shadow = Shadow(training.decoder, training.objective)
+
+    def look(self, step: Step) -> Sequence[Capture]:
+        return [self._capture(site, step) for site in step.demanded or (self._turns.next(),)]
+
+    def judge(self, look: Capture, step: Step) -> Sequence[Finding]:
+        if not look.complete:
+            return []  # a part of the model that this step did not use
+        weights = weights_of(self.training.decoder, look.site)
+        if look.site == EMBEDDING:
+            return judge_embedding(self.training, look, weights, step)
+        return self._shadow.judge(look, weights, step.draw("sample"))
+
+    def _capture(self, site: str, step: Step) -> Capture:
+        capture = Capture(self.training.decoder, site)
+        step.hooks.callback(capture.close)
+        return capture
