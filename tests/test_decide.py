@@ -21,6 +21,7 @@ from beringia.records.events import (
     Crossing,
     Decision,
     Fault,
+    RecipeChanged,
     Resumed,
     RunFinished,
     RunStarted,
@@ -491,3 +492,44 @@ def test_what_is_remembered_does_not_grow_with_the_steps() -> None:
         remember(remembered, step(number))
         remember(remembered, check(number))
     assert remembered == [step(1000)]
+
+
+def recipe_change(**changes: Any) -> RecipeChanged:
+    names = {"steps": "train.steps", "prefer": "train.prefer", "keep": "train.keep", "ranks": "chips.third.ranks"}
+    return RecipeChanged(changes={names[name]: pair for name, pair in changes.items()}, bitwise=True, message="")
+
+
+ONE_CHIP = recipe().model_copy(update={"train": recipe().train.model_copy(update={"prefer": ("first",)})})
+GIVEN_UP = [
+    *(step(20), written(20), trusted(20), step(40), written(40), step(42), fault("persistent", 42), "decide"),
+    RunFinished(status="given-up", step=42, message="no chip is left"),
+]
+
+
+def test_a_run_that_was_given_up_goes_on_with_a_chip_that_was_not_tried_and_with_nothing_less() -> None:
+    history = play(*GIVEN_UP, rules=ONE_CHIP)
+    assert last_decision(history).action == "stop" and decide(history, recipe()) is None
+    less = recipe_change(steps=(1000, 1200), keep=(3, 5), prefer=(["first"], ["first", "first"]))
+    assert decide([*history, less], recipe()) is None
+    added = [*history, recipe_change(prefer=(["first"], ["first", "second"]))]
+    decision = decide(added, recipe())
+    assert decision is not None
+    assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("cross", "second", 20, 22)
+    situation = read_situation([*added, decision])
+    assert situation.chip == "second" and not situation.given_up and situation.canary_due
+
+
+def test_a_run_that_is_done_goes_on_with_more_steps_and_with_nothing_else() -> None:
+    history = play(step(1000), written(1000), RunFinished(status="done", step=1000, message=""))
+    assert decide([*history, recipe_change(keep=(3, 5), prefer=(["first"], ["first", "second"]))], recipe()) is None
+    decision = decide([*history, recipe_change(steps=(1000, 1200))], recipe())
+    assert decision is not None
+    assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("retry", "first", 1000, 0)
+
+
+def test_devices_that_were_left_out_are_counted_anew_when_a_chip_has_other_ranks() -> None:
+    rules = recipe().model_copy(update={"train": recipe().train.model_copy(update={"prefer": ("third",)})})
+    history = play(fault("device-lost"), "decide", rules=rules)
+    assert read_situation(history).excluded == {0}
+    assert read_situation([*history, recipe_change(keep=(3, 5))]).excluded == {0}
+    assert read_situation([*history, recipe_change(ranks=(2, 4))]).excluded == set()

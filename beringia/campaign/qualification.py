@@ -22,9 +22,7 @@ from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.records.signature import load_or_create_key, public_key_of, sign, write_signed
 from beringia.report.certificate import write_certificate_page, write_junit
-from beringia.supervise.event_log import EventLog
-from beringia.supervise.lock import RunLock
-from beringia.supervise.run_files import prepare_run
+from beringia.supervise.run_files import taking_run
 
 _LENGTHS_TIMES = 4
 """Attention is tried up to so many times the run's sequences: it will not see longer ones."""
@@ -38,15 +36,10 @@ def qualify_chips(
     if recipe.qualify.unqualified == "allow" or not missing:
         return
     key = _trusted_key(recipe, run)
-    with RunLock(run) as lock:
-        prepare_run(recipe, recipe_text, run)
-        log = EventLog(run, on_event)
-        try:
-            for label in missing:
-                certificate = _qualify(recipe, run, label, key)
-                log.append(_event(certificate, run, label), epoch=lock.epoch, chip=label)
-        finally:
-            log.close()
+    with taking_run(recipe, recipe_text, run, on_event) as taken:
+        for label in missing:
+            certificate = _qualify(recipe, run, label, key)
+            taken.log.append(_event(certificate, run, label), epoch=taken.lock.epoch, chip=label)
 
 
 def _trusted_key(recipe: Recipe, run: RunDirectory) -> Ed25519PrivateKey:

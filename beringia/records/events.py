@@ -15,7 +15,7 @@ from beringia.records.identity import ChipIdentity
 from beringia.records.manifest import CleanCheck
 from beringia.records.record import Record
 
-EVENTS_SCHEMA = 2
+EVENTS_SCHEMA = 3
 
 SPIKE = "spike"
 """The detector whose alarms say that something is unusual, not that it is wrong: training has spikes of its own."""
@@ -44,6 +44,19 @@ class RunStarted(Event):
     beringia: str
     steps: int
     prefer: tuple[str, ...]
+    run_identity: str = ""
+    """Hash of what makes this run this run; `recipe_hash` covers what may change, too. Empty in older lines."""
+
+
+class RecipeChanged(Event):
+    """The run goes on with a recipe that differs from the one before in what may change."""
+
+    kind: Literal["recipe"] = "recipe"
+    changes: dict[str, tuple[Any, Any]]
+    """By key, such as `train.keep`: the value before, and the value now."""
+    bitwise: bool
+    """Whether the numbers that follow are bitwise those that would have followed."""
+    message: str
 
 
 class ChipOpened(Event):
@@ -324,6 +337,7 @@ class RunFinished(Event):
 
 AnyEvent = Annotated[
     RunStarted
+    | RecipeChanged
     | ChipOpened
     | StepDone
     | Evaluated

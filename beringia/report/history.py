@@ -36,6 +36,7 @@ from beringia.records.events import (
     Fallback,
     Fault,
     Qualified,
+    RecipeChanged,
     Resumed,
     RunFinished,
     RunStarted,
@@ -156,6 +157,7 @@ class History:
     crossings: tuple[At[Crossing], ...] = ()
     resumes: tuple[At[Resumed], ...] = ()
     fallbacks: tuple[At[Fallback], ...] = ()
+    recipe_changes: tuple[At[RecipeChanged], ...] = ()
     qualified: tuple[At[Qualified], ...] = ()
     unqualified: tuple[At[Unqualified], ...] = ()
     exports: tuple[At[Exported], ...] = ()
@@ -248,6 +250,7 @@ def read_history(run_directory: Path | str) -> History:
         crossings=_of(moments, Crossing),
         resumes=_of(moments, Resumed),
         fallbacks=_of(moments, Fallback),
+        recipe_changes=_of(moments, RecipeChanged),
         qualified=_of(moments, Qualified),
         unqualified=_of(moments, Unqualified),
         exports=_of(moments, Exported),
@@ -296,7 +299,7 @@ def _place(events: list[AnyEvent]) -> tuple[list[At[AnyEvent]], tuple[Pause, ...
     chip: str | None = None
     for event in events:
         gap = max(0.0, event.time - now)
-        if isinstance(event, RunStarted) and gap > SHORTEST_PAUSE_SECONDS:
+        if isinstance(event, RunStarted | RecipeChanged) and gap > SHORTEST_PAUSE_SECONDS:
             pauses.append(Pause(seconds, gap))
             gap = 0.0
         now, seconds = max(now, event.time), seconds + gap

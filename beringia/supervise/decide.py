@@ -19,6 +19,8 @@ The rules, in order:
   held the state; with no chip left the run stops, and when it is started again every such chip is asked again
 - crossing goes to the next chip of `train.prefer`, always from a trusted checkpoint or from the start; with no chip
   left the run is given up with a reason
+- a recipe that has changed: more steps take up a run that was done, and a chip that was not tried takes up one that was
+  given up, as a crossing
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from beringia.records.events import (
     Crossing,
     Decision,
     Fault,
+    RecipeChanged,
     Resumed,
     RunFinished,
     RunStarted,
@@ -101,6 +104,8 @@ class Situation:
     """A supervisor took the run over since the last decision."""
     decided: bool = False
     finished: bool = False
+    given_up: bool = False
+    """It ended for want of a chip, and no decision has taken it up since."""
 
     @property
     def newest(self) -> int | None:
@@ -150,6 +155,8 @@ def decide(history: Sequence[AnyEvent], recipe: Recipe) -> Decision | None:
         return None
     if situation.chip is None:
         return _start(situation, recipe)
+    if situation.given_up:
+        return _cross(situation, recipe, f"the run was given up on {situation.chip}, and there is another chip now")
     trouble = situation.trouble
     if isinstance(trouble, Alarm):
         return _after_alarm(situation, recipe, trouble)
@@ -257,6 +264,8 @@ def _fold(situation: Situation, event: AnyEvent) -> None:
     match event:
         case RunStarted():
             situation.restarted = situation.decided
+        case RecipeChanged():
+            _fold_change(situation, event)
         case Decision():
             _fold_decision(situation, event)
         case StepDone():
@@ -295,11 +304,20 @@ def _fold(situation: Situation, event: AnyEvent) -> None:
             _trouble(situation, event)
         case RunFinished():
             situation.finished = event.status != "stopped"
+            situation.given_up = event.status == "given-up"
             if isinstance(situation.trouble, Unqualified):
                 _ask_again(situation)
             situation.trouble = None
         case _:
             pass
+
+
+def _fold_change(situation: Situation, change: RecipeChanged) -> None:
+    if f"chips.{situation.chip}.ranks" in change.changes:
+        situation.excluded = set()  # counted in devices that may be others now
+    untried = set(change.changes.get("train.prefer", ((), ()))[1]) - set(situation.tried)
+    if untried if situation.given_up else "train.steps" in change.changes:
+        situation.finished = False
 
 
 def _ask_again(situation: Situation) -> None:
@@ -320,6 +338,7 @@ def _trouble(situation: Situation, event: Alarm | Fault | Canary | CheckpointRej
 def _fold_decision(situation: Situation, decision: Decision) -> None:
     situation.decided = True
     situation.restarted = False
+    situation.given_up = situation.given_up and decision.action == "stop"
     if decision.accepted_spike is not None:
         situation.accepted_spikes.append(decision.accepted_spike)
     elif decision.action == "rollback" and isinstance(situation.trouble, Alarm):

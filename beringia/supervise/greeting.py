@@ -1,4 +1,5 @@
-"""Before a run begins: the chips that it may need later say hello, so that a mistake shows now and not in mid-run.
+"""Before a run begins, or goes on with more chips: those that it may need later say hello, so that a mistake shows now
+and not in mid-run.
 
 Asked are chips of this machine, without opening them. What is behind a launch prefix may be a machine that is not there
 yet (a queue's, a cloud's), and is asked when it is needed.
@@ -7,6 +8,7 @@ yet (a queue's, a cloud's), and is asked when it is needed.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 from beringia.errors import HandshakeError
 from beringia.records.messages import Ended, Hello, Order
@@ -17,11 +19,11 @@ from beringia.supervise.worker_process import WorkerProcess, check_hello, error_
 _END_SECONDS = 10.0
 
 
-def greet_later_chips(recipe: Recipe, run: RunDirectory) -> None:
-    """Start, and end, a worker of every local chip of `train.prefer` but the first. Raises what its worker says is
-    wrong: HandshakeError, ChipUnavailable."""
+def greet_later_chips(recipe: Recipe, run: RunDirectory, known: Collection[str] = ()) -> None:
+    """Start, and end, a worker of every local chip of `train.prefer` but the first and those already `known`. Raises
+    what its worker says is wrong: HandshakeError, ChipUnavailable."""
     for label in recipe.train.prefer[1:]:
-        if not recipe.chips[label].launch:
+        if label not in known and not recipe.chips[label].launch:
             _greet(label, recipe, run)
 
 

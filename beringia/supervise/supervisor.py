@@ -38,7 +38,7 @@ from beringia.supervise.greeting import greet_later_chips
 from beringia.supervise.lock import RunLock
 from beringia.supervise.qualification import admission
 from beringia.supervise.remote_root import open_root
-from beringia.supervise.run_files import discard_abandoned, prepare_run
+from beringia.supervise.run_files import discard_abandoned, taking_run
 from beringia.supervise.worker_process import (
     WorkerProcess,
     check_hello,
@@ -69,15 +69,12 @@ def supervise(
     if rank_in() > 0:
         follow(recipe, run)
         return RunFinished(status="done", step=recipe.train.steps, message="the first rank reports")
-    with RunLock(run) as lock:
-        prepare_run(recipe, recipe_text, run)
-        log = EventLog(run, on_event)
+    with taking_run(recipe, recipe_text, run, on_event) as taken:
         try:
             with stopping_on_signals() as stop:
-                return Supervisor(recipe, run, lock, log, stop).carry()
+                return Supervisor(taken.recipe, run, taken.lock, taken.log, stop, taken.identity).carry()
         finally:
             lead(run, None)
-            log.close()
 
 
 class StopRequest:
@@ -105,8 +102,11 @@ def stopping_on_signals() -> Iterator[StopRequest]:
 class Supervisor:
     """One life of a supervisor over a run."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, lock: RunLock, log: EventLog, stop: StopRequest) -> None:
+    def __init__(
+        self, recipe: Recipe, run: RunDirectory, lock: RunLock, log: EventLog, stop: StopRequest, identity: str
+    ) -> None:
         self._recipe = recipe
+        self._identity = identity
         self._run = run
         self._lock = lock
         self._log = log
@@ -117,8 +117,8 @@ class Supervisor:
         done = self._finished_before()
         if done is not None:
             return done
-        if not any(isinstance(event, RunStarted) for event in self._log.history):
-            greet_later_chips(self._recipe, self._run)
+        greeted = {label for event in self._log.history if isinstance(event, RunStarted) for label in event.prefer}
+        greet_later_chips(self._recipe, self._run, greeted)
         self._append(
             RunStarted(
                 name=self._recipe.name,
@@ -126,6 +126,7 @@ class Supervisor:
                 beringia=__version__,
                 steps=self._recipe.train.steps,
                 prefer=self._recipe.train.prefer,
+                run_identity=self._identity,
             )
         )
         while True:
@@ -170,7 +171,7 @@ class Supervisor:
             raise Refusal(
                 f"The run was stopped at step {step}: {decision.reason}. Qualify a chip for this model, put its signed "
                 f"certificate into {self._run.certificates} and give the same command again; or let the recipe say "
-                '[qualify] unqualified = "allow" (another recipe: choose another run directory).'
+                '[qualify] unqualified = "allow".'
             )
         self._append(RunFinished(status="given-up", step=step, message=decision.reason))
         raise Refusal(f"The run was given up at step {step}: {decision.reason}.")
