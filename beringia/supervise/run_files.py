@@ -62,8 +62,9 @@ class TakenRun:
 
 def examine_run(recipe: Recipe, run: RunDirectory) -> Examined:
     """What the recipe means for this run directory. Touches nothing. Raises RunError where it is another run's."""
+    begun = run.events.exists()  # looked at first: another rank's supervisor may be writing both, this one last
     if not run.resolved_recipe.exists():
-        if run.events.exists():
+        if begun:
             raise RunError(
                 f"{run.root} has events but no recipe: it is not a run directory of ours. Choose another with --out."
             )
