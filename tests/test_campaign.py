@@ -76,6 +76,7 @@ def test_what_was_trained_answers_on_the_inference_chip_and_is_compared_with_the
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two campaigns, several processes each, which a busy machine gives little
 def test_a_run_that_was_given_more_steps_is_exported_and_answers_anew(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, small_recipe(serve={"chip": "first", "questions": 8}, train={"steps": 6}))
     run, weights = tmp_path / "run", []

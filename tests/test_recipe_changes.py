@@ -226,6 +226,13 @@ def test_the_recipe_that_another_one_replaces_is_kept(here: Path) -> None:
     assert [event.changes["train.keep"] for event in of_kind(run.root, "recipe")] == [(2, 3), (3, 4)]
 
 
+def test_what_is_refused_leaves_even_lock_and_epoch_as_they_were(here: Path) -> None:
+    before = files(here / "stopped")
+    with pytest.raises(RunError, match=r"train\.batch was 16 and is 8"):
+        take(Path("stopped.toml").read_text(), train__batch=8)
+    assert files(here / "stopped") == before
+
+
 def test_a_change_is_never_untold_if_the_supervisor_is_killed_while_it_writes_it_down(here: Path) -> None:
     run = RunDirectory(here / "stopped")
     take(Path("stopped.toml").read_text())
