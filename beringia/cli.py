@@ -463,9 +463,12 @@ def main(arguments: list[str] | None = None) -> None:
 def _read(recipe: Path, change: list[str] | None, out: Path | None) -> tuple[Recipe, RunDirectory]:
     from beringia.records.recipe import read_recipe
     from beringia.records.run_directory import RunDirectory
+    from beringia.supervise.run_files import examine_run
 
     parsed = read_recipe(recipe, dict(_change(one) for one in change or []))
-    return parsed, RunDirectory(out or Path("runs") / parsed.name)
+    run = RunDirectory(out or Path("runs") / parsed.name)
+    examine_run(parsed, run)  # before anything there is touched
+    return parsed, run
 
 
 def _change(text: str) -> tuple[str, Any]:

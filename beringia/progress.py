@@ -26,6 +26,7 @@ from beringia.records.events import (
     Fallback,
     Fault,
     Qualified,
+    RecipeChanged,
     RunFinished,
     StepDone,
     Unqualified,
@@ -67,6 +68,8 @@ def showing_progress(recipe: Recipe) -> Iterator[Callable[[AnyEvent], None]]:
 def describe(event: AnyEvent) -> str | None:
     """One line for an event that a person should see, None for the others."""
     match event:
+        case RecipeChanged():
+            return f"the recipe has changed: {event.message}"
         case ChipOpened():
             who = f"{event.used}, {event.identity.truth}, {event.compute_dtype} ({event.identity_hash[:12]})"
             return f"{event.chip}: {who}"

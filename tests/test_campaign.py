@@ -76,6 +76,19 @@ def test_what_was_trained_answers_on_the_inference_chip_and_is_compared_with_the
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two campaigns, several processes each, which a busy machine gives little
+def test_a_run_that_was_given_more_steps_is_exported_and_answers_anew(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, small_recipe(serve={"chip": "first", "questions": 8}, train={"steps": 6}))
+    run, weights = tmp_path / "run", []
+    for steps in (6, 8):
+        done = beringia("campaign", str(recipe), "--out", str(run), "--set", f"train.steps={steps}", "--json")
+        assert done.returncode == 0, done.stderr + done.stdout
+        weights.append((run / "export" / "model.safetensors").read_bytes())
+    assert [[event.step for event in of_kind(run, kind)] for kind in ("export", "answers")] == [[6, 8], [6, 8]]
+    assert weights[0] != weights[1] and "Changes of the recipe" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_chip_that_qualification_refuses_is_passed_over_and_the_next_one_trains(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,

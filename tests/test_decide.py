@@ -38,6 +38,7 @@ from beringia.records.events import (
     CheckpointTrusted,
     Decision,
     Fault,
+    RecipeChanged,
     Unqualified,
 )
 from beringia.records.recipe import Recipe
@@ -444,3 +445,45 @@ def test_lost_steps_are_never_negative(acts: list[Any]) -> None:
     for event in _play_any([*acts, "decide"], recipe()):
         if isinstance(event, Decision):
             assert event.lost_steps >= 0
+
+
+def recipe_change(**changes: Any) -> RecipeChanged:
+    names = {"steps": "train.steps", "prefer": "train.prefer", "keep": "train.keep", "ranks": "chips.third.ranks"}
+    return RecipeChanged(changes={names[name]: pair for name, pair in changes.items()}, bitwise=True, message="")
+
+
+ONE_CHIP = recipe().model_copy(update={"train": recipe().train.model_copy(update={"prefer": ("first",)})})
+GIVEN_UP = [
+    *(step(20), written(20), trusted(20), step(40), written(40), step(42), fault("persistent", 42), "decide"),
+    finished("given-up", 42),
+]
+
+
+def test_a_run_that_was_given_up_goes_on_with_a_chip_that_was_not_tried_and_with_nothing_less() -> None:
+    history = play(*GIVEN_UP, rules=ONE_CHIP)
+    assert last_decision(history).action == "stop" and next_decision(history, recipe()) is None
+    less = recipe_change(steps=(1000, 1200), keep=(3, 5), prefer=(["first"], ["first", "first"]))
+    assert next_decision([*history, less], recipe()) is None
+    added = [*history, recipe_change(prefer=(["first"], ["first", "second"]))]
+    decision = next_decision(added, recipe())
+    assert decision is not None
+    assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("cross", "second", 20, 22)
+    situation = situation_of([*added, decision])
+    assert situation.chip == "second" and not situation.given_up and situation.canary_due
+
+
+def test_a_run_that_is_done_goes_on_with_more_steps_and_with_nothing_else() -> None:
+    history = play(step(1000), written(1000), finished("done", 1000))
+    kept = recipe_change(keep=(3, 5), prefer=(["first"], ["first", "second"]))
+    assert next_decision([*history, kept], recipe()) is None
+    decision = next_decision([*history, recipe_change(steps=(1000, 1200))], recipe())
+    assert decision is not None
+    assert (decision.action, decision.to_chip, decision.to_step, decision.lost_steps) == ("retry", "first", 1000, 0)
+
+
+def test_devices_that_were_left_out_are_counted_anew_when_a_chip_has_other_ranks() -> None:
+    rules = recipe().model_copy(update={"train": recipe().train.model_copy(update={"prefer": ("third",)})})
+    history = play(fault("device-lost"), "decide", rules=rules)
+    assert situation_of(history).excluded == {0}
+    assert situation_of([*history, recipe_change(keep=(3, 5))]).excluded == {0}
+    assert situation_of([*history, recipe_change(ranks=(2, 4))]).excluded == set()

@@ -13,7 +13,6 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from beringia.errors import RecipeError
-from beringia.history.log import EventLog
 from beringia.qualify.qualification import Request, qualify, reference_for
 from beringia.records.certificate import Certificate
 from beringia.records.events import AnyEvent, Qualified
@@ -22,8 +21,7 @@ from beringia.records.run_directory import RunDirectory
 from beringia.records.signature import load_or_create_key, public_key_of, sign, write_signed
 from beringia.report.certificate import write_certificate_page, write_junit
 from beringia.supervise.chip_command import chip_command
-from beringia.supervise.lock import RunLock
-from beringia.supervise.run_files import prepare_run
+from beringia.supervise.run_files import taking_run
 
 _LENGTHS_TIMES = 4
 """Attention is tried up to so many times the run's sequences: it will not see longer ones."""
@@ -37,14 +35,9 @@ def qualify_chips(
     if recipe.qualify.unqualified == "allow" or not missing:
         return
     _trusted_key(recipe, run)
-    with RunLock(run) as lock:
-        prepare_run(recipe, recipe_text, run)
-        log = EventLog(run, on_event)
-        try:
-            for label in missing:
-                log.append(qualify_chip(recipe, run, label), epoch=lock.epoch, chip=label)
-        finally:
-            log.close()
+    with taking_run(recipe, recipe_text, run, on_event) as taken:
+        for label in missing:
+            taken.log.append(qualify_chip(recipe, run, label), epoch=taken.lock.epoch, chip=label)
 
 
 def _trusted_key(recipe: Recipe, run: RunDirectory) -> Ed25519PrivateKey:

@@ -33,7 +33,7 @@ def run_campaign(
         qualify_chips(recipe, recipe_text, run, on_event)
         finished = supervise(recipe, recipe_text, run, on_event=on_event)
         if finished.status == "done":
-            _hand_on(run, on_event)
+            _hand_on(run, finished.step, on_event)
             _serve(recipe, run, finished, on_event)
     finally:
         if run.events.exists():
@@ -41,13 +41,14 @@ def run_campaign(
     return summarise(read_history(run.root))
 
 
-def _hand_on(run: RunDirectory, on_event: Callable[[AnyEvent], None] | None) -> None:
+def _hand_on(run: RunDirectory, last_step: int, on_event: Callable[[AnyEvent], None] | None) -> None:
     with RunLock(run) as lock:
         log = EventLog(run, on_event)
-        if log.fold.last(Exported) is not None:
+        exported = log.fold.last(Exported)
+        if exported is not None and exported.step == last_step:
             log.close()
             return
-        # Left by a campaign that was interrupted before it had compared and told of it.
+        # Left by a campaign that was interrupted before it had compared and told of it, or of a run of fewer steps.
         shutil.rmtree(run.export, ignore_errors=True)
         step = export(run, run.export)
         comparison = compare_with_transformers(run, run.export)
@@ -76,7 +77,8 @@ def _serve(
     with RunLock(run) as lock:
         log = EventLog(run, on_event)
         try:
-            if log.fold.last(Answered) is None:
+            before = log.fold.last(Answered)
+            if before is None or before.step != finished.step:
                 assert finished.chip is not None, "a run that is done was on a chip"
                 answered = answer(recipe, run, finished.chip, finished.step)
                 log.append(answered, epoch=lock.epoch, chip=recipe.serve.chip)

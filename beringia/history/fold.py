@@ -1,8 +1,8 @@
 """Takes a run's events one after another, and knows at each moment what they amount to.
 
 One situation for each role: an event changes its own role's and no other's, but for the events that a supervisor took
-the run and that the run ended, which are about all. Folding the events one by one, or all of them anew, comes to the
-same; a further event costs microseconds, whatever came before.
+the run, that its recipe changed and that the run ended, which are about all. Folding the events one by one, or all of
+them anew, comes to the same; a further event costs microseconds, whatever came before.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import Literal, TypeVar, cast
 
 from beringia.history.situation import Situation
-from beringia.records.events import LEARNER, AnyEvent, Event, RunFinished, RunStarted
+from beringia.records.events import LEARNER, AnyEvent, Event, RecipeChanged, RunFinished, RunStarted
 
 Status = Literal["empty", "unfinished", "done", "given-up", "stopped"]
 E = TypeVar("E", bound=Event)
 
-_ABOUT_ALL_ROLES = (RunStarted, RunFinished)
+_ABOUT_ALL_ROLES = (RunStarted, RecipeChanged, RunFinished)
 
 
 class Fold:
@@ -65,9 +65,10 @@ class Fold:
             situation = self._situations[event.role] = Situation(finished=self.finished)
         situation.fold(event)
 
-    def _fold_for_all(self, event: RunStarted | RunFinished) -> None:
-        finish = event if isinstance(event, RunFinished) else None
-        self.status = finish.status if finish is not None else "unfinished"
-        self.message = finish.message if finish is not None else ""
+    def _fold_for_all(self, event: RunStarted | RecipeChanged | RunFinished) -> None:
         for situation in self._situations.values():
             situation.fold(event)
+        if isinstance(event, RunFinished):
+            self.status, self.message = event.status, event.message
+        elif isinstance(event, RunStarted) or not self.situation().finished:
+            self.status, self.message = "unfinished", ""

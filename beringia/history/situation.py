@@ -30,6 +30,7 @@ from beringia.records.events import (
     Crossing,
     Decision,
     Fault,
+    RecipeChanged,
     Resumed,
     RunFinished,
     RunStarted,
@@ -118,6 +119,8 @@ class Situation:
     decided: bool = False
     finished: bool = False
     """The run is done or was given up, and nobody has taken it up again."""
+    given_up: bool = False
+    """It ended for want of a chip, and no decision has taken it up since."""
 
     @property
     def trouble(self) -> Alarm | Setback | None:
@@ -180,6 +183,8 @@ class Situation:
                 self._fold_decision(event)
             case RunStarted():
                 self.restarted, self.finished = self.decided, False
+            case RecipeChanged():
+                self._fold_change(event)
             case RunFinished():
                 self._fold_finish(event)
             case _:
@@ -255,6 +260,7 @@ class Situation:
     def _fold_decision(self, decision: Decision) -> None:
         self.decided = True
         self.restarted = False
+        self.given_up = self.given_up and decision.action == "stop"
         self.lost_steps += decision.lost_steps
         if decision.accepted_spike is not None:
             self.accepted_spikes.append(decision.accepted_spike)
@@ -294,10 +300,19 @@ class Situation:
         else:
             self.rollbacks[alarm.site] = self.rollbacks.get(alarm.site, 0) + 1
 
+    def _fold_change(self, change: RecipeChanged) -> None:
+        """More steps take up a run that was done, a chip that was not tried one that was given up."""
+        if f"chips.{self.chip}.ranks" in change.changes:
+            self.excluded = set()  # counted in devices that may be others now
+        untried = set(change.changes.get("train.prefer", ((), ()))[1]) - set(self.tried)
+        if untried if self.given_up else "train.steps" in change.changes:
+            self.finished = False
+
     def _fold_finish(self, finish: RunFinished) -> None:
         """What went wrong before a stop is decided about when the run goes on, but for what the user was told to mend:
         a fault of ours, and certificates that were wanting."""
         self.finished = finish.status != "stopped"
+        self.given_up = finish.status == "given-up"
         if self.finished:
             return
         if isinstance(self.setback, Unqualified):

@@ -56,6 +56,19 @@ class RunStarted(Event):
     beringia: str
     steps: int
     prefer: tuple[str, ...]
+    run_identity: str = ""
+    """Hash of what makes this run this run; `recipe_hash` covers what may change, too. Empty in older lines."""
+
+
+class RecipeChanged(Event):
+    """The run goes on with a recipe that differs from the one before in what may change."""
+
+    kind: Literal["recipe"] = "recipe"
+    changes: dict[str, tuple[Any, Any]]
+    """By key, such as `train.keep`: the value before, and the value now."""
+    bitwise: bool
+    """Whether the numbers that follow are bitwise those that would have followed."""
+    message: str
 
 
 class ChipOpened(Event):
@@ -336,6 +349,7 @@ class RunFinished(Event):
 
 AnyEvent = Annotated[
     RunStarted
+    | RecipeChanged
     | ChipOpened
     | StepDone
     | Evaluated

@@ -74,7 +74,18 @@ def examples() -> dict[str, Event]:
     """One event of each kind, by kind; together they tell a short run."""
     listed: list[Event] = [
         events.RunStarted(
-            name="r2-nano", recipe_hash=_HASH, beringia="0.1.0", steps=600, prefer=("preferred", "fallback")
+            name="r2-nano",
+            recipe_hash=_HASH,
+            beringia="0.1.0",
+            steps=600,
+            prefer=("preferred", "fallback"),
+            run_identity=_HASH,
+        ),
+        events.RecipeChanged(
+            changes={"chips.preferred.ranks": (1, 2), "train.keep": (3, 5)},
+            bitwise=False,
+            message="chips.preferred.ranks 1 -> 2, train.keep 3 -> 5; from here on it is bitwise another run: "
+            "chips.preferred.ranks round in another order",
         ),
         events.ChipOpened(
             chip="preferred",

@@ -1,7 +1,7 @@
 """The recipe: what the user asks for, as TOML read into one strict model.
 
 An unknown key is an error with a did-you-mean. Every field is documented below it. The hash of the recipe goes into
-every artefact; it covers what determines the result (not where the recipe lies).
+every artefact. What may change while a run stays the same run is in `recipe_identity.py`, a rule for each key.
 """
 
 from __future__ import annotations
@@ -86,13 +86,17 @@ class TrainSection(Record):
     prefer: tuple[str, ...]
     """Chip labels in the order in which they are tried."""
     steps: int = Field(ge=1)
+    """Optimizer steps in all; a run may be given more of them later."""
+    schedule_steps: int | None = Field(default=None, ge=1)
+    """The step at which the learning rate has fallen to its last value, and stays there; default: the `steps` that the
+    run was begun with."""
     batch: int = Field(default=32, ge=1)
     """Samples in one optimizer step, over all ranks and accumulation steps."""
     accumulate: int = Field(default=1, ge=1)
     """Gradient accumulation steps in one optimizer step."""
     learning_rate: float = Field(default=2e-3, gt=0)
     final_learning_rate: float = Field(default=0.05, ge=0, le=1)
-    """Share of the learning rate left at the last step."""
+    """Share of the learning rate left at the schedule's last step."""
     warmup_steps: int = Field(default=50, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -113,6 +117,11 @@ class TrainSection(Record):
     evaluation_sequences: int = Field(default=256, ge=1)
     accuracy_samples: int = Field(default=256, ge=0)
     """Questions sampled at temperature 1 and checked, where the task has a checker; 0 samples none."""
+
+    @property
+    def horizon(self) -> int:
+        """The schedule's last step."""
+        return self.steps if self.schedule_steps is None else self.schedule_steps
 
 
 class GuardSection(Record):

@@ -19,8 +19,19 @@ class RunDirectory:
 
     @property
     def resolved_recipe(self) -> Path:
-        """The recipe after `--set`, as canonical JSON with its hash."""
+        """The recipe after `--set`, as canonical JSON with its hash, and the run's identity."""
         return self.root / "recipe.json"
+
+    @property
+    def earlier_recipes(self) -> list[Path]:
+        """The recipes that the run went on with before this one, oldest first."""
+        numbered = {int(path.stem.removeprefix("recipe-")): path for path in self.root.glob("recipe-[0-9]*.toml")}
+        return [numbered[number] for number in sorted(numbered)]
+
+    @property
+    def inputs(self) -> Path:
+        """The files that model, data and tokenizer are made of: size, time and hash of each."""
+        return self.root / "inputs.json"
 
     @property
     def events(self) -> Path:

@@ -39,6 +39,7 @@ from beringia.records.events import (
     Fallback,
     Fault,
     Qualified,
+    RecipeChanged,
     Resumed,
     RunFinished,
     RunStarted,
@@ -156,6 +157,7 @@ class History:
     canaries: tuple[At[Canary], ...] = ()
     crossings: tuple[At[Crossing], ...] = ()
     resumes: tuple[At[Resumed], ...] = ()
+    recipe_changes: tuple[At[RecipeChanged], ...] = ()
     fallbacks: tuple[At[Fallback], ...] = ()
     qualified: tuple[At[Qualified], ...] = ()
     unqualified: tuple[At[Unqualified], ...] = ()
@@ -254,6 +256,7 @@ def _history(reader: _Reader, run: RunDirectory) -> History:
         canaries=_of(moments, Canary),
         crossings=_of(moments, Crossing),
         resumes=_of(moments, Resumed),
+        recipe_changes=_of(moments, RecipeChanged),
         fallbacks=_of(moments, Fallback),
         qualified=_of(moments, Qualified),
         unqualified=_of(moments, Unqualified),
@@ -310,7 +313,7 @@ class _Reader:
         self.fold.add(event)
         if isinstance(event, RunStarted):
             self.first_start = self.first_start or event
-        elif event.role != self.role and not isinstance(event, RunFinished):
+        elif event.role != self.role and not isinstance(event, RunFinished | RecipeChanged):
             return
         # A decision belongs to the chip it was made about, whatever chip it leads to.
         chip = self.fold.situation(self.role).chip
@@ -320,7 +323,7 @@ class _Reader:
 
     def _advance(self, event: AnyEvent) -> None:
         gap = max(0.0, event.time - self.now)
-        if isinstance(event, RunStarted) and gap > SHORTEST_PAUSE_SECONDS:
+        if isinstance(event, RunStarted | RecipeChanged) and gap > SHORTEST_PAUSE_SECONDS:
             self.pauses.append(Pause(self.seconds, gap))
             gap = 0.0
         self.now, self.seconds = max(self.now, event.time), self.seconds + gap

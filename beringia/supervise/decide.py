@@ -21,6 +21,8 @@ The rules, in order:
   the user was told to mend
 - crossing goes to the next chip of `train.prefer`, always from a trusted checkpoint or from the start; with no chip
   left the run is given up with a reason
+- a recipe that has changed: more steps take up a run that was done, and a chip that was not tried takes up one that was
+  given up, as a crossing
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ def decide(situation: Situation, recipe: Recipe) -> Decision | None:
         return None
     if situation.chip is None:
         return _start(situation, recipe)
+    if situation.given_up:
+        return _cross(situation, recipe, f"the run was given up on {situation.chip}, and there is another chip now")
     trouble = situation.trouble
     if isinstance(trouble, Alarm):
         return _after_alarm(situation, recipe, trouble)

@@ -1,10 +1,13 @@
-"""Before a run begins: the chips that it may need later say hello, so that a mistake shows now and not in mid-run.
+"""Before a run begins, or goes on with more chips: those that it may need later say hello, so that a mistake shows now
+and not in mid-run.
 
 Asked are chips of this machine, without opening them. What is behind a launch prefix may be a machine that is not there
 yet (a queue's, a cloud's), and is asked when it is needed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from beringia.processes.child import lines_of
 from beringia.records.messages import Order
@@ -13,11 +16,11 @@ from beringia.records.run_directory import RunDirectory
 from beringia.supervise.training_worker import start_worker
 
 
-def greet_later_chips(recipe: Recipe, run: RunDirectory) -> None:
-    """Start, and end, a worker of every local chip of `train.prefer` but the first. Raises what its worker says is
-    wrong: HandshakeError, ChipUnavailable."""
+def greet_later_chips(recipe: Recipe, run: RunDirectory, known: Collection[str] = ()) -> None:
+    """Start, and end, a worker of every local chip of `train.prefer` but the first and those already `known`. Raises
+    what its worker says is wrong: HandshakeError, ChipUnavailable."""
     for label in recipe.train.prefer[1:]:
-        if not recipe.chips[label].launch:
+        if label not in known and not recipe.chips[label].launch:
             _greet(label, recipe, run)
 
 

@@ -1,35 +1,159 @@
-"""What the supervisor does to the files of a run directory before a worker starts."""
+"""What the supervisor does to the files of a run directory before a worker starts.
+
+A new directory gets the recipe, a run that goes on may get another one as far as it stays the same run
+(`records/recipe_identity.py` says how far): told by an event, with the old recipe kept. What is refused touches
+nothing.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from beringia.checkpoint.directory import CheckpointDirectory
 from beringia.errors import RunError
+from beringia.history.log import EventLog
 from beringia.history.situation import Situation
-from beringia.records.files import write_bytes, write_text
+from beringia.records.events import AnyEvent, RecipeChanged
+from beringia.records.files import write_bytes
+from beringia.records.inputs import NO_INPUTS, Inputs, look_at_inputs
+from beringia.records.jsonl import read_lines
 from beringia.records.recipe import Recipe
+from beringia.records.recipe_identity import (
+    Rule,
+    changes_between,
+    describe_change,
+    refusals,
+    rule_of,
+    run_identity,
+    settle,
+)
 from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory
+from beringia.supervise.lock import RunLock
 
 
-def prepare_run(recipe: Recipe, recipe_text: str, run: RunDirectory) -> None:
-    """Write the recipe into a new run directory, or check that an old one is of the same recipe. Raises RunError."""
-    if run.resolved_recipe.exists():
-        found = json.loads(run.resolved_recipe.read_text())["hash"]
-        if found != recipe.hash:
+@dataclass(frozen=True)
+class Examined:
+    """A recipe that a run directory can begin or go on with."""
+
+    recipe: Recipe
+    """With the schedule's horizon stated."""
+    inputs: Inputs
+    """What its paths hold now."""
+    change: RecipeChanged | None = None
+    """What differs from the recipe there, where it is not the same."""
+
+
+@dataclass(frozen=True)
+class TakenRun:
+    """A run directory whose only writer is this process."""
+
+    recipe: Recipe
+    identity: str
+    """Hash of what makes the run this run."""
+    lock: RunLock
+    log: EventLog
+
+
+def examine_run(recipe: Recipe, run: RunDirectory) -> Examined:
+    """What the recipe means for this run directory. Touches nothing. Raises RunError where it is another run's."""
+    begun = run.events.exists()  # looked at first: another rank's supervisor may be writing both, this one last
+    if not run.resolved_recipe.exists():
+        if begun:
             raise RunError(
-                f"{run.root} holds a run of another recipe (hash {found[:12]}, this one is {recipe.hash[:12]}). "
-                "Give the recipe another name, choose another directory with --out, or remove the old run."
+                f"{run.root} has events but no recipe: it is not a run directory of ours. Choose another with --out."
             )
-        return
-    if run.events.exists():
+        return Examined(settle(recipe, recipe.train.steps), NO_INPUTS)
+    found = _recorded(run)
+    before, now = (settle(one, found.train.horizon) for one in (found, recipe))
+    known = _recorded_inputs(run)
+    inputs = look_at_inputs(now, known)
+    changes = changes_between(before, now)
+    opened = _opened(run) if any(rule_of(key) is Rule.OPENED for key in changes) else frozenset()
+    reasons = refusals(changes, known, inputs, opened)
+    if reasons:
         raise RunError(
-            f"{run.root} has events but no recipe: it is not a run directory of ours. Choose another with --out."
+            f"{run.root} holds a run of another recipe: {'; '.join(reasons)}. "
+            "Give the recipe another name, choose another directory with --out, or remove the old run."
         )
-    write_text(run.recipe, recipe_text)
-    write_bytes(run.resolved_recipe, canonical_json({"hash": recipe.hash, "recipe": recipe.model_dump(mode="json")}))
+    return Examined(now, inputs, describe_change(changes, now, frozenset(before.chips)))
+
+
+@contextmanager
+def taking_run(
+    recipe: Recipe, recipe_text: str, run: RunDirectory, on_event: Callable[[AnyEvent], None] | None = None
+) -> Iterator[TakenRun]:
+    """Hold the run directory's lock and log while the context lasts, with its recipe written down. Raises RunError."""
+    examine_run(recipe, run)  # what is refused leaves even lock and epoch as they were
+    with RunLock(run) as lock:
+        examined = examine_run(recipe, run)
+        if not run.resolved_recipe.exists():
+            examined = replace(examined, inputs=look_at_inputs(recipe))
+            _write_down(examined, recipe_text, run)
+        log = EventLog(run, on_event)
+        try:
+            # First in the log: killed in between, the change is told twice, and never lost.
+            if examined.change is not None:
+                log.append(examined.change, epoch=lock.epoch)
+            _write_down(examined, recipe_text, run)
+            yield TakenRun(examined.recipe, run_identity(examined.recipe, examined.inputs).hash, lock, log)
+        finally:
+            log.close()
+
+
+def _write_down(examined: Examined, recipe_text: str, run: RunDirectory) -> None:
+    """The recipe and its inputs, as far as they are not there; what a recipe replaces is kept under a number."""
+    if examined.change is not None and run.recipe.exists() and run.recipe.read_text() != recipe_text:
+        number = 1 + len(run.earlier_recipes)
+        write_bytes(run.root / f"recipe-{number}.toml", run.recipe.read_bytes())
+    if examined.change is not None or not run.resolved_recipe.exists():
+        _write(run.recipe, recipe_text.encode())
+    _write(run.inputs, canonical_json(examined.inputs))
+    recipe, identity = examined.recipe, run_identity(examined.recipe, examined.inputs)
+    document = {
+        "hash": recipe.hash,
+        "recipe": recipe.model_dump(mode="json"),
+        "identity": {**identity.model_dump(mode="json"), "hash": identity.hash},
+    }
+    _write(run.resolved_recipe, canonical_json(document))
+
+
+def _write(path: Path, content: bytes) -> None:
+    if not path.exists() or path.read_bytes() != content:
+        write_bytes(path, content)
+
+
+def _recorded(run: RunDirectory) -> Recipe:
+    try:
+        document = json.loads(run.resolved_recipe.read_text())["recipe"]
+        return Recipe.model_validate_json(json.dumps(document))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{run.resolved_recipe} is not a recipe that this version of Beringia knows "
+            f"({str(error).splitlines()[0]}): go on with the version that wrote it, or choose another directory."
+        ) from None
+
+
+def _recorded_inputs(run: RunDirectory) -> Inputs:
+    if not run.inputs.exists():  # a run that was begun before there was such a file
+        return NO_INPUTS
+    try:
+        return Inputs.model_validate_json(run.inputs.read_bytes())
+    except ValueError as error:
+        raise RunError(
+            f"{run.inputs} is damaged ({str(error).splitlines()[0]}): remove it, and the run goes on with its model "
+            "and data as they are now."
+        ) from None
+
+
+def _opened(run: RunDirectory) -> frozenset[str]:
+    """Labels of the chips that have worked for this run."""
+    return frozenset(line["chip"] for _, line in read_lines(run.events) if line["kind"] == "chip")
 
 
 def discard_abandoned(run: RunDirectory, situation: Situation, epoch: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from beringia.history.log import EventLog
 from beringia.processes.child import wait_for_any
 from beringia.processes.command import check_command
 from beringia.processes.patience import POLL_SECONDS
@@ -19,9 +18,8 @@ from beringia.supervise.chip_command import chip_command
 from beringia.supervise.follower import follow, lead, meeting_other_ranks, rank_in
 from beringia.supervise.greeting import greet_later_chips
 from beringia.supervise.learner import Learner
-from beringia.supervise.lock import RunLock
 from beringia.supervise.role import Role
-from beringia.supervise.run_files import prepare_run
+from beringia.supervise.run_files import taking_run
 from beringia.supervise.stop_request import StopRequest, stopping_on_signals
 from beringia.supervise.supervision import Supervision
 from beringia.version import __version__
@@ -49,32 +47,31 @@ def supervise(
         with meeting_other_ranks(run):
             follow(recipe, run)
         return RunFinished(status="done", step=recipe.train.steps, message="the first rank reports")
-    with RunLock(run) as lock, meeting_other_ranks(run):
-        prepare_run(recipe, recipe_text, run)
-        log = EventLog(run, on_event)
+    with taking_run(recipe, recipe_text, run, on_event) as taken, meeting_other_ranks(run):
         try:
             with stopping_on_signals() as stop:
-                return _carry(Supervision(recipe, run, lock, log, stop), beside)
+                supervision = Supervision(taken.recipe, run, taken.lock, taken.log, stop)
+                return _carry(supervision, taken.identity, beside)
         finally:
             lead(run, None)
-            log.close()
 
 
-def _carry(supervision: Supervision, beside: Sequence[MakeRole]) -> RunFinished:
+def _carry(supervision: Supervision, identity: str, beside: Sequence[MakeRole]) -> RunFinished:
     """Ask the roles in turn until the learner says that the run is over."""
     recipe, log = supervision.recipe, supervision.log
     if log.fold.finished:
         finished = log.fold.last(RunFinished)
         assert finished is not None
         return finished
-    if log.fold.last(RunStarted) is None:
-        greet_later_chips(recipe, supervision.run)
+    before = log.fold.last(RunStarted)
+    greet_later_chips(recipe, supervision.run, () if before is None else before.prefer)
     started = RunStarted(
         name=recipe.name,
         recipe_hash=recipe.hash,
         beringia=__version__,
         steps=recipe.train.steps,
         prefer=recipe.train.prefer,
+        run_identity=identity,
     )
     supervision.append(started, role=LEARNER)
     others = [make(supervision) for make in beside]

@@ -59,10 +59,11 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def learning_rate(train: TrainSection, step: int) -> float:
-    """Learning rate of step `step` (from 1): linear warm-up, then linear decay to `final_learning_rate` of the peak."""
+    """Learning rate of step `step` (from 1): linear warm-up, then linear decay to `final_learning_rate` of the peak at
+    the schedule's horizon, where it stays."""
     if step <= train.warmup_steps:
         return train.learning_rate * step / train.warmup_steps
-    span = max(1, train.steps - train.warmup_steps)
+    span = max(1, train.horizon - train.warmup_steps)
     done = (step - train.warmup_steps) / span
     return train.learning_rate * (1.0 - (1.0 - train.final_learning_rate) * min(1.0, done))
 

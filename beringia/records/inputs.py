@@ -1,0 +1,112 @@
+"""The files that a run is made from, by content: `inputs.json` in the run directory, written when the run first starts.
+
+Model directories, folders of text or chats, tokenizers: each file's size, time and SHA-256. A file whose size and time
+are as they were is not read again. What the supervisor's machine does not see (a path on a chip's own machine, a word
+such as `bytes`) has no files here.
+
+Reads the inputs and writes nothing. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from beringia.records.files import sha256_of_file
+from beringia.records.recipe import Recipe
+from beringia.records.record import Record, canonical_hash
+
+INPUTS_SCHEMA = 1
+
+_MODEL_FILES = {".json", ".jinja", ".safetensors"}
+"""What is read of a Hugging Face directory; a README beside them changes nothing."""
+
+
+class InputFile(Record):
+    """One file, as it was when it was last looked at."""
+
+    name: str
+    """Relative to the input's path; of an input that is one file, its suffix."""
+    bytes: int
+    modified_ns: int
+    sha256: str | None
+    """Null where it cannot be read."""
+
+
+class Input(Record):
+    """What lies at one path of the recipe."""
+
+    path: str
+    """As the recipe has it."""
+    files: tuple[InputFile, ...]
+
+    @property
+    def content(self) -> str | None:
+        """SHA-256 over names and contents, not over where and when; None where there are no files."""
+        return canonical_hash([[file.name, file.sha256] for file in self.files]) if self.files else None
+
+
+class Inputs(Record):
+    """All inputs of a run, by key of the recipe."""
+
+    schema_version: int = INPUTS_SCHEMA
+    inputs: dict[str, Input]
+
+    def content(self, key: str) -> str | None:
+        """Hash of what lies at the path under `key`; None where nothing is named or nothing can be seen."""
+        return self.inputs[key].content if key in self.inputs else None
+
+    def differences(self, before: Inputs, key: str) -> list[str]:
+        """Names of files that are not as they were, come or gone."""
+        then, now = (
+            {file.name: file.sha256 for file in (one.inputs[key].files if key in one.inputs else ())}
+            for one in (before, self)
+        )
+        return sorted(name for name in then.keys() | now.keys() if then.get(name, "") != now.get(name, ""))
+
+
+NO_INPUTS = Inputs(inputs={})
+
+
+def look_at_inputs(recipe: Recipe, before: Inputs = NO_INPUTS) -> Inputs:
+    """What the recipe's paths hold now. What can no longer be seen where it was counts as unchanged."""
+    paths = {
+        "model.path": recipe.model.path,
+        "data.text": recipe.data.text,
+        "data.chat": recipe.data.chat,
+        "data.tokenizer": recipe.data.tokenizer,
+    }
+    return Inputs(inputs={key: _look(key, path, before.inputs.get(key)) for key, path in paths.items() if path})
+
+
+def _look(key: str, path: str, before: Input | None) -> Input:
+    there = before if before is not None and before.path == path else None
+    known = {file.name: file for file in there.files} if there is not None else {}
+    suffixes = _MODEL_FILES if key in ("model.path", "data.tokenizer") else None
+    files = tuple(_look_at_file(name, file, known.get(name)) for name, file in _files(Path(path), suffixes))
+    return there if there is not None and not files else Input(path=path, files=files)
+
+
+def _look_at_file(name: str, file: Path, known: InputFile | None) -> InputFile:
+    try:
+        found = file.stat()
+        if known is not None and (known.bytes, known.modified_ns) == (found.st_size, found.st_mtime_ns):
+            return known
+        digest = sha256_of_file(file)
+    except OSError:
+        return InputFile(name=name, bytes=0, modified_ns=0, sha256=None)
+    return InputFile(name=name, bytes=found.st_size, modified_ns=found.st_mtime_ns, sha256=digest)
+
+
+def _files(path: Path, suffixes: set[str] | None) -> Iterator[tuple[str, Path]]:
+    """Name and place of every visible regular file, in order of names."""
+    if path.is_file():
+        yield path.suffix, path
+        return
+    found = []
+    for parent, directories, names in os.walk(path):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    kept = (file for file in found if file.is_file() and (suffixes is None or file.suffix in suffixes))
+    yield from sorted((file.relative_to(path).as_posix(), file) for file in kept)
