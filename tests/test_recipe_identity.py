@@ -45,6 +45,7 @@ def fields(model: type[BaseModel] = Recipe, above: str = "") -> Iterator[str]:
 
 
 OTHERS: dict[str, Any] = {
+    "chips.*.launcher": "torchrun",
     "name": "other",
     "model.preset": "r2-micro",
     "data.task": "digit-sort",
