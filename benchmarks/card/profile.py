@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ WIDEST = 40.0
 """Binary orders of magnitude of wide-range operands, where the format has so many: more than any unit aligns."""
 FLOAT8 = ("float8_e4m3", "float8_e4m3fnuz", "float8_e5m2")
 
+PROMOTED_EVERY = 128
+"""Terms of 8-bit products after which CUTLASS adds the unit's sum to one in float32 (four instructions of 32 terms)."""
+
 Draw = Callable[[OperandFormat, tuple[int, int], torch.Generator], torch.Tensor]
 
 
@@ -48,7 +52,7 @@ def measure(chip_name: str, size: Size) -> tuple[dict[str, Any], dict[str, bool]
     seconds = time.perf_counter() - began
     name = in_catalogue(chip.identity.sku)
     against = measured if name is None else read_profile(name)
-    formats = {kind: compared(multiply, against, format_) for kind, format_, multiply in ways(chip, against)}
+    formats = {kind: compared(way, against) for kind, way in ways(chip, against)}
     found = {
         "identity": chip.identity.model_dump(mode="json"),
         "identity_hash": chip.identity.hash,
@@ -69,16 +73,29 @@ def in_catalogue(sku: str) -> str | None:
     return next((name for name in profile_names() if read_profile(name).part.partition(" (")[0] == part), None)
 
 
-def ways(chip: Chip, against: Profile) -> Iterator[tuple[str, Format, Multiply]]:
-    """What is compared: a name, the unit's format, and how the chip multiplies in it."""
+@dataclass(frozen=True)
+class Way:
+    """One way in which a chip multiplies, and what it is compared with."""
+
+    format: Format
+    multiply: Multiply
+    stretch: int | None = None
+    """Terms after which the unit's sum is added to another in float32; None: never."""
+
+
+def ways(chip: Chip, against: Profile) -> Iterator[tuple[str, Way]]:
+    """What is compared, by name."""
+    real = chip.identity.truth == "real"
     for format_ in (name for name in FORMATS if name in against.units):
         if format_ in ("tfloat32", "hfloat32"):
-            if chip.identity.truth == "real":
-                yield format_, format_, ten_bits(chip)
+            if real:
+                yield format_, Way(format_, ten_bits(chip))
         elif FORMATS[format_].dtype in chip.capabilities.dtypes:
-            yield format_, format_, multiply_on(chip, format_)
-            if format_ in FLOAT8 and chip.identity.truth == "real":
-                yield f"{format_}, fast accumulation", format_, fast_float8(chip)
+            yield format_, Way(format_, multiply_on(chip, format_))
+            if format_ in FLOAT8 and real:
+                yield f"{format_}, fast accumulation", Way(format_, fast_float8(chip))
+                name = f"{format_}, added up every {PROMOTED_EVERY} terms"
+                yield name, Way(format_, multiply_on(chip, format_), PROMOTED_EVERY)
 
 
 def ten_bits(chip: Chip) -> Multiply:
@@ -120,17 +137,17 @@ def fast_float8(chip: Chip) -> Multiply:
     return multiply
 
 
-def compared(multiply: Multiply, against: Profile, format_: Format) -> dict[str, Any]:
+def compared(way: Way, against: Profile) -> dict[str, Any]:
     """How many sums have other bits than the unit gives them, by kind of operands; the first of them."""
-    unit = against.units[format_]
+    unit = against.units[way.format]
     try:
-        exact = exactly(unit, format_, against)
+        exact = exactly(unit, way, against)
         differ, zeros, first = {}, 0, None
         for kind, draw in OPERANDS.items():
             differ[kind] = 0
             for length in LENGTHS:
-                a_MK, b_KN = draw_pair(draw, FORMATS[format_], length)
-                found_MN, wanted_MN = multiply(a_MK, b_KN), exact(a_MK, b_KN)
+                a_MK, b_KN = draw_pair(draw, FORMATS[way.format], length)
+                found_MN, wanted_MN = way.multiply(a_MK, b_KN), exact(a_MK, b_KN)
                 other_MN = other_bits(found_MN, wanted_MN)
                 differ[kind] += int(other_MN.sum())
                 zeros += int((other_MN & (found_MN == wanted_MN)).sum())
@@ -148,10 +165,19 @@ def compared(multiply: Multiply, against: Profile, format_: Format) -> dict[str,
     }
 
 
-def exactly(unit: MatrixUnit, format_: Format, profile: Profile) -> Multiply:
+def exactly(unit: MatrixUnit, way: Way, profile: Profile) -> Multiply:
     """The unit in the exact fidelity."""
-    operand, product = Operand(unit, format_, profile.float32_products.input_rounding), ExactUnit(unit, format_)
-    return lambda a_MK, b_KN: product(operand(a_MK), operand(b_KN))
+    operand, product = Operand(unit, way.format, profile.float32_products.input_rounding), ExactUnit(unit, way.format)
+
+    def multiply(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
+        stretch = way.stretch or a_MK.shape[1]
+        parts = zip(operand(a_MK).split(stretch, dim=1), operand(b_KN).split(stretch, dim=0), strict=True)
+        total, *others = [product(a_MX.contiguous(), b_XN.contiguous()) for a_MX, b_XN in parts]
+        for part in others:
+            total += part
+        return total
+
+    return multiply
 
 
 def other_bits(found_MN: torch.Tensor, wanted_MN: torch.Tensor) -> torch.Tensor:

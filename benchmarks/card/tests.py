@@ -41,11 +41,13 @@ def measure(chip: str, size: Size) -> tuple[dict[str, Any], dict[str, bool]]:
         if not report.exists():
             raise SystemExit(f"pytest ended with status {done.returncode}: {done.stdout[-3000:]}")
         outcomes = read_report(report)
-    found = {
-        outcome: [name for name, (is_, _) in outcomes.items() if is_ == outcome] for outcome in ("passed", *OUTCOMES)
-    }
-    words = {name: said for name, (is_, said) in outcomes.items() if is_ != "passed"}
-    return {**found, "words": words}, {"tests": done.returncode == 0 and bool(found["passed"])}
+    found: dict[str, Any] = {"passed": [], **{outcome: {} for outcome in OUTCOMES}}
+    for name, (outcome, said) in outcomes.items():
+        if outcome == "passed":
+            found["passed"].append(name)
+        else:
+            found[outcome][name] = said
+    return found, {"tests": done.returncode == 0 and bool(found["passed"])}
 
 
 def read_report(report: Path) -> dict[str, tuple[str, str]]:
