@@ -25,6 +25,8 @@ from benchmarks.card.parts import PARTS, TOTAL_SECONDS, Part, PartRecord, Size
 from beringia.records.files import write_text
 
 ROOT = Path(__file__).parents[2]
+LIMITS: dict[Size, float] = {"full": TOTAL_SECONDS, "small": 1800.0}
+"""Of all parts together. Small ones take minutes, on a machine that is busy with other work many."""
 LEAST_SECONDS = 15.0
 """A part is not started with less: it would spend that on imports."""
 _LAST_WORDS = 4000
@@ -139,13 +141,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the parts' records")
     parser.add_argument("--only", action="append", choices=[part.name for part in PARTS], help="repeatable")
     parser.add_argument("--size", choices=("full", "small"), help="default: small on cpu and emulated chips, else full")
-    parser.add_argument("--limit", type=float, default=TOTAL_SECONDS, help="seconds for all parts together")
+    parser.add_argument("--limit", type=float, help="seconds for all parts together; default 480, small 1800")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args()
     in_software = options.chip == "cpu" or options.chip.startswith("emulated:")
     size: Size = options.size or ("small" if in_software else "full")
     parts = [part for part in PARTS if options.only is None or part.name in options.only]
-    became = run_all(parts, options.chip, size, options.limit, options.out.resolve())
+    limit = LIMITS[size] if options.limit is None else options.limit
+    became = run_all(parts, options.chip, size, limit, options.out.resolve())
     if options.json:
         print(json.dumps({"chip": options.chip, "size": size, "out": str(options.out), "parts": became}))
     sys.exit(0 if set(became.values()) == {"done"} else 1)
