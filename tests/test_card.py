@@ -32,6 +32,12 @@ def card(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def runner(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What `make card` calls."""
+    command = [sys.executable, "-m", "benchmarks.card", "--size", "small", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 def record(out: Path, part: str) -> Any:
     return json.loads((out / f"{part}.json").read_text())
 
@@ -129,8 +135,8 @@ def test_only_one_part_is_repeated_and_the_others_are_left_alone(measured: Path)
 
 
 def test_a_part_that_fails_says_why_and_the_others_run(tmp_path: Path) -> None:
-    done = card("CHIP=cdua", f"OUT={tmp_path}", "PARTS=profile tests")
-    assert done.returncode != 0
+    done = runner("--chip", "cdua", "--out", str(tmp_path), "--only", "profile", "--only", "tests")
+    assert done.returncode == 1
     failed = record(tmp_path, "profile")
     assert failed["state"] == "failed" and "There is no chip called 'cdua'. Did you mean 'cuda'?" in failed["error"]
     assert record(tmp_path, "tests")["state"] == "done"
@@ -138,19 +144,7 @@ def test_a_part_that_fails_says_why_and_the_others_run(tmp_path: Path) -> None:
 
 
 def test_what_the_time_does_not_suffice_for_is_not_run_and_named(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.card",
-        "--chip",
-        "cpu",
-        "--out",
-        str(tmp_path),
-        "--limit",
-        "3",
-        "--json",
-    ]
-    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = runner("--chip", "cpu", "--out", str(tmp_path), "--limit", "3", "--json")
     assert done.returncode == 1 and list(tmp_path.iterdir()) == []
     assert json.loads(done.stdout)["parts"] == {part.name: "not run" for part in PARTS}
     assert "guard     not run" in done.stderr
