@@ -18,7 +18,7 @@ from beringia.chips.open import open_chip
 
 SIZES = {
     "full": {"model": "r2-small", "requests": (1, 64), "tokens": 64, "rounds": 5, "dtype": "bfloat16"},
-    "small": {"model": "r2-nano", "requests": (1, 4), "tokens": 8, "rounds": 2, "dtype": "float32"},
+    "small": {"model": "r2-nano", "requests": (1, 4), "tokens": 8, "rounds": 3, "dtype": "float32"},
 }
 SAME_ANSWERS = 0.5
 """Of requests, in float32: both take the most likely token, and random weights have few near ties. In bfloat16 a tie
