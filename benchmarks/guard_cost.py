@@ -70,10 +70,10 @@ def with_interval(
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Pairs of steps, and what they say."""
     plain, guarded = (
-        make_trainer(options.chip, share=share, steps=options.steps + WARM_STEPS, preset=options.preset)
+        make_trainer(options.chip, share=share, steps=options.steps + options.warm, preset=options.preset)
         for share in (None, options.share)
     )
-    for _ in range(WARM_STEPS):
+    for _ in range(options.warm):
         timed_step(plain)
         timed_step(guarded)
     rows = []
@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--warm", type=int, default=WARM_STEPS)
     parser.add_argument("--share", type=float, default=0.01)
     parser.add_argument("--preset", default="r2-micro")
     parser.add_argument("--chip", default="cpu")

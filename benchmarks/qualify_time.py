@@ -55,13 +55,17 @@ def measure(model: str, chip: str, limit: float) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - began
     peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    answer = json.loads(done.stdout)
+    answer = json.loads(done.stdout or "{}")
+    if "certificate" not in answer:
+        raise SystemExit(f"status {done.returncode}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}")
     certificate = answer["certificate"]
     return {
         "model": model,
         "chip": chip,
+        "identity": certificate["identity"],
         "fidelity": certificate["identity"]["switches"].get("fidelity"),
         "verdict": certificate["verdict"],
+        "reasons": certificate["reasons"],
         "seconds": seconds,
         "limit_seconds": limit,
         "peak_bytes": peak_bytes,

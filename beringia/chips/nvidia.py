@@ -28,6 +28,15 @@ from beringia.records.identity import ChipIdentity
 __all__ = ["Nvidia", "capabilities_of", "classify_cuda", "find", "open_device"]
 
 _MEBIBYTE = 1024 * 1024
+_NUMBERS_ENVIRONMENT = (
+    "NVIDIA_TF32_OVERRIDE",
+    "CUBLASLT_WORKSPACE_SIZE",
+    # From CUDA 12.9 on cuBLAS makes float32 products of bfloat16 ones, and float64 of integers, where these say so.
+    "CUBLAS_EMULATE_SINGLE_PRECISION",
+    "CUBLAS_EMULATE_DOUBLE_PRECISION",
+    "CUBLAS_EMULATION_STRATEGY",
+)
+"""Variables that change numbers, beside those that AMD's libraries read too."""
 _BFLOAT16_SINCE = (8, 0)
 _FLOAT8_SINCE = (8, 9)
 _COMPILES_SINCE = (7, 0)
@@ -64,7 +73,7 @@ class Nvidia(TorchCuda):
             runtime=f"CUDA {torch.version.cuda}",
             deep_learning_library=deep_learning_library(),
             torch=torch.__version__,
-            switches=read_switches("NVIDIA_TF32_OVERRIDE", "CUBLASLT_WORKSPACE_SIZE"),
+            switches=read_switches(*_NUMBERS_ENVIRONMENT),
         )
 
 

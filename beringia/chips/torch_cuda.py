@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,6 +162,12 @@ def compiler_missing(architecture_supported: bool) -> str | None:
     """Why torch.compile cannot compile for such a device here, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton, and it is not installed beside this torch: install triton."
+    # triton compiles what starts its kernels with the machine's own compiler, against this Python's headers.
+    if os.environ.get("CC") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "torch.compile needs a C compiler, and neither gcc nor clang is on the path: install gcc or set CC."
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        return f"torch.compile needs Python's headers, and {header} is not there: install Python's development package."
     if not architecture_supported:
         return "torch.compile has no code generator for a device this old."
     return None
