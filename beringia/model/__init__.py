@@ -1,7 +1,7 @@
 """One decoder for Hugging Face checkpoints of the families in `families.py`, and for other combinations of their parts.
 
-Start in `decoder.py`; then `attention.py`, `experts.py`, `rope.py`. `config.py` has the flags; `presets.py` names models
-without a directory, `hugging_face.py` reads and writes checkpoints, `decoding.py` generates.
+Start in `decoder.py`; then `attention.py`, `experts.py`, `rope.py`. `config.py` has the flags; `presets.py` names
+models without a directory, `hugging_face.py` reads and writes checkpoints, `decoding.py` generates.
 """
 
 from beringia.model.cache import KeyValueCache
