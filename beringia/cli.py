@@ -7,7 +7,6 @@ Every verb takes `--json`: one JSON object on standard output and nothing else t
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -73,7 +72,7 @@ def campaign(
         print(summary.model_dump_json())
     else:
         print_table(summary, _console())
-    _exit_if_stopped(summary.status, summary.message)
+    _exit_if_stopped(summary.status, summary.signal)
 
 
 @app.command()
@@ -106,7 +105,7 @@ def train(
         print(summary.model_dump_json())
     else:
         print_table(summary, _console())
-    _exit_if_stopped(summary.status, summary.message)
+    _exit_if_stopped(summary.status, summary.signal)
 
 
 @app.command()
@@ -500,10 +499,9 @@ def _explain(sentence: str, kind: str, as_json: bool) -> None:
         print(f"beringia: {sentence}", file=sys.stderr)
 
 
-def _exit_if_stopped(status: str, message: str) -> None:
+def _exit_if_stopped(status: str, signal: int | None) -> None:
     if status == "stopped":
-        signal_number = re.search(r"signal (\d+)", message)
-        raise typer.Exit(128 + int(signal_number[1]) if signal_number else 1)
+        raise typer.Exit(1 if signal is None else 128 + signal)
 
 
 def _console() -> Any:

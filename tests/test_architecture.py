@@ -305,3 +305,36 @@ def test_every_recipe_loads() -> None:
     assert found
     for path in found:
         read_recipe(path)
+
+
+STARTING = re.compile(
+    r"\bsubprocess\b|\bPopen\b|\bos\.(kill|killpg|fork|exec\w*|spawn\w*|system|popen|posix_spawn\w*)\b"
+    r"|torch\.distributed\.run\b|\bmultiprocessing\b|\bcreate_subprocess"
+)
+
+
+def test_processes_are_started_and_ended_in_one_place() -> None:
+    for path in modules():
+        own = path.relative_to(PACKAGE).as_posix()
+        if own.startswith("processes/") or own == "machine/tools.py":
+            continue
+        found = STARTING.search(_code_without_docstrings(path))
+        assert found is None, f"{path.relative_to(ROOT)} has {found and found.group()!r}"
+
+
+def test_time_outs_of_processes_are_decided_in_one_place() -> None:
+    """A number of seconds anywhere else in `processes/` would be a second place."""
+    for path in (PACKAGE / "processes").rglob("*.py"):
+        if path.name == "patience.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+                waits = [name for name in names if name.endswith("_SECONDS") and name not in NO_TIME_OUTS]
+                assert not waits, f"{path.relative_to(ROOT)} has {waits}"
+
+
+NO_TIME_OUTS = {
+    "_LOOK_SECONDS",  # between two looks at the process table
+    "_RESTED_SECONDS",  # how coarse a file system's clock is
+}

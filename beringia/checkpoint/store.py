@@ -31,16 +31,13 @@ from beringia.checkpoint.ranks import Ranks
 from beringia.checkpoint.staging import Staging, copying_pool
 from beringia.checkpoint.storage import StagedWriter, VerifiedReader, tensor_entries
 from beringia.chips.chip import Chip
-from beringia.errors import BeringiaError, CheckpointDamaged, RunError, StaleEpoch, StorageFull
+from beringia.errors import BeringiaError, CheckpointDamaged, RunError
 from beringia.numerics.keyed_sum import KeyedSumKernel, open_kernel
 from beringia.numerics.state_hash import combine, hash_tensor
+from beringia.records.error_document import ErrorDocument
 from beringia.records.files import reporting_full_disk
 from beringia.records.manifest import MANIFEST_SCHEMA, CheckpointManifest, Chunk, FileEntry, TrustMark
 from beringia.version import __version__
-
-_TOLD_TO_OTHERS: dict[str, type[BeringiaError]] = {
-    kind.__name__: kind for kind in (StorageFull, StaleEpoch, RunError, BeringiaError)
-}
 
 
 @dataclass
@@ -335,13 +332,9 @@ class CheckpointStore:
         self._raise_everywhere(problem)
 
     def _raise_everywhere(self, problem: BeringiaError | OSError | None) -> None:
-        mine = None if problem is None else [type(problem).__name__, str(problem), getattr(problem, "path", "")]
+        mine = None if problem is None else ErrorDocument.of(problem).model_dump()
         told = [one for one in self._ranks.gather(mine) if one is not None]
         if problem is not None:
             raise problem
-        if not told:
-            return
-        kind, message, path = told[0]
-        if kind == "CheckpointDamaged":
-            raise CheckpointDamaged(message, path)
-        raise _TOLD_TO_OTHERS.get(kind, BeringiaError)(message)
+        if told:
+            raise ErrorDocument.model_validate(told[0]).error()

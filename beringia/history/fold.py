@@ -28,6 +28,8 @@ class Fold:
         self.status: Status = "empty"
         self.message = ""
         """Why the run ended; empty while it goes on."""
+        self.signal: int | None = None
+        """Number of the signal that stopped it."""
         self._situations: dict[str, Situation] = {}
         self._last: dict[type[Event], AnyEvent] = {}
         for event in events:
@@ -69,6 +71,6 @@ class Fold:
         for situation in self._situations.values():
             situation.fold(event)
         if isinstance(event, RunFinished):
-            self.status, self.message = event.status, event.message
+            self.status, self.message, self.signal = event.status, event.message, event.signal
         elif isinstance(event, RunStarted) or not self.situation().finished:
-            self.status, self.message = "unfinished", ""
+            self.status, self.message, self.signal = "unfinished", "", None

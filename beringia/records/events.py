@@ -345,6 +345,8 @@ class RunFinished(Event):
     status: Literal["done", "given-up", "stopped"]
     step: int
     message: str
+    signal: int | None = None
+    """Number of the signal that stopped it; null where none did."""
 
 
 AnyEvent = Annotated[

@@ -141,6 +141,8 @@ class History:
     planned_steps: int | None
     status: Status
     message: str
+    signal: int | None = None
+    """Number of the signal that stopped it."""
     situation: Situation
     """What the events amount to: the fold that decisions are made from."""
     chips: tuple[Chip, ...] = ()
@@ -241,6 +243,7 @@ def _history(reader: _Reader, run: RunDirectory) -> History:
         planned_steps=last_start.steps if last_start else None,
         status=fold.status,
         message=fold.message,
+        signal=fold.signal,
         situation=situation,
         chips=_chips(moments, last_start.prefer if last_start else ()),
         segments=_segments(moments),

@@ -107,6 +107,8 @@ class Summary(Record):
     status: str
     """`done`, `given-up`, `stopped`, `unfinished` or `empty`."""
     message: str
+    signal: int | None
+    """Number of the signal that stopped it."""
     answer: str
     """The run in one sentence."""
     steps: int
@@ -133,6 +135,7 @@ def summarise(history: History) -> Summary:
         name=history.name,
         status=history.status,
         message=history.message,
+        signal=history.signal,
         answer=answer(history),
         steps=history.step,
         planned_steps=history.planned_steps,

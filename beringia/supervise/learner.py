@@ -96,7 +96,8 @@ class Learner:
             return self._finish("done", step, "all steps done")
         if life.told_to_stop is not None:
             number = self._supervision.stop.signal
-            return self._finish("stopped", step, f"stopped by signal {number}; the same command goes on from here")
+            message = f"stopped by signal {number}; the same command goes on from here"
+            return self._finish("stopped", step, message, number)
         fault = life.unexplained
         if fault is not None:
             self._append(fault, chip=situation.chip)
@@ -119,8 +120,8 @@ class Learner:
         self._finish("given-up", step, decision.reason)
         raise Refusal(f"The run was given up at step {step}: {decision.reason}.")
 
-    def _finish(self, status: str, step: int, message: str) -> RunFinished:
-        finished = RunFinished.model_validate({"status": status, "step": step, "message": message})
+    def _finish(self, status: str, step: int, message: str, signal: int | None = None) -> RunFinished:
+        finished = RunFinished.model_validate({"status": status, "step": step, "message": message, "signal": signal})
         stamped = self._append(finished, chip=self.chip)
         assert isinstance(stamped, RunFinished)
         return stamped
