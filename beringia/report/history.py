@@ -141,7 +141,7 @@ class History:
     planned_steps: int | None
     status: Status
     message: str
-    signal: int | None = None
+    signal: int | None
     """Number of the signal that stopped it."""
     situation: Situation
     """What the events amount to: the fold that decisions are made from."""
