@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from waiting import Clock
 
 from beringia.checkpoint import staging as staging_module
 from beringia.checkpoint import store as store_module
@@ -120,20 +121,28 @@ def test_a_second_save_reuses_the_buffers_and_holds_the_new_state(store: Checkpo
 
 
 def test_a_save_waits_for_the_one_before(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, order = threading.Event(), []
+    gate, order, clock = threading.Event(), [], Clock()
     write_hashed = store_module.StagedWriter.write_data
 
     def slow(self: StagedWriter, plan: SavePlan, planner: torch_checkpoint.SavePlanner) -> object:
-        gate.wait(10)
+        gate.wait()
+        clock.sleep(3.0)
         order.append("written")
         return write_hashed(self, plan, planner)
 
     monkeypatch.setattr(store_module.StagedWriter, "write_data", slow)
     store.save(400, training_state(), PROGRESS)
-    threading.Timer(0.2, gate.set).start()
+
+    def now() -> float:
+        """Read when the second save begins: the first one goes on writing only then."""
+        began = clock.now()
+        gate.set()
+        return began
+
+    store.clock = now
     second = store.save(401, training_state(), PROGRESS)
     assert order[:1] == ["written"]
-    assert second.pause_seconds > 0.1
+    assert second.pause_seconds == 3.0
     store.close()
     assert store.steps() == [400, 401]
 

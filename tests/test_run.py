@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from small_runs import beringia, events, final_hash, gone, of_kind, small_recipe, start, worker_of, write_recipe
+from waiting import until
 
 from beringia.records.run_directory import RunDirectory
 
@@ -50,11 +51,8 @@ def test_the_same_recipe_gives_bitwise_the_same_run(uninterrupted: Path, tmp_pat
     assert losses[0] == losses[1]
 
 
-def _wait_for_step(run: Path, step: int, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not any(event.step >= step for event in of_kind(run, "step")):
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.02)
+def _wait_for_step(run: Path, step: int) -> None:
+    until(lambda: any(event.step >= step for event in of_kind(run, "step")), f"step {step}")
 
 
 @pytest.mark.slow
@@ -95,10 +93,8 @@ def test_killing_worker_supervisor_or_both_at_random_moments_changes_nothing_but
                 os.kill(worker, signal.SIGKILL)
             if victims == "worker":
                 supervisor.wait(120)
-            deadline = time.monotonic() + 20
-            while worker is not None and not gone(worker):
-                assert time.monotonic() < deadline, "the worker outlived its supervisor"
-                time.sleep(0.05)
+            if worker is not None:
+                until(lambda worker=worker: gone(worker), "the worker's end after its supervisor's")  # type: ignore[misc]
             supervisor.kill()
     assert beringia("train", recipe, "--out", str(run)).returncode == 0
     assert final_hash(run) == final_hash(uninterrupted)
