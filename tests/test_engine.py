@@ -248,11 +248,20 @@ def test_with_drafts_every_answer_is_the_one_without_drafts(
     assert engines[1].num_drafted > 0 and engines[1].num_free_blocks == -(-44 // block_tokens)
 
 
-@pytest.mark.parametrize(
-    ("use", "operators"), [("cpu", "compiled"), ("cpu", "torch"), ("emulated:h800", None), ("emulated:mi300x", None)]
-)
+INVARIANT = [
+    ("cpu", "compiled", torch.float32),
+    ("cpu", "compiled", torch.bfloat16),
+    ("cpu", "torch", torch.float32),
+    ("cpu", "torch", torch.bfloat16),
+    ("emulated:h800", None, torch.bfloat16),
+    ("emulated:mi300x", None, torch.float32),
+    pytest.param("emulated:h800", None, torch.float32, marks=pytest.mark.slow),
+    pytest.param("emulated:mi300x", None, torch.bfloat16, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("use", "operators", "dtype"), INVARIANT)
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_invariant_engine_gives_the_same_bits_in_any_company(
     use: str, operators: str | None, name: str, dtype: torch.dtype
 ) -> None:
