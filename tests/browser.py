@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import BROWSER
-from waiting import until
+from waiting import GIVE_UP_SECONDS, until
 
 
 class Browser:
@@ -101,6 +101,6 @@ def browsing(profile: Path) -> Iterator[Browser]:
         yield Browser(to, back)
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(GIVE_UP_SECONDS)
         os.close(to)
         os.close(back)

@@ -49,7 +49,7 @@ def serving(model: str | Path, *arguments: str, program: tuple[str, ...] = ("-m"
     try:
         line = process.stdout.readline()
         if not line:
-            raise AssertionError(process.communicate(timeout=60)[1])
+            raise AssertionError(process.communicate(timeout=GIVE_UP_SECONDS)[1])
         about = json.loads(line)
         if "error" in about:
             raise AssertionError(about["message"])
@@ -57,7 +57,7 @@ def serving(model: str | Path, *arguments: str, program: tuple[str, ...] = ("-m"
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait(60)
+        process.wait(GIVE_UP_SECONDS)
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()

@@ -25,8 +25,6 @@ from beringia.qualify.probing import Interpreter, run_job
 from beringia.qualify.qualification import Request, qualify, record_reference
 from beringia.records.certificate import Certificate, ProbeResult
 
-pytestmark = pytest.mark.timeout(900)  # several processes each, which a busy machine gives little
-
 ATTENTION_BACKWARD = """summary = "attention's backward past 16 positions"
 [[faults]]
 kind = "wrong-backward"

@@ -11,6 +11,7 @@ from pathlib import Path
 import guarded
 import pytest
 from small_runs import beringia, events, of_kind, small_recipe, write_recipe
+from waiting import GIVE_UP_SECONDS
 
 from beringia.errors import Refusal
 from beringia.records.events import Fault
@@ -40,7 +41,7 @@ def inside_torchrun(recipe: Path, run: Path) -> subprocess.CompletedProcess[str]
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=GIVE_UP_SECONDS,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from small_runs import beringia, events, final_hash, gone, of_kind, small_recipe, start, worker_of, write_recipe
-from waiting import until
+from waiting import GIVE_UP_SECONDS, until
 
 from beringia.cli import main
 from beringia.records.run_directory import RunDirectory
@@ -137,7 +137,7 @@ def test_killing_worker_supervisor_or_both_at_random_moments_changes_nothing_but
             if victims in ("worker", "both") and worker is not None:
                 os.kill(worker, signal.SIGKILL)
             if victims == "worker":
-                supervisor.wait(120)
+                supervisor.wait(GIVE_UP_SECONDS)
             if worker is not None:
                 until(lambda worker=worker: gone(worker), "the worker's end after its supervisor's")  # type: ignore[misc]
             supervisor.kill()

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 Found = TypeVar("Found")
 
-GIVE_UP_SECONDS = 240.0
+GIVE_UP_SECONDS = 600.0
 """Below pytest's own time-out, which would not say what was waited for."""
 
 
