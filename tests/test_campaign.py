@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from small_runs import beringia, events, of_kind, small_recipe, write_recipe
 
+from beringia.cli import main
 from beringia.data.tokenizer import load_tokenizer
 
 
@@ -61,12 +62,16 @@ def test_one_interrupted_between_export_and_comparison_goes_on_and_answers_only_
     assert len(of_kind(run, "answers")) == 1
 
 
-def test_a_campaign_whose_own_signature_would_not_count_is_refused_before_it_qualifies(tmp_path: Path) -> None:
+def test_a_campaign_whose_own_signature_would_not_count_is_refused_before_it_qualifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     qualify = {"unqualified": "refuse", "trusted_keys": ["ab" * 32]}
     recipe = write_recipe(tmp_path, small_recipe(qualify=qualify))
-    done = beringia("campaign", str(recipe), "--out", str(tmp_path / "run"), XDG_CONFIG_HOME=str(tmp_path))
-    assert done.returncode == 2, done.stderr
-    assert "not in qualify.trusted_keys" in done.stderr and not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit) as refused:
+        main(["campaign", str(recipe), "--out", str(tmp_path / "run")])
+    assert refused.value.code == 2 and "not in qualify.trusted_keys" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

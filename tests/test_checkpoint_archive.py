@@ -43,7 +43,7 @@ def test_a_checkpoint_arrives_with_every_byte_and_its_trust(checkpoint: Path, tm
     assert CheckpointDirectory(there.parent).trusted_steps() == [7]
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(where=st.floats(0, 1, exclude_max=True))
 def test_a_stream_cut_anywhere_leaves_nothing(checkpoint: Path, tmp_path: Path, where: float) -> None:
     archive = archive_of(checkpoint)
@@ -52,7 +52,7 @@ def test_a_stream_cut_anywhere_leaves_nothing(checkpoint: Path, tmp_path: Path, 
     assert list((tmp_path / "cut").iterdir()) == []
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_stream_with_any_bit_flipped_leaves_nothing(checkpoint: Path, tmp_path: Path, where: float, bit: int) -> None:
     archive = bytearray(archive_of(checkpoint))

@@ -291,7 +291,7 @@ def test_a_harmed_file_is_found_and_named_by_load_and_verify(store: CheckpointSt
     store.close()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_in_a_tensor_file_is_found(tmp_path: Path, where: float, bit: int) -> None:
     directory = CheckpointDirectory(tmp_path)
@@ -500,7 +500,9 @@ class PiecesPlanner(torch_checkpoint.DefaultLoadPlanner):
         return self.held[tuple(index.offset or ())]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(resharding())
 def test_any_division_into_pieces_is_read_into_any_other(
     tmp_path_factory: pytest.TempPathFactory,

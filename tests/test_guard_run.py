@@ -125,7 +125,7 @@ def emulated(tmp_path: Path, chip: str, fault: str, share: float = 0.3) -> Train
     return trainer(chip, faults=str(script), share=share, asked=recipe(chip))
 
 
-@pytest.mark.parametrize("chip", ["emulated:h800", "emulated:ascend-910b"])
+@pytest.mark.parametrize("chip", [pytest.param("emulated:h800", marks=pytest.mark.slow), "emulated:ascend-910b"])
 def test_emulated_chips_without_faults_do_not_alarm(chip: str) -> None:
     made = trainer(chip, share=0.3, asked=recipe(chip))
     assert made.guard is not None

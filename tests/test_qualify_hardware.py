@@ -447,6 +447,7 @@ def test_a_backend_without_a_collective_goes_on_with_the_others(
     assert of(results, "broadcast, float32").outcome == "passed"
 
 
+@pytest.mark.slow
 def test_a_chip_that_is_not_here_is_the_users_mistake() -> None:
     with pytest.raises(ChipUnavailable, match="h801"):
         probe_collectives("emulated:h801")
