@@ -7,13 +7,13 @@ import itertools
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pages import BROWSER
+from waiting import GIVE_UP_SECONDS, until
 
 
 class Browser:
@@ -43,12 +43,8 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait_for(self, script: str, seconds: float = 30.0) -> Any:
-        end = time.monotonic() + seconds
-        while not (found := self.run(script)):
-            assert time.monotonic() < end, f"it never came true: {script}"
-            time.sleep(0.05)
-        return found
+    def wait_for(self, script: str) -> Any:
+        return until(lambda: self.run(script), script)
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot")["data"]))
@@ -105,6 +101,6 @@ def browsing(profile: Path) -> Iterator[Browser]:
         yield Browser(to, back)
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(GIVE_UP_SECONDS)
         os.close(to)
         os.close(back)

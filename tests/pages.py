@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from waiting import GIVE_UP_SECONDS
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (apt-get install chromium)")
@@ -46,7 +47,9 @@ def browse(page: Path, profile: Path, *arguments: str) -> str:
     fixed += ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000"]
     offline = "--host-resolver-rules=MAP * ~NOTFOUND"  # the browser itself must not look for updates either
     command = [BROWSER, *fixed, offline, f"--user-data-dir={profile}", *arguments, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(os.environ), check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=GIVE_UP_SECONDS, env=dict(os.environ), check=True
+    )
     return done.stdout + done.stderr
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from waiting import GIVE_UP_SECONDS
 
 
 class Server:
@@ -23,16 +24,19 @@ class Server:
         self.url: str = about["url"]
 
     def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = self.get("/metrics").text.splitlines()
         return next(float(line.rpartition(" ")[2]) for line in lines if line.partition(" ")[0] == name)
 
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=GIVE_UP_SECONDS, **more)
+
     def post(self, body: object, *, path: str = "/v1/chat/completions", **more: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **more)
+        return httpx.post(self.url + path, json=body, timeout=GIVE_UP_SECONDS, **more)
 
     def stop(self) -> tuple[int, str]:
         """SIGTERM; exit code and what it said."""
         self.process.send_signal(signal.SIGTERM)
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=GIVE_UP_SECONDS)
         return self.process.returncode, said
 
 
@@ -45,7 +49,7 @@ def serving(model: str | Path, *arguments: str, program: tuple[str, ...] = ("-m"
     try:
         line = process.stdout.readline()
         if not line:
-            raise AssertionError(process.communicate(timeout=60)[1])
+            raise AssertionError(process.communicate(timeout=GIVE_UP_SECONDS)[1])
         about = json.loads(line)
         if "error" in about:
             raise AssertionError(about["message"])
@@ -53,7 +57,7 @@ def serving(model: str | Path, *arguments: str, program: tuple[str, ...] = ("-m"
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait(60)
+        process.wait(GIVE_UP_SECONDS)
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()

@@ -20,6 +20,7 @@ import pytest
 import torch
 from record_torch_npu_signatures import record
 from torch_npu_stand_in import RECORDS, read_record, signature, stand_in
+from waiting import GIVE_UP_SECONDS
 
 from beringia.chips import ascend
 from beringia.errors import ChipUnavailable
@@ -189,7 +190,11 @@ def trained() -> dict[str, Any]:
         name: value for name, value in os.environ.items() if name not in (*ascend.ENVIRONMENT, "HCCL_OP_EXPANSION_MODE")
     } | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", TRAINING], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", TRAINING],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=GIVE_UP_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -255,7 +260,7 @@ def test_the_record_is_what_the_wheel_says(tmp_path: Path) -> None:
     arguments = ["--no-deps", "--quiet", "--only-binary=:all:", "--dest", str(tmp_path)]
     target = ["--platform", "manylinux_2_28_x86_64", "--python-version", "311"]
     command = [sys.executable, "-m", "pip", "download", *arguments, *target, f"torch-npu=={version}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=GIVE_UP_SECONDS)
     if done.returncode != 0:
         pytest.skip(f"the wheel cannot be downloaded here: {done.stderr.strip().splitlines()[-1:]}")
     (wheel,) = tmp_path.glob("*.whl")

@@ -58,6 +58,7 @@ def test_a_chip_that_does_not_exist_is_answered_with_those_that_do(tmp_path: Pat
     assert "'cpuu'" in sentence and "'cpu'" in sentence
 
 
+@pytest.mark.slow
 def test_a_chip_that_is_not_here_is_said_to_be_missing(tmp_path: Path) -> None:
     import torch
 
@@ -69,7 +70,7 @@ def test_a_chip_that_is_not_here_is_said_to_be_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        ({"use": "emulated:h80"}, "'h80'"),
+        pytest.param({"use": "emulated:h80"}, "'h80'", marks=pytest.mark.slow),
         ({"use": "emulated:h800", "faults": "no-such-script"}, "'no-such-script'"),
         ({"use": "cpu", "python": "/bin/false"}, "chips.second"),
     ],
@@ -115,6 +116,7 @@ def test_a_model_directory_without_a_config_is_refused(tmp_path: Path) -> None:
     assert "config.json" in refused(tmp_path, document)
 
 
+@pytest.mark.slow
 def test_an_unsupported_family_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
@@ -123,6 +125,7 @@ def test_an_unsupported_family_is_named(tmp_path: Path) -> None:
     assert "mamba" in refused(tmp_path, document)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
     from beringia.model import load_model, save_model
 
@@ -143,10 +146,12 @@ def test_empty_data_is_refused(tmp_path: Path) -> None:
     assert str(tmp_path / "text") in refused(tmp_path, document)
 
 
+@pytest.mark.slow
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     assert "train.batch is 5" in refused(tmp_path, small_recipe(train={"batch": 5, "accumulate": 2}))
 
 
+@pytest.mark.slow
 def test_faults_on_a_real_chip_are_refused(tmp_path: Path) -> None:
     sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "faults": "r2-2025"}}))
     assert "r2-2025" in sentence

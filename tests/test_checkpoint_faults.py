@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from waiting import until, waiters
 
 from beringia.checkpoint import tensor_file
 from beringia.checkpoint.directory import CheckpointDirectory
@@ -105,8 +106,7 @@ def test_kills_at_random_moments_never_leave_an_unreadable_checkpoint(tmp_path: 
     generator = torch.Generator().manual_seed(5)
     writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "-"])
     directory = CheckpointDirectory(tmp_path)
-    while not directory.steps():
-        time.sleep(0.02)
+    until(directory.steps, "a first checkpoint")
     time.sleep(0.5 * torch.rand(1, generator=generator).item())
     writer.send_signal(signal.SIGKILL)
     writer.wait()
@@ -203,10 +203,10 @@ def test_a_takeover_waits_for_a_publication_that_has_begun(tmp_path: Path) -> No
     code = "import pathlib, sys; from beringia.checkpoint import epoch; epoch.advance_epoch(pathlib.Path(sys.argv[1]))"
     with holding_epoch(epoch_file, epoch):
         other = subprocess.Popen([sys.executable, "-c", code, str(epoch_file)])
-        time.sleep(1.0)
+        until(lambda: waiters(tmp_path / "epoch.lock") == 1 or other.poll() is not None, "it waits for the lock")
         assert other.poll() is None
         assert read_epoch(epoch_file) == epoch
-    assert other.wait(20) == 0
+    assert other.wait() == 0
     assert read_epoch(epoch_file) == epoch + 1
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import GIVE_UP_SECONDS
 
 from beringia.checkpoint.directory import CheckpointDirectory
 from beringia.checkpoint.store import CheckpointStore
@@ -100,7 +101,7 @@ def run_ranks(directory: Path, ranks: int, *verbs: str) -> list[dict[str, Any]]:
         )
         for rank in range(ranks)
     ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    outputs = [process.communicate(timeout=GIVE_UP_SECONDS)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * ranks
     # gloo may greet on standard output first (torch 2.10).
     return [json.loads(output.splitlines()[-1]) for output in outputs]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from waiting import Clock
 
 from beringia.checkpoint import staging as staging_module
 from beringia.checkpoint import store as store_module
@@ -120,20 +121,28 @@ def test_a_second_save_reuses_the_buffers_and_holds_the_new_state(store: Checkpo
 
 
 def test_a_save_waits_for_the_one_before(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, order = threading.Event(), []
+    gate, order, clock = threading.Event(), [], Clock()
     write_hashed = store_module.StagedWriter.write_data
 
     def slow(self: StagedWriter, plan: SavePlan, planner: torch_checkpoint.SavePlanner) -> object:
-        gate.wait(10)
+        gate.wait()
+        clock.sleep(3.0)
         order.append("written")
         return write_hashed(self, plan, planner)
 
     monkeypatch.setattr(store_module.StagedWriter, "write_data", slow)
     store.save(400, training_state(), PROGRESS)
-    threading.Timer(0.2, gate.set).start()
+
+    def now() -> float:
+        """Read when the second save begins: the first one goes on writing only then."""
+        began = clock.now()
+        gate.set()
+        return began
+
+    store.clock = now
     second = store.save(401, training_state(), PROGRESS)
     assert order[:1] == ["written"]
-    assert second.pause_seconds > 0.1
+    assert second.pause_seconds == 3.0
     store.close()
     assert store.steps() == [400, 401]
 
@@ -282,7 +291,7 @@ def test_a_harmed_file_is_found_and_named_by_load_and_verify(store: CheckpointSt
     store.close()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_in_a_tensor_file_is_found(tmp_path: Path, where: float, bit: int) -> None:
     directory = CheckpointDirectory(tmp_path)
@@ -491,7 +500,9 @@ class PiecesPlanner(torch_checkpoint.DefaultLoadPlanner):
         return self.held[tuple(index.offset or ())]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(resharding())
 def test_any_division_into_pieces_is_read_into_any_other(
     tmp_path_factory: pytest.TempPathFactory,
@@ -517,8 +528,6 @@ def test_any_division_into_pieces_is_read_into_any_other(
 
 
 def test_the_supervisors_modules_do_not_load_torch() -> None:
-    modules = (
-        "beringia.checkpoint, beringia.checkpoint.directory, beringia.checkpoint.epoch"
-    )
+    modules = "beringia.checkpoint, beringia.checkpoint.directory, beringia.checkpoint.epoch"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

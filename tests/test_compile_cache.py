@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from small_runs import beringia, of_kind, small_recipe, start, worker_of, write_recipe
+from waiting import until
 
 from beringia.chips.cpu import compiler_missing
 from beringia.train.compile_cache import VARIABLE, CompileCache
@@ -59,9 +59,7 @@ def test_a_run_killed_while_it_compiles_goes_on_and_compiles_again(tmp_path: Pat
     document = small_recipe(train={"steps": 6, "checkpoint_every": 3, "compile": True})
     recipe, run = write_recipe(tmp_path, document), tmp_path / "run"
     with start("train", str(recipe), "--out", str(run)) as supervisor:
-        deadline = time.monotonic() + 120
-        while len(list((run / "compiled").rglob("*.main.so"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: len(list((run / "compiled").rglob("*.main.so"))) >= 2, "two compiled kernels")
         worker = worker_of(supervisor.pid)
         assert worker is not None
         supervisor.kill()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import GIVE_UP_SECONDS
 
 from beringia.data import Tokenizer, check_vocabulary, choose_tokenizer, load_tokenizer, write_tokenizer
 from beringia.data.alphabet import SYMBOLS, TOKENS
@@ -98,7 +99,7 @@ def test_loading_data_and_a_tokenizer_does_not_import_transformers() -> None:
         "import sys; from beringia.data import load_tokenizer; load_tokenizer('bytes').encode('x');"
         "sys.exit('transformers' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=GIVE_UP_SECONDS).returncode == 0
 
 
 def test_a_vocabulary_that_is_too_small_is_refused() -> None:

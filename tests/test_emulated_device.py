@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from waiting import GIVE_UP_SECONDS
 
 from beringia.chips.arithmetic.profile import profile_names, read_profile
 from beringia.chips.emulated import EmulatedChip, register_device
@@ -260,7 +261,7 @@ def test_two_ranks_average_gradients_over_gloo() -> None:
         subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(rank), port], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    outputs = [rank.communicate(timeout=GIVE_UP_SECONDS) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
 
 

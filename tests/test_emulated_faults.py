@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from waiting import Clock
 
 from beringia.chips.emulated import EmulatedChip
 from beringia.chips.emulated.fault_script import FaultScript, read_script, script_names
@@ -381,46 +379,53 @@ def test_a_collective_times_out_in_the_vendor_s_words(opened: Opened, profile: s
     assert fault is not None and (fault.code, fault.category) == (code, "transient")
 
 
+def by_clock(chip: EmulatedChip, clock: Clock) -> EmulatedChip:
+    """The chip in that clock's time."""
+    chip.faults.now, chip.faults.sleep = clock.now, clock.sleep
+    return chip
+
+
 def test_a_hang_holds_the_product_for_its_time(opened: Opened) -> None:
-    chip = opened('[[faults]]\nkind = "hang"\nat_step = 1\nseconds = 0.2')
+    clock = Clock()
+    chip = by_clock(opened('[[faults]]\nkind = "hang"\nat_step = 1\nseconds = 0.25'), clock)
     one = torch.ones(1, 1, device=chip.device)
     chip.begin_step(1)
-    start = time.monotonic()
-    assert (one @ one).item() == 1.0 and time.monotonic() - start >= 0.2
+    assert clock.seconds == 0
+    assert (one @ one).item() == 1.0 and clock.seconds == pytest.approx(0.25)
+    assert (one @ one).item() == 1.0 and clock.seconds == pytest.approx(0.25)
 
 
-def test_a_hang_without_a_time_is_for_ever(tmp_path: Path) -> None:
-    """In a process of its own, which has to be killed: a thread that hangs in torch cannot be ended."""
-    script = tmp_path / "hang.toml"
-    script.write_text('summary = "hangs"\n[[faults]]\nkind = "hang"\nat_step = 1\n')
-    code = (
-        f"import beringia, torch; chip = beringia.chip('emulated:exact', faults={str(script)!r})\n"
-        "one = torch.ones(1, 1, device=chip.device); chip.begin_step(1)\n"
-        "print('begun', flush=True); one @ one; print('x')"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "begun\n"
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1.0)
-        process.kill()
-        assert process.stdout.read() == ""
+def test_a_hang_without_a_time_is_for_ever(opened: Opened) -> None:
+    class Patience(Clock):
+        def sleep(self, seconds: float) -> None:
+            super().sleep(seconds)
+            if self.seconds > 1000:
+                raise TimeoutError("a thousand seconds were not enough")
+
+    chip = by_clock(opened('[[faults]]\nkind = "hang"\nat_step = 1'), Patience())
+    one = torch.ones(1, 1, device=chip.device)
+    chip.begin_step(1)
+    with pytest.raises(TimeoutError, match="not enough"):
+        one @ one
 
 
-def test_a_slow_chip_takes_longer_by_its_factor(opened: Opened) -> None:
-    chip = opened('[[faults]]\nkind = "slowness"\nfrom_step = 2\nfactor = 8.0')
-    square = random(200, 200).to(chip.device)
+@pytest.mark.parametrize("work_seconds", [0.0001, 0.001, 0.1])
+def test_a_slow_chip_takes_longer_by_its_factor(opened: Opened, work_seconds: float) -> None:
+    """Whether its operators are shorter or longer than the least that it sleeps after: what they lack is left out."""
+    clock = Clock()
+    chip = by_clock(opened('[[faults]]\nkind = "slowness"\nfrom_step = 2\nfactor = 8.0'), clock)
+    one = torch.ones(1, 1, device=chip.device)
 
     def seconds(step: int) -> float:
         chip.begin_step(step)
-        start = time.perf_counter()
-        for _ in range(60):
-            square @ square
-        return time.perf_counter() - start
+        began = clock.seconds
+        for _ in range(1000):
+            clock.sleep(work_seconds)
+            one @ one
+        return clock.seconds - began
 
-    fast, slow = min(seconds(1) for _ in range(3)), min(seconds(2) for _ in range(3))
-    # Timing on a busy machine: half of the factor must show.
-    assert slow > 4 * fast
+    assert seconds(1) == pytest.approx(1000 * work_seconds)
+    assert seconds(2) == pytest.approx(8000 * work_seconds, rel=0.02)
 
 
 # ---- scripts

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch.nn import functional as F
+from waiting import GIVE_UP_SECONDS
 
 from beringia.chips.arithmetic.rounding import round_fraction_
 from beringia.chips.emulated import EmulatedChip
@@ -600,7 +601,7 @@ def rank_0(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obje
         )
         for rank in (0, 1)
     ]
-    lines, _ = [rank.communicate(timeout=120)[0].splitlines() for rank in ranks]
+    lines, _ = [rank.communicate(timeout=GIVE_UP_SECONDS)[0].splitlines() for rank in ranks]
     return {name: json.loads(line) for name, line in zip(COLLECTIVES, lines, strict=True)}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from served import Server, serving
+from waiting import GIVE_UP_SECONDS
 
 from beringia.chips.open import open_chip
 from beringia.data.tokenizer import load_tokenizer
@@ -52,7 +53,9 @@ def before(server: Server, answer: Any) -> Iterator[str]:
                 return
             if instead is None:
                 headers = {"Content-Type": "application/json"}
-                found = httpx.request(self.command, server.url + self.path, content=body, headers=headers, timeout=60)
+                found = httpx.request(
+                    self.command, server.url + self.path, content=body, headers=headers, timeout=GIVE_UP_SECONDS
+                )
                 instead = found.status_code, found.json(), {}
             status, document, headers = instead
             content = json.dumps(document).encode()

@@ -104,7 +104,9 @@ def test_log_probabilities_of_a_prompt_are_given_for_all_its_tokens_but_the_firs
             assert (one.top[0][0] == token) == (one.rank == 0)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=12),
     st.integers(1, 6),
@@ -181,7 +183,9 @@ def reading(cpu: Chip) -> list[Engine]:
     return [Engine(model, cpu, speculate=drafts, tokenizer=DIGITS, limits=SMALL) for drafts in (False, True)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.integers(0, 50), st.integers(0, 30), st.integers(1, 6), st.booleans())
 def test_a_stop_string_ends_a_request_at_the_token_that_completes_it(
     reading: list[Engine], seed: int, begin: int, length: int, speculate: bool
@@ -209,7 +213,9 @@ def test_a_request_that_is_given_up_frees_its_place(cpu: Chip) -> None:
     assert not server.busy and server.num_free_blocks == free
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30), st.booleans()), min_size=1, max_size=10),
     st.integers(1, 6),
@@ -248,11 +254,20 @@ def test_with_drafts_every_answer_is_the_one_without_drafts(
     assert engines[1].num_drafted > 0 and engines[1].num_free_blocks == -(-44 // block_tokens)
 
 
-@pytest.mark.parametrize(
-    ("use", "operators"), [("cpu", "compiled"), ("cpu", "torch"), ("emulated:h800", None), ("emulated:mi300x", None)]
-)
+INVARIANT = [
+    ("cpu", "compiled", torch.float32),
+    ("cpu", "compiled", torch.bfloat16),
+    ("cpu", "torch", torch.float32),
+    ("cpu", "torch", torch.bfloat16),
+    ("emulated:h800", None, torch.bfloat16),
+    ("emulated:mi300x", None, torch.float32),
+    pytest.param("emulated:h800", None, torch.float32, marks=pytest.mark.slow),
+    pytest.param("emulated:mi300x", None, torch.bfloat16, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("use", "operators", "dtype"), INVARIANT)
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_invariant_engine_gives_the_same_bits_in_any_company(
     use: str, operators: str | None, name: str, dtype: torch.dtype
 ) -> None:

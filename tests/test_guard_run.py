@@ -73,9 +73,15 @@ def test_checks_two_sites_at_a_time_let_the_last_checkpoint_be_trusted_and_leave
 
 def test_the_seconds_of_checks_are_told_with_the_step() -> None:
     made = trainer(share=0.5)
-    results = [made.train_step() for _ in range(20)]
-    assert any(result.guard_seconds > 0.2 * result.seconds for result in results)
-    assert all(result.guard_seconds < result.seconds for result in results)
+    assert made.guard is not None
+    checked = 0.0
+    for _ in range(20):
+        result = made.train_step()
+        # A look at the memory begins in one step and ends in the next.
+        checks = [event for event in made.guard.take_events() if event.kind == "check" and event.detector != "memory"]
+        assert sum(check.seconds for check in checks) <= result.guard_seconds <= result.seconds
+        checked += sum(check.seconds for check in checks)
+    assert checked > 0
 
 
 def test_a_weight_that_is_not_a_number_is_an_alarm_in_that_step() -> None:
@@ -119,7 +125,7 @@ def emulated(tmp_path: Path, chip: str, fault: str, share: float = 0.3) -> Train
     return trainer(chip, faults=str(script), share=share, asked=recipe(chip))
 
 
-@pytest.mark.parametrize("chip", ["emulated:h800", "emulated:ascend-910b"])
+@pytest.mark.parametrize("chip", [pytest.param("emulated:h800", marks=pytest.mark.slow), "emulated:ascend-910b"])
 def test_emulated_chips_without_faults_do_not_alarm(chip: str) -> None:
     made = trainer(chip, share=0.3, asked=recipe(chip))
     assert made.guard is not None

@@ -118,6 +118,7 @@ def test_products_of_float32_in_ten_bits_are_noticed_with_their_rounding(tmp_pat
         assert float32_products(chip) == ("tfloat32", "truncate")
 
 
+@pytest.mark.slow
 def test_probe_writes_the_profile_and_says_what_each_unit_is(tmp_path: Path) -> None:
     out = tmp_path / "h100.toml"
     done = beringia("chips", "probe", "emulated:h100@exact", "--out", str(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
+from waiting import Clock
 from wrong_kernels import emulated_with
 
 from beringia.chips.chip import Capabilities, Chip
@@ -21,6 +23,7 @@ from beringia.chips.open import open_chip
 from beringia.errors import ChipUnavailable
 from beringia.qualify.hardware import collective_cases as cases
 from beringia.qualify.hardware import collectives, memory, rates, speed
+from beringia.qualify.hardware.bandwidth import bus_bandwidth
 from beringia.qualify.hardware.collective_cases import Case, CaseReport
 from beringia.qualify.hardware.collectives import RankEnd, judge, probe_collectives
 from beringia.qualify.hardware.measures import bytes_in_words
@@ -200,22 +203,45 @@ def test_a_dtype_that_the_chip_stores_and_does_not_multiply_is_told_with_its_rea
     assert "No product of float8_e4m3fn: NotImplementedError: no scaled products here" in found.summary
 
 
-def test_a_slow_product_is_measured_as_slow(quick: None) -> None:
-    with emulated_with({}) as chip:
-        work = rates.product(chip, torch.float32, 128, 128, 128)
-        fast = rates.time_calls(chip, work, 0.01).median
+def test_the_time_of_a_call_is_the_median_of_stretches_that_are_as_long_as_asked(chip: Chip) -> None:
+    clock, lengths = Clock(), itertools.chain([2.0], itertools.repeat(0.5, 9), [9.0], itertools.repeat(0.25))
+    timing = rates.time_calls(chip, lambda: clock.sleep(next(lengths)), 10.0, clock=clock.now)
+    # A first call of 2 s lets 5 fill 10 s: then 5 of 0.5 s, 4 and one of 9 s, and the rest of 0.25 s.
+    assert timing.median == 0.25 and timing.spread == pytest.approx((11 / 5 - 0.25) / 0.25)
 
-        def slow() -> None:
-            for _ in range(10):
-                work()
 
-        assert 4 * fast < rates.time_calls(chip, slow, 0.01).median < 25 * fast
+class Waiting(Cpu):
+    """This CPU, whose work is done only when somebody has waited for it."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.queued = clock, 0
+
+    def synchronize(self) -> None:
+        self.clock.sleep(0.5 * self.queued)
+        self.queued = 0
+
+
+def test_what_a_device_still_had_to_do_is_not_timed_and_what_it_has_not_done_is_waited_for() -> None:
+    clock = Clock()
+    chip = Waiting(clock)
+    chip.queued = 100
+
+    def work() -> None:
+        chip.queued += 1
+
+    assert rates.seconds_of(chip, work, 3, clock=clock.now) == 0.5
 
 
 def test_devices_are_matched_with_datasheets_to_the_variant() -> None:
     found = {sku: datasheet_of_device(sku) for sku in ("NVIDIA H100 80GB HBM3 (9.0)", "NVIDIA H100 NVL (9.0)")}
     assert [sheet and sheet.name for sheet in found.values()] == ["h100-sxm", None]
     assert datasheet_of_device("Ascend910B3 (soc 222)").name == "910b3"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("collective", "share"), [("all-reduce", 4 / 3), ("all-gather", 2 / 3)])
+def test_a_bus_bandwidth_is_what_a_link_carries_and_not_what_a_rank_gets(collective: str, share: float) -> None:
+    assert bus_bandwidth(collective, 3, 0.5) == pytest.approx(share * 64 * 2**20 / 0.5)
 
 
 # ---- collectives: the rule
@@ -357,7 +383,7 @@ def test_two_real_ranks_of_a_cpu_move_and_add_right() -> None:
     assert {result.subject.split(",")[0] for result in results} == {*cases.COLLECTIVES, ABSENT, "processes"}
     assert {result.outcome for result in results if result.subject != ABSENT} == {"passed"}
     absent = of(results, ABSENT)
-    assert absent.outcome == "told" and re.search(r"raised an error after 3\.\d s", absent.summary)
+    assert absent.outcome == "told" and re.search(r"raised an error after [\d.]+ s", absent.summary)
 
 
 @pytest.mark.slow
@@ -368,11 +394,7 @@ def test_an_emulated_chip_is_tried_in_its_compute_dtype_too_and_timed_if_wanted(
     for collective in ("all-reduce", "all-gather"):
         rate = of(results, f"{collective} of 64 MiB, 3 ranks")
         assert (rate.probe, rate.outcome, rate.rules_out) == ("speed", "told", "neither")
-        measured = re.search(r"bus bandwidth ([\d.e+-]+) GB/s \(spread", rate.summary)
-        # Near what a link carried in all 21 calls together; the median of stretches is no mean.
-        share = {"all-reduce": 4 / 3, "all-gather": 2 / 3}[collective]
-        overall = share * 64 * 2**20 * 21 / 1e9 / rate.seconds
-        assert measured and overall / 4 < float(measured[1]) < 4 * overall
+        assert re.search(r"^bus bandwidth [\d.e+-]+ GB/s \(spread", rate.summary)
 
 
 @pytest.mark.slow
@@ -388,13 +410,12 @@ def test_one_device_that_computes_sums_wrong_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_killed_in_time_and_reported(tmp_path: Path) -> None:
-    fault = 'kind = "collective-timeout"\nseconds = 600\ndevice = 1'
-    results = probe_collectives("emulated:ascend-910b", faults=wrong_script(tmp_path, fault), time_out_seconds=15)
+    fault = 'kind = "collective-timeout"\nseconds = 6000\ndevice = 1'
+    results = probe_collectives("emulated:ascend-910b", faults=wrong_script(tmp_path, fault), time_out_seconds=30)
     found = of(results, "processes")
     assert (found.outcome, found.rules_out) == ("failed", "train")
-    assert "Killed after 15 s without returning" in found.summary and "rank 1 in all-reduce" in found.summary
+    assert "Killed after 30 s without returning" in found.summary and "rank 1 in all-reduce" in found.summary
     assert of(results, "all-reduce, float32").outcome == "failed"
-    assert 15 <= found.seconds < 25
 
 
 @pytest.mark.slow
@@ -425,6 +446,7 @@ def test_a_backend_without_a_collective_goes_on_with_the_others(
     assert of(results, "broadcast, float32").outcome == "passed"
 
 
+@pytest.mark.slow
 def test_a_chip_that_is_not_here_is_the_users_mistake() -> None:
     with pytest.raises(ChipUnavailable, match="h801"):
         probe_collectives("emulated:h801")
@@ -433,7 +455,7 @@ def test_a_chip_that_is_not_here_is_the_users_mistake() -> None:
 # ---- soak
 
 
-class Clock:
+class Ticking:
     """A second passes between two looks."""
 
     def __init__(self) -> None:
@@ -451,7 +473,7 @@ def scripted(*results: torch.Tensor) -> Callable[[], dict[str, torch.Tensor]]:
 
 def test_repetitions_that_agree_pass_with_an_upper_limit() -> None:
     right = torch.tensor([1.0, float("nan"), -0.0])
-    found = probe_soak(scripted(*[right] * 40), 30, Clock())
+    found = probe_soak(scripted(*[right] * 40), 30, Ticking())
     assert (found.outcome, found.rules_out) == ("passed", "train")
     count = int(re.match(r"(\d+) repetitions", found.summary).group(1))  # type: ignore[union-attr]
     assert 28 <= count <= 31
@@ -460,19 +482,19 @@ def test_repetitions_that_agree_pass_with_an_upper_limit() -> None:
 
 def test_the_majority_decides_even_against_the_first_repetition() -> None:
     right, wrong = torch.zeros(5), torch.tensor([0.0, 0.0, 2.0**-149, 0.0, 1.0])
-    found = probe_soak(scripted(wrong, *[right] * 40), 30, Clock())
+    found = probe_soak(scripted(wrong, *[right] * 40), 30, Ticking())
     assert found.outcome == "failed" and found.measures[0].value == 1
     assert "1 differ from the majority" in found.summary
     assert "Differing: sum in up to 2 of 5 elements." in found.summary
 
 
 def test_a_computation_that_never_repeats_has_no_majority() -> None:
-    found = probe_soak(scripted(*(torch.tensor([float(n)]) for n in range(40))), 30, Clock())
+    found = probe_soak(scripted(*(torch.tensor([float(n)]) for n in range(40))), 30, Ticking())
     assert found.outcome == "failed" and "no result has a majority" in found.summary
 
 
 def test_at_least_two_repetitions_are_compared() -> None:
-    assert probe_soak(scripted(torch.zeros(1), torch.ones(1)), 0, Clock()).outcome == "failed"
+    assert probe_soak(scripted(torch.zeros(1), torch.ones(1)), 0, Ticking()).outcome == "failed"
 
 
 def test_a_sign_of_zero_is_a_silent_difference() -> None:

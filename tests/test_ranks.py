@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
 
+import guarded
 import pytest
 from small_runs import beringia, events, of_kind, small_recipe, write_recipe
+from waiting import GIVE_UP_SECONDS
 
 from beringia.errors import Refusal
 from beringia.processes.child import Child
@@ -40,7 +41,7 @@ def inside_torchrun(recipe: Path, run: Path) -> subprocess.CompletedProcess[str]
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=GIVE_UP_SECONDS,
     )
 
 
@@ -63,10 +64,11 @@ def test_two_ranks_compute_what_one_rank_computes(one_rank: Path, tmp_path: Path
     assert of_kind(tmp_path / "run", "trusted")[-1].step == 12
 
 
-def test_accumulating_gradients_computes_what_one_batch_computes(one_rank: Path, tmp_path: Path) -> None:
-    document = small_recipe(train=STEPS | {"accumulate": 2})
-    assert beringia("train", str(write_recipe(tmp_path, document)), "--out", str(tmp_path / "run")).returncode == 0
-    assert losses(tmp_path / "run") == pytest.approx(losses(one_rank), abs=SAME_LOSS)
+def test_accumulating_gradients_computes_what_one_batch_computes() -> None:
+    whole, halves = (guarded.trainer(share=None, asked=guarded.recipe(accumulate=parts)) for parts in (1, 2))
+    found = [[made.train_step().loss for _ in range(12)] for made in (whole, halves)]
+    assert len(halves.batches()) == 2 and len(whole.batches()) == 1
+    assert found[1] == pytest.approx(found[0], abs=SAME_LOSS)
 
 
 @pytest.mark.slow
@@ -159,9 +161,3 @@ def test_a_slurm_environment_says_which_rank_this_is() -> None:
 def test_without_a_launcher_a_process_is_alone() -> None:
     assert ranks_from_environment({}) is None
     assert Ranks().first and Ranks().count == 1
-
-
-def test_a_single_rank_starts_no_process_group(one_rank: Path) -> None:
-    opened = of_kind(one_rank, "chip")[0]
-    assert (opened.ranks, opened.sharding) == (1, "none")
-    assert json.loads((one_rank / "recipe.json").read_text())["hash"] == events(one_rank)[0].recipe_hash  # type: ignore[union-attr]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import math
+import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import openai
 import pytest
 import torch
 from served import Server, serving
+from waiting import GIVE_UP_SECONDS, until
 
 from beringia.chips.open import open_chip
 from beringia.data.tokenizer import load_tokenizer
@@ -154,6 +157,7 @@ def test_a_stop_string_ends_an_answer_before_it(client: openai.OpenAI, greedy: A
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_with_drafts_the_answer_and_its_stream_are_the_same(greedy: Any) -> None:
     tokens, logprobs, text = greedy
     with serving("r2-nano", "--chip", "cpu", "--speculate") as running:
@@ -179,8 +183,8 @@ def test_models_are_listed_with_what_is_known_of_them(client: openai.OpenAI, ser
     (model,) = client.models.list().data
     assert model.id == "r2-nano" and client.models.retrieve("r2-nano").id == "r2-nano"
     assert server.about["truth"] == "real" and server.about["operators"] == "compiled"
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{server.url}/ready").json() == {"status": "ready"}
+    assert server.get("/health").json() == {"status": "ok"}
+    assert server.get("/ready").json() == {"status": "ready"}
 
 
 WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
@@ -229,38 +233,35 @@ def test_what_is_wrong_is_said_in_openai_s_error_object(
 )
 def test_a_body_that_is_no_request_is_refused(server: Server, content: bytes, status: int, words: str) -> None:
     headers = {"Content-Type": "application/json"}
-    found = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
+    found = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers, timeout=GIVE_UP_SECONDS)
     assert found.status_code == status and words in found.json()["error"]["message"], found.text
 
 
 def test_best_of_is_refused_and_unknown_paths_are_told(server: Server) -> None:
     refused = server.post({"model": "r2-nano", "prompt": "1", "best_of": 2}, path="/v1/completions")
     assert refused.status_code == 400 and "best_of" in refused.json()["error"]["message"]
-    assert httpx.get(f"{server.url}/v1/embeddings").json()["error"]["message"] == "Not Found."
+    assert server.get("/v1/embeddings").json()["error"]["message"] == "Not Found."
 
 
 def test_a_client_that_goes_away_frees_its_place(server: Server) -> None:
     body = {"model": "r2-nano", "messages": TURNS, "max_tokens": 4000, "ignore_eos": True}
     for stream in (True, False):
-        with (
-            httpx.Client() as client,
-            pytest.raises(httpx.ReadTimeout),
-            client.stream(
-                "POST", f"{server.url}/v1/chat/completions", json=body | {"stream": stream}, timeout=0.3
-            ) as on,
-        ):
+        content = json.dumps(body | {"stream": stream}).encode()
+        with _connected(server) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(content)}\r\n"
+            connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+            until(lambda: server.metric("beringia_requests_open") == 1, "the request is open")
             if stream:
-                next(on.iter_bytes())
-                raise httpx.ReadTimeout("enough")
-        _wait_until(lambda: server.metric("beringia_requests_open") == 0)
-    _wait_until(lambda: server.metric("beringia_cache_use") == 0)
+                assert connection.recv(1000)
+        until(lambda: server.metric("beringia_requests_open") == 0, "its place is free")
+    until(lambda: server.metric("beringia_cache_use") == 0, "its memory is free")
     assert server.metric('beringia_requests_total{finish="abort"}') >= 2
 
 
 def test_more_requests_than_there_are_places_get_429_and_the_others_their_answers(server: Server) -> None:
     async def ask(client: httpx.AsyncClient) -> httpx.Response:
         body = {"model": "r2-nano", "messages": TURNS, "max_tokens": 150, "ignore_eos": True}
-        return await client.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        return await client.post(f"{server.url}/v1/chat/completions", json=body, timeout=GIVE_UP_SECONDS)
 
     async def ask_all() -> list[httpx.Response]:
         async with httpx.AsyncClient(limits=httpx.Limits(max_connections=100)) as client:
@@ -275,8 +276,6 @@ def test_more_requests_than_there_are_places_get_429_and_the_others_their_answer
 
 @pytest.mark.slow
 def test_a_client_that_sends_its_request_byte_by_byte_does_not_keep_its_connection(tmp_path: Path) -> None:
-    import socket
-
     from beringia.serve import server as module
 
     assert module.HEADER_SECONDS <= 30
@@ -286,52 +285,54 @@ def test_a_client_that_sends_its_request_byte_by_byte_does_not_keep_its_connecti
         "from beringia.cli import main\nmain(sys.argv[1:])\n"
     )
     with serving("r2-nano", "--chip", "cpu", program=(str(patched),)) as running:
-        host, port = running.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as connection:
-            began = time.monotonic()
-            connection.settimeout(10)
-            for byte in b"GET /health HTTP/1.1\r\nHost: a\r\n" * 10:
-                try:
-                    connection.sendall(bytes([byte]))
-                except OSError:
-                    break
-                time.sleep(0.1)
-            assert time.monotonic() - began < 8, "it was closed on"
-        assert httpx.get(f"{running.url}/health").status_code == 200
+        with _connected(running) as connection:
+            letters = itertools.cycle(b"GET /health HTTP/1.1\r\nHost: a\r\n")
+            until(lambda: not _takes(connection, next(letters)), "it is closed on")
+        assert running.get("/health").status_code == 200
 
 
-def test_with_keys_only_their_holders_are_served(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that wants one of two keys."""
+    keys = tmp_path_factory.mktemp("locked") / "keys"
     keys.write_text("first-key\nsecond-key\n")
     with serving("r2-nano", "--chip", "cpu", "--api-key-file", str(keys)) as running:
-        for key, status in (("first-key", 200), ("second-key", 200), ("third-key", 401)):
-            found = httpx.get(f"{running.url}/v1/models", headers={"Authorization": f"Bearer {key}"})
-            assert found.status_code == status
-        missing = running.post({"model": "r2-nano", "messages": TURNS})
-        assert missing.status_code == 401 and missing.json()["error"]["code"] == "invalid_api_key"
-        assert missing.headers["WWW-Authenticate"] == "Bearer"
-        assert httpx.get(f"{running.url}/health").status_code == 200, "probes have no key"
+        yield running
 
 
-def test_sigterm_lets_what_runs_come_to_its_end(tmp_path: Path) -> None:
-    with serving("r2-nano", "--chip", "cpu") as running:
-        body = {"model": "r2-nano", "messages": TURNS, "max_tokens": 600, "ignore_eos": True, "stream": True}
-        lines: list[str] = []
-        begun = threading.Event()
+def with_key(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
-        def ask() -> None:
-            with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body, timeout=60) as answer:
-                for line in answer.iter_lines():
-                    lines.append(line)
-                    if len(lines) > 6:
-                        begun.set()
 
-        thread = threading.Thread(target=ask)
-        thread.start()
-        assert begun.wait(30)
-        code, said = running.stop()
-        thread.join(30)
-        assert lines[-2:] == ["data: [DONE]", ""] and code == 0, said
+def test_with_keys_only_their_holders_are_served(locked: Server) -> None:
+    for key, status in (("first-key", 200), ("second-key", 200), ("third-key", 401)):
+        assert locked.get("/v1/models", headers=with_key(key)).status_code == status
+    missing = locked.post({"model": "r2-nano", "messages": TURNS})
+    assert missing.status_code == 401 and missing.json()["error"]["code"] == "invalid_api_key"
+    assert missing.headers["WWW-Authenticate"] == "Bearer"
+    assert locked.get("/health").status_code == 200, "probes have no key"
+
+
+def test_sigterm_lets_what_runs_come_to_its_end(locked: Server) -> None:
+    """The last test of that server."""
+    body = {"model": "r2-nano", "messages": TURNS, "max_tokens": 600, "ignore_eos": True, "stream": True}
+    lines: list[str] = []
+    begun = threading.Event()
+
+    def ask() -> None:
+        url, key = f"{locked.url}/v1/chat/completions", with_key("second-key")
+        with httpx.stream("POST", url, json=body, headers=key, timeout=GIVE_UP_SECONDS) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                if len(lines) > 6:
+                    begun.set()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    until(begun.is_set, "the answer has begun")
+    code, said = locked.stop()
+    thread.join()
+    assert lines[-2:] == ["data: [DONE]", ""] and code == 0, said
 
 
 def test_an_address_that_others_reach_needs_keys_and_a_taken_port_is_told(server: Server) -> None:
@@ -342,16 +343,18 @@ def test_an_address_that_others_reach_needs_keys_and_a_taken_port_is_told(server
         pass
 
 
+@pytest.mark.slow
 def test_without_the_proof_that_was_asked_for_nothing_is_served(tmp_path: Path) -> None:
     path = str(tmp_path / "proof.json")
     with pytest.raises(AssertionError, match="proof"), serving("r2-nano", "--chip", "cpu", "--proof", path):
         pass
 
 
-@pytest.mark.parametrize("content", ["{", '{"kind": "handover"}'])
-def test_what_is_no_proof_is_none(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", [None, "{", '{"kind": "handover"}'])
+def test_what_is_no_proof_is_none(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "proof.json"
-    path.write_text(content)
+    if content is not None:
+        path.write_text(content)
     with pytest.raises(InputError, match="proof"):
         check_proof(path, "0123456789abcdef")
 
@@ -368,11 +371,17 @@ def test_an_error_of_the_chip_fails_its_requests_in_words_and_the_server_goes_on
         assert running.about["truth"] == "emulated"
 
 
-def _wait_until(holds: Any, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.05)
+def _connected(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)))
+
+
+def _takes(connection: socket.socket, byte: int) -> bool:
+    """Whether the other side of a connection still takes a byte."""
+    try:
+        connection.sendall(bytes([byte]))
+    except OSError:
+        return False
     return True
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from served import serving
+from waiting import GIVE_UP_SECONDS
 
 from beringia.data.tokenizer import load_tokenizer, write_tokenizer
 from beringia.model import Decoder, greedy, load_model, save_model
@@ -72,7 +73,7 @@ def evaluated(url: str, model: Path, tasks: Path) -> dict[str, list[dict[str, An
     command += ["--tasks", "choosing,writing", "--include_path", str(tasks), "--log_samples"]
     command += ["--output_path", str(tasks / "out")]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tasks / "cache")}
-    ended = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=GIVE_UP_SECONDS)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return {
         name: [

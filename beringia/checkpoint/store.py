@@ -106,6 +106,8 @@ class CheckpointStore:
         self.epoch = epoch
         self.keep = keep
         self.chip = chip
+        self.clock: Callable[[], float] = time.perf_counter
+        """What the pause of a save is measured by."""
         self._epoch_file = epoch_file
         self._recipe_hash = recipe_hash
         self._chip_identity = chip_identity
@@ -135,16 +137,16 @@ class CheckpointStore:
 
         Waits for the previous save and raises its error if nobody has collected it.
         """
-        started = time.perf_counter()
+        started = self.clock()
         self.prepare(state)
         assert self._layout is not None and self._staging is not None
         planner = self._layout.planner
         planner.set_up_planner(dict(state), is_coordinator=self._ranks.rank == 0)
         live = [planner.lookup_object(piece.item.index) for piece in self._staging.pieces]
         values = self._staging.take(live, self._copiers)
-        paused = time.perf_counter()
+        pause_seconds = self.clock() - started
         written = self._writer.submit(self._write, step, self._layout, self._staging, values, dict(progress))
-        self._pending = PendingSave(step, self._staging.bytes, paused - started, written)
+        self._pending = PendingSave(step, self._staging.bytes, pause_seconds, written)
         return self._pending
 
     def load(self, step: int, state_template: State) -> dict[str, Any]:

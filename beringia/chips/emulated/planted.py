@@ -11,6 +11,7 @@ the device that holds them in `faults.py`.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ class Host:
         """In this step: faults (position in the script) and the operator that each struck first."""
         self.on_strike: Callable[[int, OpOverload], None] | None = None
         """Called whenever a fault has changed something, with its position and the operator."""
+        self.now: Callable[[], float] = time.monotonic
+        self.sleep: Callable[[float], None] = time.sleep
+        """The device's time in seconds, and how it passes: what is slow or hangs reads and spends no other."""
 
 
 class Planted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from typing import Any
 
 from torch._ops import OpOverload
@@ -76,9 +76,9 @@ class Hang(AtProduct):
     fault: script.Hang
 
     def happen(self) -> None:
-        end = None if self.fault.seconds is None else time.monotonic() + self.fault.seconds
-        while end is None or time.monotonic() < end:
-            time.sleep(0.1 if end is None else min(0.1, max(0.0, end - time.monotonic())))
+        end = math.inf if self.fault.seconds is None else self.device.now() + self.fault.seconds
+        while (left := end - self.device.now()) > 0:
+            self.device.sleep(min(0.1, left))
 
 
 class CollectiveTimeout(Planted):
@@ -93,7 +93,7 @@ class CollectiveTimeout(Planted):
         def collective(*args: Any, **kwargs: Any) -> Any:
             if self.present:
                 self.report(func)
-                time.sleep(self.fault.seconds)
+                self.device.sleep(self.fault.seconds)
                 raise words.collective_timeout(self.device.vendor)
             return kernel(*args, **kwargs)
 
@@ -108,17 +108,17 @@ class Slowness(Planted):
 
     def begin_step(self, step: int) -> None:
         super().begin_step(step)
-        self._awake_since = time.perf_counter()
+        self._awake_since = self.device.now()
 
     def interpose(self, func: OpOverload, kernel: Kernel) -> Kernel:
         def compute(*args: Any, **kwargs: Any) -> Any:
             result = kernel(*args, **kwargs)
             if self.present:
-                awake = time.perf_counter() - self._awake_since
+                awake = self.device.now() - self._awake_since
                 if awake >= self._LEAST_SECONDS:
                     self.report(func)
-                    time.sleep(awake * (self.fault.factor - 1.0))
-                    self._awake_since = time.perf_counter()
+                    self.device.sleep(awake * (self.fault.factor - 1.0))
+                    self._awake_since = self.device.now()
             return result
 
         return compute

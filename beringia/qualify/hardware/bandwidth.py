@@ -32,18 +32,17 @@ def measure_bandwidth(chip: Chip, rank: int, ranks: int) -> Iterator[CaseReport]
     count = BUFFER_BYTES // 4 // ranks * ranks
     whole = torch.zeros(count, device=chip.device)
     piece = torch.zeros(count // ranks, device=chip.device)
-    # (shares of the buffer that a link carries, the call)
-    works: dict[str, tuple[float, Work]] = {
-        "all-reduce": (2.0 * (ranks - 1) / ranks, lambda: dist.all_reduce(whole)),
-        "all-gather": ((ranks - 1) / ranks, lambda: single("all-gather")(whole, piece)),
+    works: dict[str, Work] = {
+        "all-reduce": lambda: dist.all_reduce(whole),
+        "all-gather": lambda: single("all-gather")(whole, piece),
     }
-    for name, (share, work) in works.items():
+    for name, work in works.items():
         began = time.perf_counter()
         work()  # the first call connects
         stretches = [seconds_of(chip, work, CALLS) for _ in range(STRETCHES)]
         median = statistics.median(stretches)
         timing = Timing(median, (max(stretches) - min(stretches)) / median)
-        rate = share * BUFFER_BYTES / median
+        rate = bus_bandwidth(name, ranks, median)
         yield CaseReport(
             rank=rank,
             subject=SUBJECT,
@@ -52,6 +51,13 @@ def measure_bandwidth(chip: Chip, rank: int, ranks: int) -> Iterator[CaseReport]
             reason=f"bus bandwidth {rate_words(rate, 1e9, 'GB/s', timing)}{share_words(rate, _link(chip))}",
             seconds=time.perf_counter() - began,
         )
+
+
+def bus_bandwidth(collective: str, ranks: int, seconds: float) -> float:
+    """Bytes a second that every link carries while the buffer is exchanged in so many seconds: its share of the buffer
+    is sent on by all ranks but one, in an all-reduce twice."""
+    passes = {"all-reduce": 2, "all-gather": 1}[collective]
+    return passes * (ranks - 1) / ranks * BUFFER_BYTES / seconds
 
 
 def _link(chip: Chip) -> Quantity | None:

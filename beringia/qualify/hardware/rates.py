@@ -13,6 +13,8 @@ from beringia.chips.chip import Chip
 from beringia.qualify.arithmetic.attempts import Refused, attempt
 
 Work = Callable[[], object]
+Clock = Callable[[], float]
+"""Seconds since some moment."""
 
 STRETCH_SECONDS = 0.1
 """Long against the cost of starting a kernel and of reading the clock."""
@@ -34,22 +36,24 @@ class Timing:
     """Longest less shortest, as a share of the median."""
 
 
-def time_calls(chip: Chip, work: Work, stretch_seconds: float = STRETCH_SECONDS) -> Timing:
+def time_calls(
+    chip: Chip, work: Work, stretch_seconds: float = STRETCH_SECONDS, *, clock: Clock = time.perf_counter
+) -> Timing:
     """The median over stretches of repeated calls, each stretch about so long."""
-    calls = max(1, round(stretch_seconds / max(1e-7, seconds_of(chip, work))))
-    stretches = [seconds_of(chip, work, calls) for _ in range(STRETCHES)]
+    calls = max(1, round(stretch_seconds / max(1e-7, seconds_of(chip, work, clock=clock))))
+    stretches = [seconds_of(chip, work, calls, clock=clock) for _ in range(STRETCHES)]
     median = statistics.median(stretches)
     return Timing(median, (max(stretches) - min(stretches)) / median)
 
 
-def seconds_of(chip: Chip, work: Work, calls: int = 1) -> float:
+def seconds_of(chip: Chip, work: Work, calls: int = 1, *, clock: Clock = time.perf_counter) -> float:
     """Of one call, measured over several with an idle device before and after."""
     chip.synchronize()
-    began = time.perf_counter()
+    began = clock()
     for _ in range(calls):
         work()
     chip.synchronize()
-    return (time.perf_counter() - began) / calls
+    return (clock() - began) / calls
 
 
 def square_size(chip: Chip, dtype: torch.dtype, seconds: float) -> int | Refused:
