@@ -1,7 +1,7 @@
 """One decoder for Hugging Face checkpoints of the families deepseek_v3 (V3, R1), llama, qwen2 and qwen3.
 
 Start in `decoder.py`; then `attention.py`, `experts.py`, `rope.py`. `presets.py` names models without a directory,
-`hugging_face.py` reads and writes checkpoints, `decoding.py` generates.
+`hugging_face.py` reads and writes checkpoints, `filling.py` holds what is read, `decoding.py` generates.
 """
 
 from beringia.model.cache import KeyValueCache
@@ -9,7 +9,8 @@ from beringia.model.config import DecoderConfig, RopeConfig
 from beringia.model.decoder import IGNORED, Decoder, Losses, update_router_biases
 from beringia.model.decoding import greedy, sample
 from beringia.model.experts import forcing_routes, recording_routes
-from beringia.model.hugging_face import checkpoint_tensors, initialise, load_model, read_config, save_model
+from beringia.model.filling import filled
+from beringia.model.hugging_face import checkpoint_tensors, config_of, initialise, load_model, read_config, save_model
 from beringia.model.presets import PRESETS, preset
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Losses",
     "RopeConfig",
     "checkpoint_tensors",
+    "config_of",
+    "filled",
     "forcing_routes",
     "greedy",
     "initialise",
