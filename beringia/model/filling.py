@@ -40,11 +40,12 @@ def unfilled(config: DecoderConfig, dtype: torch.dtype = torch.float32, device: 
     for module in decoder.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
+                # Not empty_like: of a meta tensor it loads sympy, 2 s and 37 MB.
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
             setattr(module, name, made[parameter])
         for name, buffer in module.named_buffers(recurse=False):
             kind = dtype_of_buffer(dtype) if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, torch.zeros_like(buffer, dtype=kind, device=device))
+            setattr(module, name, torch.zeros(buffer.shape, dtype=kind, device=device))
     return decoder
 
 
