@@ -20,7 +20,7 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
 
 
 def blocks_of(tensor: torch.Tensor, bytes_each: int) -> Iterator[torch.Tensor]:
-    """The tensor's elements in row-major order, as flat views of at most `PIECE_BYTES`, an element taking
+    """The tensor's elements in row-major order, as one-dimensional views of at most `PIECE_BYTES`, an element taking
     `bytes_each`."""
     for flat in _flat_parts(tensor.detach()):
         if flat.numel():
@@ -30,12 +30,14 @@ def blocks_of(tensor: torch.Tensor, bytes_each: int) -> Iterator[torch.Tensor]:
 def content_of(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     """The tensor's bytes as `dtype`, block by block, from whatever device it is on."""
     for block in blocks_of(tensor, max(dtype.itemsize, tensor.dtype.itemsize)):
-        yield memory_of(block.to("cpu", dtype))
+        yield memory_of(block.to("cpu", dtype).contiguous())
 
 
 def _flat_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if tensor.is_contiguous():
         yield tensor.view(-1)
+    elif tensor.dim() == 1:
+        yield tensor
     else:
         for row in tensor.unbind(0):
             yield from _flat_parts(row)

@@ -62,7 +62,9 @@ def opened(file: FileIO, path: Path, complaint: Complaint) -> OpenedFile:
 def _slots(header: bytes, data_bytes: int) -> dict[str, Slot]:
     """The tensors by the header, which must fill the data without a gap. Raises ValueError saying what is wrong."""
     document = _parsed(header)
-    document.pop("__metadata__", None)
+    notes = document.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise ValueError("its __metadata__ is not a table of text")
     found = [_slot(key, entry) for key, entry in document.items()]
     slots = {slot.key: slot for slot in sorted(found, key=lambda slot: (slot.start, slot.bytes))}
     end = 0

@@ -94,7 +94,7 @@ class TensorReader(ABC):
         """Flat parts of `whole`, each with what is stored of it; the latter is valid until the next."""
         stored = self.tensors[name]
         assert tuple(whole.shape) == stored.shape, f"{name} is {stored.shape}"
-        dtype: torch.dtype = getattr(torch, stored.dtype)
+        dtype = _dtype_of(name, stored)
         buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
         memory = memory_of(buffer)
         for piece in self.pieces(name):
@@ -205,6 +205,15 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     if not (directory / SINGLE).is_file():
         raise ModelError(f"{directory} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read.")
     return None
+
+
+def _dtype_of(name: str, stored: Stored) -> torch.dtype:
+    dtype = getattr(torch, stored.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(
+            f"{stored.file}: {name} is stored as {stored.dtype}, which torch does not have; convert it first."
+        )
+    return dtype
 
 
 def _region(chunk: Chunk) -> tuple[slice, ...]:
