@@ -18,6 +18,8 @@ from beringia.machine.threads import prepare_threads
 from beringia.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from beringia.chips.chip import Chip
     from beringia.engine import Engine, Sampling
     from beringia.engine.endpoint import Endpoint
@@ -55,17 +57,22 @@ def chip(name: str, *, index: int = 0, faults: str | None = None, seed: int = 0)
     return open_chip(name, index=index, faults=faults, seed=seed)
 
 
-def load(directory_or_preset: str | Path, chip: Chip | None = None, *, seed: int = 0) -> Decoder:
+def load(
+    directory_or_preset: str | Path, chip: Chip | None = None, *, seed: int = 0, dtype: torch.dtype | None = None
+) -> Decoder:
     """A model from a Hugging Face directory or a preset, on a chip (None: the CPU) in that chip's compute dtype.
 
-    Weights stay float32. Raises ModelError.
+    Weights are held in `dtype`, None: float32; while they are read, nothing of their size is held beside them. Raises
+    ModelError.
     """
+    import torch
+
     from beringia.model import load_model
 
-    decoder = load_model(directory_or_preset, seed=seed)
+    device = "cpu" if chip is None else chip.device
+    decoder = load_model(directory_or_preset, seed=seed, dtype=dtype or torch.float32, device=device)
     if chip is not None:
         decoder.set_compute_dtype(chip.capabilities.compute_dtype)
-        decoder.to(chip.device)
     return decoder
 
 

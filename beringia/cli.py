@@ -342,12 +342,13 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check a signed certificate: whether it is as it was signed, by whom, and what it says."""
+    from beringia.records.certificate import Certificate
     from beringia.records.signature import parse_public_key, read_signed
     from beringia.records.signature import verify as check
 
-    signed = read_signed(file)
+    signed = read_signed(file, Certificate)
     check(signed, () if key is None else (parse_public_key(key),))
-    certificate = signed.certificate
+    certificate = signed.record
     says = {
         "signature": "holds",
         "public_key": signed.public_key,

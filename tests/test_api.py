@@ -47,6 +47,20 @@ def test_a_model_goes_through_save_and_load_unchanged_and_computes_on_a_chip(tmp
     assert torch.equal(model(tokens_BT), again(tokens_BT))
 
 
+def test_a_model_is_read_onto_an_emulated_chip_as_it_would_be_moved_there(tmp_path: Path) -> None:
+    beringia.save(beringia.load("r2-nano", seed=3), tmp_path / "saved")
+    chip = beringia.chip("emulated:ascend-910b")
+    try:
+        for source in ("r2-nano", tmp_path / "saved"):
+            read = beringia.load(source, chip, seed=3, dtype=torch.bfloat16)
+            moved = beringia.load(source, seed=3, dtype=torch.bfloat16).to(chip.device)
+            assert all(tensor.device == chip.device for tensor in read.state_dict().values())
+            for name, tensor in moved.state_dict().items():
+                assert torch.equal(read.state_dict()[name].cpu(), tensor.cpu()), name
+    finally:
+        chip.close()
+
+
 def test_an_engine_answers_with_the_model_of_a_directory(tmp_path: Path) -> None:
     chip = beringia.chip("cpu")
     model = beringia.load("r2-nano", seed=3)

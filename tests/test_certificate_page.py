@@ -15,7 +15,7 @@ from pages import Elements, browse, measured_at, needs_browser
 from rich.console import Console
 
 from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
-from beringia.records.signature import SignedCertificate
+from beringia.records.signature import Signed
 from beringia.report.certificate.effects import effects_of
 from beringia.report.certificate.junit import write_junit
 from beringia.report.certificate.model_map import MOST_CARDS, MOST_OPEN, model_map, style_of
@@ -27,8 +27,8 @@ VERDICTS = ("train", "infer", "unfit", "inconclusive")
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&\x00\x1b[31m"
 
 
-def signed(made: Certificate) -> SignedCertificate:
-    return SignedCertificate(certificate=made, public_key="ab" * 32, signature="cd" * 64)
+def signed(made: Certificate) -> Signed[Certificate]:
+    return Signed[Certificate](record=made, public_key="ab" * 32, signature="cd" * 64)
 
 
 @pytest.fixture(scope="module")

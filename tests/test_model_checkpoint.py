@@ -9,13 +9,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from beringia.errors import ModelError
-from beringia.model import Decoder, checkpoint_tensors, initialise, load_model, preset, save_model
+from beringia.model import Decoder, DecoderConfig, checkpoint_tensors, initialise, load_model, preset, save_model
 from beringia.model.hugging_face_config import config_from_document, document_of
+from beringia.numerics.state_hash import hash_state
 
 TINY = replace(preset("r2-nano"), hidden_size=16, intermediate_size=24, moe_intermediate_size=8, vocab_size=20)
+
+TINY_DENSE = DecoderConfig(
+    family="llama",
+    vocab_size=20,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+)
 
 
 def tiny(seed: int = 3) -> Decoder:
@@ -60,6 +72,96 @@ def test_bfloat16_weights_are_read_as_float32_and_the_correction_bias_is_never_r
     assert torch.equal(loaded.lm_head.weight, decoder.lm_head.weight.bfloat16().float())
     assert torch.equal(loaded.model.layers[1].mlp.gate.e_score_correction_bias, bias)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_held_in_the_dtype_that_is_asked_for_and_correction_biases_in_no_less_than_float32(
+    dtype: torch.dtype, stored: torch.dtype, tmp_path: Path
+) -> None:
+    decoder = tiny()
+    decoder.model.layers[1].mlp.gate.e_score_correction_bias.normal_()
+    save_model(decoder, tmp_path / "model", dtype=stored)
+    loaded = dict(checkpoint_tensors(load_model(tmp_path / "model", dtype=dtype)))
+    for name, tensor in checkpoint_tensors(decoder):
+        if name.endswith("e_score_correction_bias"):
+            assert loaded[name].dtype == torch.promote_types(dtype, torch.float32)
+            assert torch.equal(loaded[name], tensor.to(loaded[name].dtype))
+        else:
+            assert loaded[name].dtype == dtype
+            assert torch.equal(loaded[name], tensor.to(stored).to(dtype)), name
+
+
+def test_a_preset_in_another_dtype_is_the_same_draw_rounded() -> None:
+    drawn = dict(load_model("r2-nano", seed=4).named_parameters())
+    for name, parameter in load_model("r2-nano", seed=4, dtype=torch.bfloat16).named_parameters():
+        assert torch.equal(parameter, drawn[name].bfloat16()), name
+
+
+def test_a_dtype_that_weights_are_not_held_in_is_refused() -> None:
+    with pytest.raises(ModelError, match="asked for in int8; they are held in bfloat16, float16, float32, float64"):
+        load_model("r2-nano", dtype=torch.int8)
+
+
+DRAWN = {
+    ("r2-nano", 7, None): "ec61c245862686e57ccd4ff974f0b0d20c0a88af6a543a035dfe040ec19657b8",
+    ("r2-nano", 3, 261): "1ba2428ccbe2228cb89490fbb546b5ccbfac1a93599da4062d0b86349bb6fd1f",
+    ("r2-micro", 1, None): "0208de1404dbd1f8b75541cd58d4d051a574a0eeb62048db74c2164fc84b9d38",
+}
+"""State hashes of presets by name, seed and vocabulary, as the first runs were drawn."""
+
+
+@pytest.mark.parametrize("asked", DRAWN, ids=str)
+def test_a_seed_draws_the_weights_that_it_drew_for_the_first_runs(asked: tuple[str, int, int | None]) -> None:
+    name, seed, size = asked
+    assert hash_state(load_model(name, seed=seed, vocabulary_size=size).state_dict(), {}) == DRAWN[asked]
+
+
+@pytest.mark.parametrize("source", ["preset", "directory"])
+def test_only_so_many_layers_are_the_first_of_the_whole_and_its_multi_token_layer(source: str, tmp_path: Path) -> None:
+    save_model(load_model("r2-nano", seed=2), tmp_path / "model")
+    origin = "r2-nano" if source == "preset" else tmp_path / "model"
+    whole, part = load_model(origin, seed=2).state_dict(), load_model(origin, seed=2, layers=2)
+    assert part.config.num_hidden_layers == len(part.layers) == 2 and part.mtp is not None
+    for name, tensor in part.state_dict().items():
+        assert torch.equal(tensor, whole[name.replace("model.layers.2.", "model.layers.3.")]), name
+
+
+@pytest.mark.parametrize("layers", [0, 4])
+def test_layers_that_the_model_has_not_are_refused(layers: int) -> None:
+    with pytest.raises(ModelError, match=f"--layers {layers} was asked for; the model has 3"):
+        load_model("r2-nano", layers=layers)
+
+
+def test_what_is_not_read_of_a_model_of_more_layers_is_still_expected_to_be_there(tmp_path: Path) -> None:
+    directory = saved(tmp_path)
+    rewrite(directory, lambda tensors: tensors.pop("model.layers.2.input_layernorm.weight"))
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.2\.input_layernorm"):
+        load_model(directory, layers=1)
+
+
+def test_a_tied_head_is_one_tensor_with_the_embedding_and_a_copy_of_it_on_the_disk_must_be_equal(
+    tmp_path: Path,
+) -> None:
+    tied = replace(TINY_DENSE, tie_word_embeddings=True)
+    decoder = Decoder(tied)
+    initialise(decoder, 1)
+    save_model(decoder, tmp_path / "model")
+    loaded = load_model(tmp_path / "model", dtype=torch.bfloat16)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    embedding = decoder.model.embed_tokens.weight.detach()
+    rewrite(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    load_model(tmp_path / "model")
+    rewrite(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(ModelError, match=r"model\.safetensors: lm_head\.weight differs from the tensor it repeats"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_file_is_byte_for_byte_what_safetensors_writes(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_model(tiny(), tmp_path / "model", dtype=dtype)
+    content = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert content == save(load_file(tmp_path / "model" / "model.safetensors"), metadata={"format": "pt"})
 
 
 def test_names_on_disk_are_those_of_deepseek(tmp_path: Path) -> None:

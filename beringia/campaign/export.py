@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from beringia.checkpoint.store import CheckpointStore
+from beringia.checkpoint.directory import CheckpointDirectory
+from beringia.checkpoint.reader import open_checkpoint
 from beringia.data import Tokenizer, choose_tokenizer, open_stream, write_tokenizer
 from beringia.data.tokenizer import KINDS
-from beringia.errors import ModelError, RunError
-from beringia.model import Decoder, load_model, save_model
+from beringia.errors import RunError
+from beringia.model import Decoder, config_of, filled, load_model, save_model
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 
@@ -58,30 +59,22 @@ def load_recipe(run: RunDirectory) -> Recipe:
 
 
 def load_trained(run: RunDirectory, recipe: Recipe, step: int | None = None) -> tuple[Decoder, int]:
-    """The model of a run at a checkpoint (default: the newest), on the CPU in float32. Raises RunError."""
-    store = CheckpointStore(
-        run.checkpoints, epoch=0, epoch_file=None, keep=1, recipe_hash=recipe.hash, chip_identity=""
-    )
-    steps = store.steps()
+    """The model of a run at a checkpoint (default: the newest), on the CPU in float32: its weights alone are read.
+
+    Raises RunError, CheckpointDamaged, ModelError.
+    """
+    directory = CheckpointDirectory(run.checkpoints)
+    steps = directory.steps()
     if not steps:
         raise RunError(f"{run.root} has no checkpoint yet: train first.")
     step = steps[-1] if step is None else step
     if step not in steps:
         raise RunError(f"{run.root} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
-    shapes = {name: (entry.shape, entry.dtype) for name, entry in store.manifest(step).tensors.items()}
-    state = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (shape, dtype) in shapes.items()}
-    store.load(step, state)
-    store.close()
     tokenizer = choose_tokenizer(recipe.data, recipe.model)
     size = tokenizer.vocabulary_size if recipe.model.preset is not None else None
-    decoder = load_model(recipe.model.path or recipe.model.preset or "", seed=recipe.seed, vocabulary_size=size)
-    weights = {name: state[name] for name in decoder.state_dict() if name in state}
-    tied = {"lm_head.weight"} if decoder.config.tie_word_embeddings else set()
-    missing = decoder.state_dict().keys() - weights.keys() - tied
-    if missing:
-        raise ModelError(f"The checkpoint of step {step} lacks {', '.join(sorted(missing)[:3])}: another model's?")
-    decoder.load_state_dict(weights, strict=False)
-    return decoder.eval(), step
+    config = config_of(recipe.model.path or recipe.model.preset or "", size)
+    with open_checkpoint(directory.path(step)) as reader:
+        return filled(config, reader).eval(), step
 
 
 def export(run: RunDirectory, directory: Path, step: int | None = None) -> int:

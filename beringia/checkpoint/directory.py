@@ -14,20 +14,21 @@ Loading tensors is `store.py`'s part.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import sha256
 from io import FileIO
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from beringia.errors import CheckpointDamaged, RunError
-from beringia.records.files import publish_directory, sha256_of_file, sync_directory, write_bytes
-from beringia.records.manifest import MANIFEST_SCHEMA, CheckpointManifest, TrustMark
+from beringia.records.files import publish_directory, sync_directory, write_bytes
+from beringia.records.manifest import MANIFEST_SCHEMA, CheckpointManifest, FileEntry, TrustMark
 from beringia.records.record import canonical_json
 
 MANIFEST = "manifest.json"
@@ -175,7 +176,7 @@ def write_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
 
 def digest_line(content: bytes) -> bytes:
     """What `sha256sum manifest.json` prints."""
-    return f"{sha256(content).hexdigest()}  {MANIFEST}\n".encode()
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def verify_checkpoint(checkpoint: Path, files: Iterable[str] | None = None) -> CheckpointManifest:
@@ -186,13 +187,26 @@ def verify_checkpoint(checkpoint: Path, files: Iterable[str] | None = None) -> C
         if wanted is not None and entry.name not in wanted:
             continue
         path = checkpoint / entry.name
-        if not path.is_file():
-            raise damaged(path, "it is missing")
-        if path.stat().st_size != entry.bytes:
-            raise damaged(path, f"it has {path.stat().st_size} bytes instead of {entry.bytes}")
-        if sha256_of_file(path) != entry.sha256:
-            raise damaged(path, "its SHA-256 is not the one in the manifest")
+        with open_checked(path) as file:
+            check_content(file, path, entry)
     return manifest
+
+
+def check_content(file: FileIO, path: Path, entry: FileEntry) -> None:
+    """Check size and SHA-256 of a file just opened, streaming. Raises CheckpointDamaged."""
+    if (found := os.fstat(file.fileno()).st_size) != entry.bytes:
+        raise damaged(path, f"it has {found} bytes instead of {entry.bytes}")
+    if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+        raise damaged(path, "its SHA-256 is not the one in the manifest")
+
+
+def contents_of(manifest: CheckpointManifest) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """What each file holds, by the manifest: (dtype name, sizes) of each key."""
+    contents: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = defaultdict(dict)
+    for entry in manifest.tensors.values():
+        for chunk in entry.chunks:
+            contents[chunk.file][chunk.key] = (entry.dtype, chunk.sizes)
+    return contents
 
 
 def damaged(path: Path, what: str) -> CheckpointDamaged:
@@ -204,7 +218,7 @@ def open_checked(path: Path) -> FileIO:
     """Open a checkpoint file for reading, unbuffered. Raises CheckpointDamaged where it is missing."""
     try:
         return FileIO(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise damaged(path, "it is missing") from None
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
+from beringia.checkpoint.blocks import memory_of
 from beringia.checkpoint.tensor_file import Slot, TensorFile, lay_out
 from beringia.chips.chip import Chip
 from beringia.machine.threads import usable_cores
@@ -113,13 +114,6 @@ class Staging:
     def _view(self, piece: Piece) -> torch.Tensor:
         data = self.buffers[piece.file][piece.slot.start : piece.slot.start + piece.slot.bytes]
         return data.view(getattr(torch, piece.slot.dtype)).view(piece.slot.sizes)
-
-
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in host memory, writable."""
-    # Not memoryview(array): before Python 3.12 type checkers do not know that arrays are buffers.
-    content: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return content
 
 
 def copying_pool() -> ThreadPoolExecutor:

@@ -22,9 +22,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from beringia.checkpoint.directory import damaged, read_manifest, write_manifest
+from beringia.checkpoint.blocks import memory_of
+from beringia.checkpoint.directory import contents_of, damaged, read_manifest, write_manifest
 from beringia.checkpoint.plan import described, metadata_of
-from beringia.checkpoint.staging import Staging, memory_of
+from beringia.checkpoint.staging import Staging
 from beringia.checkpoint.tensor_file import Slot, read_verified, write_hashed
 from beringia.machine.threads import usable_cores
 from beringia.records.manifest import CheckpointManifest, Chunk, FileEntry, TensorEntry
@@ -129,7 +130,7 @@ class VerifiedReader(StorageReader):
         entries = {entry.name: entry for entry in self.manifest.files}
         for name in wanted.keys() - entries.keys():
             raise damaged(self.directory / name, "the manifest does not list it")
-        contents = self._contents()
+        contents = contents_of(self.manifest)
         with ThreadPoolExecutor(usable_cores(), thread_name_prefix="beringia-reading") as pool:
             jobs = [
                 pool.submit(_read_file, self.directory, entries[name], contents[name], parts)
@@ -143,14 +144,6 @@ class VerifiedReader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _contents(self) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
-        """What each file holds, by the manifest: (dtype name, sizes) of each key."""
-        contents: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = defaultdict(dict)
-        for entry in self.manifest.tensors.values():
-            for chunk in entry.chunks:
-                contents[chunk.file][chunk.key] = (entry.dtype, chunk.sizes)
-        return contents
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -23,7 +23,7 @@ from beringia.records.manifest import FileEntry
 PIECE_BYTES = 1 << 20
 """Bytes hashed and written, or read and hashed, at a time: what fits in a core's own cache."""
 
-_LARGEST_HEADER_BYTES = 100_000_000
+LARGEST_HEADER_BYTES = 100_000_000
 
 DTYPES = {
     "float64": ("F64", 8),
@@ -105,6 +105,18 @@ def write_hashed(directory: Path, layout: TensorFile, content: memoryview) -> Fi
     return FileEntry(name=layout.name, bytes=len(layout.header) + layout.data_bytes, sha256=hashed.hexdigest())
 
 
+def write_streamed(directory: Path, layout: TensorFile, content: Iterable[memoryview]) -> None:
+    """Write header and data, which comes in pieces in the order of the slots, and flush to the disk. Raises
+    StorageFull."""
+    path = directory / layout.name
+    with reporting_full_disk(path), open(path, "wb", buffering=0) as file:
+        _write_all(file, memoryview(layout.header))
+        for piece in content:
+            _write_all(file, piece)
+        assert file.tell() == len(layout.header) + layout.data_bytes, "the pieces are those of the slots"
+        os.fsync(file.fileno())
+
+
 Sink = Callable[[Slot], memoryview]
 """Says where the bytes of a slot go: writable, as long as the slot."""
 
@@ -143,7 +155,7 @@ def _read_layout(
     length_bytes = bytearray(8)
     _read_exactly(file, memoryview(length_bytes), path)
     length = int.from_bytes(length_bytes, "little")
-    if length > min(_LARGEST_HEADER_BYTES, entry.bytes - 8):
+    if length > min(LARGEST_HEADER_BYTES, entry.bytes - 8):
         raise damaged(path, "its header is longer than the file")
     text = bytearray(length)
     _read_exactly(file, memoryview(text), path)

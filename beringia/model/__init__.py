@@ -1,7 +1,8 @@
 """One decoder for Hugging Face checkpoints of the families in `families.py`, and for other combinations of parts.
 
 Start in `decoder.py`; then `attention.py`, `experts.py`, `rope.py`. `config.py` has the flags; `presets.py` names
-models without a directory, `hugging_face.py` reads and writes checkpoints, `decoding.py` generates.
+models without a directory, `hugging_face.py` reads and writes checkpoints, `filling.py` holds what is read,
+`decoding.py` generates.
 """
 
 from beringia.model.cache import KeyValueCache
@@ -17,7 +18,8 @@ from beringia.model.decoder import (
 )
 from beringia.model.decoding import greedy, sample
 from beringia.model.experts import forcing_routes, recording_routes
-from beringia.model.hugging_face import checkpoint_tensors, initialise, load_model, read_config, save_model
+from beringia.model.filling import filled
+from beringia.model.hugging_face import checkpoint_tensors, config_of, initialise, load_model, read_config, save_model
 from beringia.model.presets import PRESETS, preset
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
     "Sums",
     "Targets",
     "checkpoint_tensors",
+    "config_of",
     "cross_entropy_sum",
+    "filled",
     "forcing_routes",
     "greedy",
     "initialise",

@@ -1,35 +1,35 @@
 """Checkpoints in Hugging Face form: `config.json` with one `model.safetensors`, or shards and their index.
 
-Reads float32, bfloat16 and float16 weights into float32 masters; a tensor that is missing, unexpected or of another
-shape is an error that names it. Writes a directory aside and renames it when it is complete. Experts, stacked in
-memory, are one tensor each on disk; the multi-token layer's copies of embedding and head are written, and checked when
-read.
+Reads float32, bfloat16, float16 and float64 weights, into float32 masters unless told otherwise; a tensor that is
+missing, unexpected or of another shape is an error that names it. Writes a directory aside and renames it when it is
+complete. Both go block by block: beside the weights nothing of their size is held. Experts, stacked in memory, are one
+tensor each on disk; the multi-token layer's copies of embedding and head are written, and checked when read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from beringia.checkpoint.blocks import content_of
+from beringia.checkpoint.reader import INDEX, SINGLE, TensorReader, open_hugging_face
+from beringia.checkpoint.tensor_file import lay_out, write_streamed
 from beringia.errors import ModelError
 from beringia.model.config import DecoderConfig
 from beringia.model.decoder import Decoder
+from beringia.model.filling import check_fits, draw, dtype_of_buffer, fill, unfilled
 from beringia.model.hugging_face_config import config_from_document, document_of
 from beringia.model.presets import PRESETS, preset
-from beringia.records.files import publish_directory, reporting_full_disk, write_text
+from beringia.numerics.state_hash import dtype_name
+from beringia.records.files import publish_directory, write_text
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARD_BYTES = 5 * 10**9
 
 
@@ -69,42 +69,51 @@ def shared_copies(decoder: Decoder) -> dict[str, torch.Tensor]:
     return copies
 
 
-@torch.no_grad()
 def initialise(decoder: Decoder, seed: int) -> None:
     """Fill the decoder from the seed: matrices normal(0, initializer_range), norms one, biases zero.
 
-    Each tensor has its own generator, seeded by its published name, and is drawn on the CPU: device, order of modules
-    and stacking of experts do not matter.
+    Each tensor is drawn by its published name: device, order of modules and stacking of experts do not matter.
     """
-    for name, tensor in checkpoint_tensors(decoder):
-        if tensor.dim() >= 2:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
-            tensor.copy_(drawn * decoder.config.initializer_range)
-        else:
-            tensor.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+    draw(checkpoint_tensors(decoder), seed, decoder.config.initializer_range)
 
 
-def load_model(directory_or_preset: str | Path, *, seed: int = 0, vocabulary_size: int | None = None) -> Decoder:
-    """A decoder on the CPU in float32, from a Hugging Face directory or a preset (initialised from `seed`).
+def load_model(
+    directory_or_preset: str | Path,
+    *,
+    seed: int = 0,
+    vocabulary_size: int | None = None,
+    layers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """A decoder from a Hugging Face directory or a preset (initialised from `seed`).
 
-    `vocabulary_size` resizes a preset; a directory must agree with it. Raises ModelError. A checkpoint that announces a
-    multi-token layer but holds nothing of it (transformers drops it) is loaded without one.
+    `vocabulary_size` resizes a preset; a directory must agree with it. `layers`: only so many of its first layers, and
+    its multi-token layer; no others are read. `dtype`: what weights are held in (what products run in is
+    `set_compute_dtype`'s). Raises ModelError. A checkpoint that announces a multi-token layer but holds nothing of it
+    (transformers drops it) is loaded without one.
     """
     if not Path(directory_or_preset).is_dir():
-        return _load_preset(str(directory_or_preset), seed, vocabulary_size)
-    directory = Path(directory_or_preset)
-    config = read_config(directory)
-    if vocabulary_size not in (None, config.vocab_size):
-        raise ModelError(f"{directory} has {config.vocab_size} tokens, but the tokenizer has {vocabulary_size}.")
-    files = _tensor_files(directory)
-    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
-    if not any(name.startswith(mtp_prefix) for name in files):
-        config = replace(config, num_nextn_predict_layers=0)
-    decoder = Decoder(config)
-    _read_tensors(decoder, directory, files)
-    return decoder
+        whole = _preset_config(str(directory_or_preset), vocabulary_size)
+        decoder = unfilled(_first_layers(whole, layers), dtype, device)
+        named = _published(checkpoint_tensors(decoder), decoder.config, whole)
+        draw(named.items(), seed, whole.initializer_range)
+        return decoder
+    announced = _announced_config(Path(directory_or_preset), vocabulary_size)
+    with open_hugging_face(Path(directory_or_preset)) as reader:
+        whole = _held_config(announced, reader)
+        decoder = unfilled(_first_layers(whole, layers), dtype, device)
+        _read_tensors(decoder, whole, reader)
+        return decoder
+
+
+def config_of(directory_or_preset: str | Path, vocabulary_size: int | None = None) -> DecoderConfig:
+    """The configuration of the decoder that `load_model` makes. Raises ModelError."""
+    if not Path(directory_or_preset).is_dir():
+        return _preset_config(str(directory_or_preset), vocabulary_size)
+    announced = _announced_config(Path(directory_or_preset), vocabulary_size)
+    with open_hugging_face(Path(directory_or_preset)) as reader:
+        return _held_config(announced, reader)
 
 
 def read_config(directory: Path) -> DecoderConfig:
@@ -119,68 +128,72 @@ def read_config(directory: Path) -> DecoderConfig:
     return config_from_document(document)
 
 
-def _load_preset(name: str, seed: int, vocabulary_size: int | None) -> Decoder:
+def _preset_config(name: str, vocabulary_size: int | None) -> DecoderConfig:
     if name not in PRESETS and ("/" in name or os.sep in name):
         raise ModelError(f"There is no directory {name}; give a Hugging Face directory or one of {', '.join(PRESETS)}.")
-    decoder = Decoder(preset(name, vocabulary_size))
-    initialise(decoder, seed)
-    return decoder
+    return preset(name, vocabulary_size)
 
 
-def _tensor_files(directory: Path) -> dict[str, str]:
-    """Which file holds each tensor."""
-    if (directory / INDEX).is_file():
-        try:
-            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError):
-            raise ModelError(f"{directory / INDEX} is not an index of safetensors shards.") from None
-        return dict(weight_map)
-    if not (directory / SINGLE).is_file():
-        raise ModelError(f"{directory} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read.")
-    with _open(directory / SINGLE) as file:
-        return dict.fromkeys(file.keys(), SINGLE)
+def _announced_config(directory: Path, vocabulary_size: int | None) -> DecoderConfig:
+    config = read_config(directory)
+    if vocabulary_size not in (None, config.vocab_size):
+        raise ModelError(f"{directory} has {config.vocab_size} tokens, but the tokenizer has {vocabulary_size}.")
+    return config
 
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing, though the index names it.") from None
-    except SafetensorError as error:
-        raise ModelError(f"{path} is damaged: {error}.") from None
+def _held_config(config: DecoderConfig, reader: TensorReader) -> DecoderConfig:
+    """Without the multi-token layer where the files hold nothing of it."""
+    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
+    if not any(name.startswith(mtp_prefix) for name in reader.tensors):
+        config = replace(config, num_nextn_predict_layers=0)
+    return config
 
 
-@torch.no_grad()
-def _read_tensors(decoder: Decoder, directory: Path, files: dict[str, str]) -> None:
-    targets, copies = dict(checkpoint_tensors(decoder)), shared_copies(decoder)
-    _refuse_names("lacks", directory, sorted(set(targets) - set(files)))
-    _refuse_names("has unexpected", directory, sorted(set(files) - set(targets) - set(copies)))
-    # Copies are compared with what was read, so they come last.
-    for wanted in (targets, copies):
-        for file_name in sorted({files[name] for name in wanted if name in files}):
-            with _open(directory / file_name) as file:
-                held = set(file.keys())
-                for name in sorted(name for name in wanted if files.get(name) == file_name):
-                    if name not in held:
-                        raise ModelError(f"{directory / file_name} lacks {name}, though the index places it there.")
-                    _place(wanted[name], file.get_tensor(name), name, compare=wanted is copies)
+def _first_layers(config: DecoderConfig, count: int | None) -> DecoderConfig:
+    """The configuration with only its first layers (and its multi-token layer)."""
+    if count is None:
+        return config
+    if not 1 <= count <= config.num_hidden_layers:
+        raise ModelError(
+            f"--layers {count} was asked for; the model has {config.num_hidden_layers}: give 1 to that many."
+        )
+    return replace(config, num_hidden_layers=count)
+
+
+def _published(
+    named: Iterable[tuple[str, torch.Tensor]], config: DecoderConfig, whole: DecoderConfig
+) -> dict[str, torch.Tensor]:
+    """Tensors of a decoder with fewer layers under their names in the whole model: the multi-token layer comes last."""
+    here, there = (f"model.layers.{one.num_hidden_layers}." for one in (config, whole))
+    return {there + name.removeprefix(here) if name.startswith(here) else name: tensor for name, tensor in named}
+
+
+def _read_tensors(decoder: Decoder, whole: DecoderConfig, reader: TensorReader) -> None:
+    _check_names(decoder if decoder.config == whole else _on_meta(whole), reader)
+    fill(_published(checkpoint_tensors(decoder), decoder.config, whole), reader)
+    for name, tensor in _published(shared_copies(decoder).items(), decoder.config, whole).items():
+        if name in reader.tensors:
+            check_fits(name, reader.tensors[name], tensor)
+            if not reader.holds(name, tensor):
+                file = reader.tensors[name].file
+                raise ModelError(f"{file}: {name} differs from the tensor it repeats; this model shares the two.")
+
+
+def _on_meta(config: DecoderConfig) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+def _check_names(decoder: Decoder, reader: TensorReader) -> None:
+    targets, copies = dict(checkpoint_tensors(decoder)).keys(), shared_copies(decoder).keys()
+    _refuse_names("lacks", reader.place, sorted(targets - reader.tensors.keys()))
+    _refuse_names("has unexpected", reader.place, sorted(reader.tensors.keys() - targets - copies))
 
 
 def _refuse_names(verb: str, directory: Path, names: list[str]) -> None:
     if names:
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ModelError(f"The checkpoint {directory} {verb} {', '.join(names[:3])}{rest}, for what its config says.")
-
-
-def _place(target: torch.Tensor, read: torch.Tensor, name: str, *, compare: bool) -> None:
-    if read.shape != target.shape:
-        raise ModelError(f"{name} has shape {list(read.shape)}; the config asks for {list(target.shape)}.")
-    if read.dtype not in READABLE:
-        raise ModelError(f"{name} is stored as {str(read.dtype).removeprefix('torch.')}; convert it to bfloat16 first.")
-    if not compare:
-        target.copy_(read)
-    elif not torch.equal(target, read.to(target.dtype)):
-        raise ModelError(f"{name} differs from the tensor it repeats; this model shares the two.")
 
 
 def save_model(
@@ -192,8 +205,8 @@ def save_model(
 ) -> None:
     """Write the decoder in Hugging Face form; `directory` must not exist and appears complete.
 
-    Weights are stored as `dtype`, the routers' correction biases as float32 always (they are small, and near-ties hang
-    on them). Raises ModelError where the directory exists, StorageFull where the disk is full.
+    Weights are stored as `dtype`, the routers' correction biases as float32 at least. Raises ModelError where the
+    directory exists, StorageFull where the disk is full.
     """
     final = Path(directory)
     if final.exists():
@@ -218,10 +231,7 @@ def _write_shards(decoder: Decoder, directory: Path, dtype: torch.dtype, max_sha
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file_name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: _on_host(tensors[name], _stored(name, dtype)) for name in names}
-        with reporting_full_disk(directory / file_name):
-            save_file(shard, directory / file_name, metadata={"format": "pt"})
-            _flush(directory / file_name)
+        _write_shard(directory, file_name, {name: (tensors[name], _stored(name, dtype)) for name in names})
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
@@ -229,7 +239,13 @@ def _write_shards(decoder: Decoder, directory: Path, dtype: torch.dtype, max_sha
 
 
 def _stored(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if name.endswith("e_score_correction_bias") else dtype
+    return dtype_of_buffer(dtype) if name.endswith("e_score_correction_bias") else dtype
+
+
+def _write_shard(directory: Path, file_name: str, tensors: dict[str, tuple[torch.Tensor, torch.dtype]]) -> None:
+    described = [(name, dtype_name(dtype), tuple(tensor.shape)) for name, (tensor, dtype) in tensors.items()]
+    layout = lay_out(file_name, described)
+    write_streamed(directory, layout, chain.from_iterable(content_of(*tensors[slot.key]) for slot in layout.slots))
 
 
 def _partition(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -242,16 +258,3 @@ def _partition(sizes: dict[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # clone: safetensors refuses two tensors that share memory, which stacked experts do.
-    return tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,14 +8,14 @@ from typing import Literal
 
 from beringia.errors import Inconclusive, Refusal
 from beringia.records.certificate import Certificate
-from beringia.records.signature import SignedCertificate, load_or_create_key, sign, write_signed
+from beringia.records.signature import Signed, load_or_create_key, sign, write_signed
 
 
 @dataclass(frozen=True)
 class Issued:
     """What was written, and where the rest belongs."""
 
-    signed: SignedCertificate
+    signed: Signed[Certificate]
     paths: dict[str, str]
     """`certificate`, `page`, `junit`."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from beringia.data import Tokenizer, load_tokenizer, make_task
-from beringia.errors import ModelError
 from beringia.model import (
     PRESETS,
     Decoder,
@@ -124,8 +123,7 @@ class DecoderSubject(Subject):
         return Path(self.source).name
 
     def build(self) -> Decoder:
-        decoder = load_model(self.source, seed=self.seed)
-        return decoder if self.layers is None else _first_layers(decoder, self.layers)
+        return load_model(self.source, seed=self.seed, layers=self.layers)
 
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         assert isinstance(model, Decoder)
@@ -257,22 +255,6 @@ def _sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, MixtureOfExperts)
     }
-
-
-def _first_layers(decoder: Decoder, count: int) -> Decoder:
-    """The decoder with only its first layers (and its multi-token layer)."""
-    if not 1 <= count <= decoder.config.num_hidden_layers:
-        raise ModelError(
-            f"--layers {count} was asked for; the model has {decoder.config.num_hidden_layers}: give 1 to that many."
-        )
-    from dataclasses import replace
-
-    smaller = Decoder(replace(decoder.config, num_hidden_layers=count))
-    kept: Sequence[nn.Module] = [*decoder.layers[:count], *([decoder.mtp] if decoder.mtp is not None else [])]
-    smaller.model.layers = nn.ModuleList(kept)
-    smaller.model.embed_tokens, smaller.model.norm = decoder.model.embed_tokens, decoder.model.norm
-    smaller.lm_head = decoder.lm_head
-    return smaller
 
 
 def _sums(seed: int, number: int, tokens: int) -> list[int]:

@@ -53,14 +53,14 @@ def _evidence(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> _Evidenc
     others: list[str] = []
     for path in _about(opened.chip, recipe, run):
         try:
-            signed = read_signed(path)
+            signed = read_signed(path, Certificate)
             verify(signed, recipe.qualify.trusted_keys)
         except (InputError, Refusal) as problem:
             others.append(f"{path.name} does not count: {str(problem).rstrip('.')}")
             continue
-        why_not = _mismatch(signed.certificate, opened, configuration)
+        why_not = _mismatch(signed.record, opened, configuration)
         if why_not is None:
-            fitting.append((path.name, signed.certificate))
+            fitting.append((path.name, signed.record))
         else:
             others.append(f"{path.name} {why_not}")
     if not fitting:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from beringia.records.certificate import Certificate
 from beringia.records.files import write_text
-from beringia.records.signature import SignedCertificate
+from beringia.records.signature import Signed
 from beringia.report.certificate import evidence
 from beringia.report.certificate.effects import MARKS, draw_effects, effects_caption, effects_of
 from beringia.report.certificate.model_map import LEVELS, ModelMap, model_map, shape_words, style_of, used_words
@@ -27,14 +27,14 @@ _KINDS = {"gradient": "gradient of a parameter", "update": "update of a layer", 
 _KINDS |= {"decode": "decoding", "losses": "losses of training"}
 
 
-def write_certificate_page(signed: SignedCertificate, path: Path) -> None:
+def write_certificate_page(signed: Signed[Certificate], path: Path) -> None:
     """Write the certificate's page; the file appears complete or not at all."""
     write_text(path, render_certificate(signed))
 
 
-def render_certificate(signed: SignedCertificate) -> str:
+def render_certificate(signed: Signed[Certificate]) -> str:
     """The page as text."""
-    certificate = signed.certificate
+    certificate = signed.record
     model = model_map(certificate.operators)
     made = environment()
     made.filters.update(
