@@ -94,19 +94,19 @@ class Training:
     """Every part of the decoder that is checked by itself, in the order of the forward pass."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """What a check is told of the step that it runs in."""
+    """What a check is told of the step that it runs in; the guard fills it in as the step goes on."""
 
     number: int
     seed: int
-    moment: Moment = Moment.FORWARD
     demanded: tuple[str, ...] = ()
     """Sites that must be checked in this step, whosever turn it is."""
     compiled: bool = False
     """Whether parts of the layers are compiled: what is inside kernels no log can see."""
     accepted_spikes: tuple[int, ...] = ()
     """Steps from which on spikes are known."""
+    moment: Moment = Moment.FORWARD
     numbers: Mapping[str, float] = field(default_factory=dict)
     """At the end: the objective's terms and the norm of the gradient, by name."""
     layer_numbers: Mapping[str, float] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,7 +73,10 @@ class Guard:
         self._events = Events()
         self._trust = Trust(self.sites, ranks, chip.device)
         self.seed = seed
-        self._next_step = self._step = Step(0, seed)
+        self._demanded: tuple[str, ...] = ()
+        self._accepted_spikes: tuple[int, ...] = ()
+        self._compiled = False
+        self._step = Step(0, seed)
         self._started = 0.0
         open_kernel()  # compiled here and not in some step
 
@@ -81,7 +84,7 @@ class Guard:
 
     def begin_step(self, step: int) -> None:
         """Before the forward pass of step `step`: decide what is checked in it."""
-        self._step = replace(self._next_step, number=step, seed=self.seed, hooks=contextlib.ExitStack())
+        self._step = Step(step, self.seed, self._demanded, self._compiled, self._accepted_spikes)
         self._started = time.perf_counter()
         self.seconds_in_step = self._charged_seconds = 0.0
         with self._timed():
@@ -94,8 +97,8 @@ class Guard:
         """Gradients are complete, and not clipped yet."""
         self._step.hooks.close()
         self._reach(Moment.GRADIENTS)
-        if self._step.demanded:
-            self._next_step = replace(self._next_step, demanded=())
+        if self._demanded:
+            self._demanded = ()
             self._trust.exchange([])
 
     def before_update(self) -> None:
@@ -108,10 +111,8 @@ class Guard:
 
     def end_step(self, terms: Mapping[str, float], gradient_norm: float, group_norms: Mapping[str, float]) -> None:
         """The step's numbers are on the host."""
-        layers = {f"{GRADIENT} of {name}": norm for name, norm in group_norms.items()}
-        self._step = replace(
-            self._step, numbers={LOSS: terms[LOSS], GRADIENT: gradient_norm, **terms}, layer_numbers=layers
-        )
+        self._step.numbers = {LOSS: terms[LOSS], GRADIENT: gradient_norm, **terms}
+        self._step.layer_numbers = {f"{GRADIENT} of {name}": norm for name, norm in group_norms.items()}
         self._reach(Moment.END)
         step_seconds = time.perf_counter() - self._started - self.seconds_in_step
         self._schedule.step_took(step_seconds, self.seconds_in_step - self._charged_seconds)
@@ -131,7 +132,7 @@ class Guard:
 
     def expect_compiled(self) -> None:
         """Parts of the layers are compiled from now on; their hooks stay outside the compiled code."""
-        self._next_step = replace(self._next_step, compiled=True)
+        self._compiled = True
 
     def remember(self, recent: Sequence[StepNumbers]) -> None:
         """What earlier steps were like, oldest first: spikes are judged by it from the first step on."""
@@ -141,11 +142,11 @@ class Guard:
 
     def accept_spikes(self, steps: Sequence[int]) -> None:
         """Spikes from these steps on are known: they are reported, and are no alarm until the median has followed."""
-        self._next_step = replace(self._next_step, accepted_spikes=tuple(steps))
+        self._accepted_spikes = tuple(steps)
 
     def demand(self, sites: Sequence[str]) -> None:
         """Check these sites in the next step, and no others, whatever it costs."""
-        self._next_step = replace(self._next_step, demanded=tuple(sites))
+        self._demanded = tuple(sites)
 
     # Checks
 
@@ -162,7 +163,7 @@ class Guard:
             return
         if moment.waits:
             self._chip.synchronize()
-        self._step = replace(self._step, moment=moment)
+        self._step.moment = moment
         with self._timed():
             for seen in waiting:
                 self._judge(seen)
