@@ -82,15 +82,15 @@ class World:
 
     def __init__(self, seed: int, reference: str = "cpu") -> None:
         from beringia.qualify.bundle import error_key
-        from beringia.qualify.effects import Noise
+        from beringia.qualify.effects import RoundingNoise
         from beringia.qualify.recording import Recorder
         from beringia.qualify.reference import DRAWS as REFERENCE_DRAWS
         from beringia.qualify.subject import DecoderSubject
-        from beringia.qualify.trace import Plan, Tracer, moved_by_rounding
+        from beringia.qualify.trace import TraceExtent, Tracer, moved_by_rounding
 
         self.dtype = torch.bfloat16
         self.subject = DecoderSubject("r2-nano", seed=seed)
-        self.plan = Plan()
+        self.plan = TraceExtent()
         self.tracer = Tracer(self.subject, self.plan)
         exact, self.routes = self.tracer.in_float64()
         chip = open_chip(reference)
@@ -109,7 +109,7 @@ class World:
             for c in recording.checks
             if c.error is not None
         }
-        self.noise = Noise.of(exact, recording.trace, draws)
+        self.noise = RoundingNoise.of(exact, recording.trace, draws)
         self.reference_trace = recording.trace
         self._sound: dict[str, Sound] = {}
 

@@ -66,10 +66,10 @@ from torch._dynamo.utils import counters  # noqa: E402
 from beringia.chips.open import open_chip  # noqa: E402
 from beringia.data.tokenizer import write_tokenizer  # noqa: E402
 from beringia.model import Decoder, DecoderConfig, KeyValueCache, initialise, save_model  # noqa: E402
-from beringia.qualify.effects import Noise, distances, judge_outputs, judge_trace  # noqa: E402
+from beringia.qualify.effects import RoundingNoise, distances, judge_outputs, judge_trace  # noqa: E402
 from beringia.qualify.reference import DRAWS  # noqa: E402
 from beringia.qualify.subject import Batch, DecoderSubject  # noqa: E402
-from beringia.qualify.trace import Change, Plan, Trace, Tracer, moved_by_rounding, sketch  # noqa: E402
+from beringia.qualify.trace import Change, Trace, TraceExtent, Tracer, moved_by_rounding, sketch  # noqa: E402
 from beringia.records.certificate import ProbeResult  # noqa: E402
 
 Outputs = list[torch.Tensor]
@@ -95,14 +95,14 @@ class CompiledSubject(DecoderSubject):
 class World:
     """One model in one dtype: float64, eager mode, its noise."""
 
-    def __init__(self, subject: DecoderSubject, dtype: torch.dtype, plan: Plan) -> None:
+    def __init__(self, subject: DecoderSubject, dtype: torch.dtype, plan: TraceExtent) -> None:
         self.subject, self.dtype, self.plan = subject, dtype, plan
         self.chip = open_chip("cpu")
         tracer = Tracer(subject, plan)
         exact, self.routes = tracer.in_float64()
         self.eager = self.trace(tracer)
         draws = [self.trace(tracer, moved_by_rounding(seed, dtype)) for seed in range(DRAWS)]
-        self.noise = Noise.of(exact, self.eager, draws)
+        self.noise = RoundingNoise.of(exact, self.eager, draws)
         self.exact_outputs = self.outputs(subject, torch.float64)
         self.eager_outputs = self.outputs(subject, dtype)
         # The last matrix of the middle layer.
@@ -301,7 +301,7 @@ def measure(subject: DecoderSubject, provider: str) -> list[dict[str, Any]]:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         print(f"{subject.name} {name}: float64, eager mode, noise", file=sys.stderr)
-        world = World(subject, dtype, Plan())
+        world = World(subject, dtype, TraceExtent())
         model = {"model": subject.name, "layers": subject.build().config.num_hidden_layers, "dtype": name}
         for stack, run in (("compile", compiled), ("onnxruntime", lambda world: exported(world, provider))):
             print(f"{subject.name} {name}: {stack}", file=sys.stderr)

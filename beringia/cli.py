@@ -88,7 +88,7 @@ def train(
 ) -> None:
     """One supervised training run."""
     parsed, run = _read(recipe, change, out)
-    from beringia.campaign.candidate import candidates
+    from beringia.campaign.candidate_role import candidates
     from beringia.report.history import read_history
     from beringia.report.page import write_report
     from beringia.report.summary import print_table, summarise
@@ -306,7 +306,7 @@ def serve(
             ready,
         )
         return
-    from beringia.engine import Limits
+    from beringia.engine import EngineLimits
     from beringia.serve.keys import read_keys
     from beringia.serve.server import Settings
     from beringia.serve.server import serve as run_server
@@ -323,7 +323,7 @@ def serve(
         host=host,
         port=port,
         keys=read_keys(api_key_file),
-        engine=Limits(cache_bytes=cache * 2**20, sequences=sequences),
+        engine=EngineLimits(cache_bytes=cache * 2**20, sequences=sequences),
         open_requests=queue,
         new_tokens=new_tokens,
         drain_seconds=drain,

@@ -16,13 +16,13 @@ from small_models import CONFIGS, SmallSubject
 from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
 from beringia.data.tokenizer import load_tokenizer
-from beringia.engine import Completion, Engine, Limits, Sampling
+from beringia.engine import Completion, Engine, EngineLimits, Sampling
 from beringia.errors import InputError
 from beringia.model import Decoder, greedy, save_model
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_end=True, logprobs=0)
 DIGITS = load_tokenizer("digits")
-SMALL = Limits(cache_bytes=1 << 18)
+SMALL = EngineLimits(cache_bytes=1 << 18)
 SAME_LOGPROB = 1e-4
 """Asked for in float32. A logit here is a sum of some hundred terms below 10: 100 * 10 * 2^-24 = 6e-5 at the worst,
 measured 2e-6; a wrong position or a missing norm is off by 0.1 and more."""
@@ -43,7 +43,7 @@ def decoder(name: str, seed: int = 0) -> Decoder:
 
 def engine(model: Decoder, chip: Chip, **limits: int) -> Engine:
     small = {"cache_bytes": 1 << 18, "block_tokens": 4, "step_tokens": 24, "sequences": 5}
-    return Engine(model, chip, dtype=torch.float32, limits=Limits(**(small | limits)))
+    return Engine(model, chip, dtype=torch.float32, limits=EngineLimits(**(small | limits)))
 
 
 def prompts(count: int, seed: int = 1) -> list[list[int]]:
@@ -240,7 +240,7 @@ def test_with_drafts_every_answer_is_the_one_without_drafts(
             model,
             cpu,
             speculate=speculate,
-            limits=Limits(
+            limits=EngineLimits(
                 cache_bytes=-(-44 // block_tokens) * block_tokens * row_bytes * (2 + speculate) // 2,
                 sequences=sequences,
                 step_tokens=step_tokens,
@@ -283,7 +283,7 @@ def test_a_batch_invariant_engine_gives_the_same_bits_in_any_company(
             dtype=dtype,
             operators=operators,
             batch_invariant=True,
-            limits=Limits(**({"cache_bytes": 1 << 18, "block_tokens": 4} | limits)),
+            limits=EngineLimits(**({"cache_bytes": 1 << 18, "block_tokens": 4} | limits)),
         )
         assert server.batch_invariant
         lengths = [1 + number % 7 for number in range(len(others))]
@@ -304,7 +304,9 @@ def test_a_batch_invariant_engine_gives_the_same_bits_in_any_company(
 @pytest.mark.parametrize("use", ["cpu", "emulated:h800"])
 def test_a_draft_is_what_the_multi_token_layer_predicts(use: str) -> None:
     model, chip = decoder("deepseek_v3"), open_chip(use)
-    server = Engine(model, chip, dtype=torch.float32, speculate=True, limits=Limits(cache_bytes=1 << 18, step_tokens=7))
+    server = Engine(
+        model, chip, dtype=torch.float32, speculate=True, limits=EngineLimits(cache_bytes=1 << 18, step_tokens=7)
+    )
     requests = [server.add(prompt, GREEDY) for prompt in prompts(3)]
     compared = 0
     while server.busy:
@@ -365,7 +367,7 @@ def test_new_weights_are_used_at_once_and_told_by_their_hash(cpu: Chip) -> None:
 def test_a_token_takes_as_much_cache_as_its_latent_or_its_keys_and_values(
     cpu: Chip, name: str, numbers: int, dtype: torch.dtype
 ) -> None:
-    server = Engine(decoder(name), cpu, dtype=dtype, limits=Limits(cache_bytes=1 << 20))
+    server = Engine(decoder(name), cpu, dtype=dtype, limits=EngineLimits(cache_bytes=1 << 20))
     assert server.cache_bytes_per_token == numbers * dtype.itemsize * 2, "two layers"
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from beringia.engine.blocks import BlockPool
-from beringia.engine.sampling import Noise, Sampling
+from beringia.engine.sampling import GumbelNoise, Sampling
 from beringia.engine.scheduler import Scheduler, Sequence
 
 BLOCK_TOKENS = 3
@@ -72,7 +72,7 @@ TestPool = Pool.TestCase
 
 def sequence(number: int, length: int, **asked: int) -> Sequence:
     tokens = [number * 100 + place for place in range(length)]
-    return Sequence(number, tokens, length, Sampling(**asked), Noise(number, 4))
+    return Sequence(number, tokens, length, Sampling(**asked), GumbelNoise(number, 4))
 
 
 def scheduler(**sizes: int) -> Scheduler:

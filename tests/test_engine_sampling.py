@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from beringia.engine.sampling import Noise, Sampling, choose, logprobs_of
+from beringia.engine.sampling import GumbelNoise, Sampling, choose, logprobs_of
 from beringia.errors import InputError
 
 VOCAB = 8
@@ -54,7 +54,7 @@ def plain(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 )
 def test_draws_have_the_frequencies_of_the_softmax_that_was_asked_for(sampling: Sampling) -> None:
     row_V = logits(1)[0]
-    noise = Noise(11, VOCAB)
+    noise = GumbelNoise(11, VOCAB)
     drawn = []
     for _ in range(DRAWS):
         drawn += choose(row_V.unsqueeze(0), [sampling], [noise], [0])
@@ -75,7 +75,7 @@ def test_filters_keep_the_same_tokens_whatever_the_other_rows_ask(
     asked = [Sampling(), Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=0.9), Sampling(temperature=0.0)]
 
     def draw(rows: list[int]) -> list[int]:
-        noises = [Noise(row, VOCAB) for row in rows]
+        noises = [GumbelNoise(row, VOCAB) for row in rows]
         return choose(rows_RV[rows], [asked[row] for row in rows], noises, [0] * len(rows))
 
     together = draw([0, 1, 2])
@@ -88,7 +88,7 @@ def test_a_bias_moves_a_logit_and_leaves_the_log_probability_the_model_s_own() -
     row_RV = logits(1)
     worst = int(row_RV.argmin())
     biased = Sampling(temperature=0.0, logit_bias={worst: 100.0})
-    assert choose(row_RV, [biased], [Noise(0, VOCAB)], [0]) == [worst]
+    assert choose(row_RV, [biased], [GumbelNoise(0, VOCAB)], [0]) == [worst]
     (told,) = logprobs_of(row_RV, [worst], [2])
     wanted_V = row_RV[0].double().log_softmax(-1)
     assert told.chosen == pytest.approx(float(wanted_V[worst]), abs=1e-6) and told.rank == VOCAB - 1
@@ -100,7 +100,7 @@ def test_a_bias_moves_a_logit_and_leaves_the_log_probability_the_model_s_own() -
 @settings(max_examples=20)
 @given(st.integers(1, 20_000), st.lists(st.integers(0, 2), min_size=1, max_size=12))
 def test_noise_is_the_same_for_a_seed_however_far_ahead_it_is_looked_at(vocab: int, looks: list[int]) -> None:
-    noise, plain_noise, other = Noise(3, vocab), Noise(3, vocab), Noise(4, vocab)
+    noise, plain_noise, other = GumbelNoise(3, vocab), GumbelNoise(3, vocab), GumbelNoise(4, vocab)
     rows = []
     for _ in range(len(looks) + 2):
         rows.append(plain_noise.row().clone())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from guarded import changed_output, trainer
 
-from beringia.train.guard.capture import Capture, weights_of
+from beringia.train.guard.capture import SiteCapture, weights_of
 from beringia.train.guard.checks.repeat import Again
 from beringia.train.guard.finding import Finding
 from beringia.train.guard.products import Product, ProductLog, judge_product
@@ -20,7 +20,7 @@ SITES = ("layers.0", "layers.1", "layers.3")  # dense, experts, multi-token
 
 def findings(made: Trainer, site: str, *, sharded: bool = False, draw: int = 0) -> list[Finding]:
     """What a repeat of a layer finds in the pass of the next step, which is not taken."""
-    capture = Capture(made.decoder, site)
+    capture = SiteCapture(made.decoder, site)
     made._accumulate_gradients()
     capture.close()
     weights = weights_of(made.decoder, site)
@@ -47,7 +47,7 @@ def test_a_repeat_counts_no_tokens_and_changes_no_gradient(made: Trainer) -> Non
     counts = [count.clone() for count in made.decoder.expert_counts().values()]
     made._accumulate_gradients()
     once = [count - before for count, before in zip(made.decoder.expert_counts().values(), counts, strict=True)]
-    capture = Capture(made.decoder, "layers.1")
+    capture = SiteCapture(made.decoder, "layers.1")
     made._accumulate_gradients()
     capture.close()
     gradients = {name: p.grad.clone() for name, p in made.decoder.named_parameters() if p.grad is not None}
@@ -70,7 +70,7 @@ def test_a_layer_that_gives_other_bits_each_time_is_seen(made: Trainer) -> None:
 
 
 def test_a_gradient_whose_memory_changed_after_the_backward_pass_is_seen(made: Trainer) -> None:
-    capture = Capture(made.decoder, "layers.0")
+    capture = SiteCapture(made.decoder, "layers.0")
     made._accumulate_gradients()
     capture.close()
     gradient = made.decoder.layers[0].mlp.down_proj.weight.grad

@@ -13,7 +13,7 @@ from small_runs import beringia, of_kind, small_recipe, write_recipe
 
 from beringia.numerics.state_hash import hash_state
 from beringia.records.events import Alarm, CheckDone
-from beringia.records.messages import StepNumbers
+from beringia.records.orders import StepNumbers
 from beringia.train.guard.finding import Finding
 from beringia.train.state import live_tensors
 from beringia.train.trainer import Trainer

@@ -13,7 +13,7 @@ import torch
 from test_model_parity import assert_agreement, batch, distance, drawn
 
 from beringia.chips.open import open_chip
-from beringia.engine import Engine, Limits, Sampling
+from beringia.engine import Engine, EngineLimits, Sampling
 from beringia.errors import ModelError
 from beringia.model import (
     Decoder,
@@ -157,7 +157,7 @@ def test_the_engine_answers_with_the_decoder_s_tokens_and_log_probabilities(
 ) -> None:
     """In float32 a logit's error is below 6e-5 (as in `test_engine.py`); a wrong route is off by 0.1 and more."""
     decoder, chip = built(DRAFTING[name], seed=2).eval(), open_chip(use)
-    limits = Limits(cache_bytes=1 << 18, block_tokens=4, step_tokens=24, sequences=5)
+    limits = EngineLimits(cache_bytes=1 << 18, block_tokens=4, step_tokens=24, sequences=5)
     engine = Engine(decoder, chip, dtype=torch.float32, operators=operators, limits=limits, speculate=True)
     asked = [[3, 1, 4, 1, 5], [9, 2], list(range(30))]
     for prompt, found in zip(
@@ -182,7 +182,7 @@ def test_a_request_s_bits_do_not_depend_on_the_others_with_either_router(router:
     sampling = Sampling(max_tokens=6, temperature=0.0, ignore_end=True, logprobs=0)
 
     def answers(asked: list[list[int]]) -> list[tuple[tuple[int, ...], list[float]]]:
-        limits = Limits(cache_bytes=1 << 18, block_tokens=4, step_tokens=24, sequences=5)
+        limits = EngineLimits(cache_bytes=1 << 18, block_tokens=4, step_tokens=24, sequences=5)
         engine = Engine(decoder, chip, dtype=torch.float32, operators=operators, limits=limits, batch_invariant=True)
         found = engine.generate(asked, sampling)
         return [(one.tokens, [each.chosen for each in one.logprobs]) for one in found]

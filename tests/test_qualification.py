@@ -23,7 +23,7 @@ from beringia.records.signature import load_or_create_key, public_key_of, sign, 
 from beringia.report.history import read_history
 from beringia.report.page import render_report
 from beringia.report.summary import summarise
-from beringia.supervise.qualification import admission
+from beringia.supervise.admission import admission
 
 KEY = Ed25519PrivateKey.generate()
 

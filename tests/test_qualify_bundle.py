@@ -18,13 +18,13 @@ from beringia.chips.cpu import Cpu
 from beringia.cli import main
 from beringia.errors import InputError
 from beringia.qualify.bundle import BUNDLE_SCHEMA, Bundle, BundleManifest, read_bundle, read_manifest, write_bundle
-from beringia.qualify.capture import Capture, replay
+from beringia.qualify.capture import CallCapture, replay
 from beringia.qualify.operators.watch import Call, Place
 from beringia.qualify.reference import make_bundle
-from beringia.qualify.trace import ChosenRoutes, Plan, Tracer
+from beringia.qualify.trace import ChosenRoutes, TraceExtent, Tracer
 
 SUBJECT = SmallSubject("llama")
-PLAN = Plan(batches=2, steps=1)
+PLAN = TraceExtent(batches=2, steps=1)
 LIMIT = 2 * 2**20
 
 
@@ -204,8 +204,8 @@ def test_a_captured_call_is_made_again_elsewhere_and_judged(bundle: Bundle) -> N
 # ---- what is captured
 
 
-def captured(*calls: Call, limit: int = 2**20) -> Capture:
-    capture = Capture(limit)
+def captured(*calls: Call, limit: int = 2**20) -> CallCapture:
+    capture = CallCapture(limit)
     for one in calls:
         capture.take(one)
     return capture
@@ -238,7 +238,7 @@ def test_the_limit_leaves_distinct_calls_out_and_counts_them() -> None:
 def test_the_bundle_says_how_many_calls_did_not_fit(bundle: Bundle, tmp_path: Path) -> None:
     assert bundle.manifest.calls_left_out == 0
     small = tmp_path / "small.bundle"
-    make_bundle(SUBJECT, Cpu(), torch.bfloat16, small, plan=Plan(1, 1), limit_bytes=20_000)
+    make_bundle(SUBJECT, Cpu(), torch.bfloat16, small, plan=TraceExtent(1, 1), limit_bytes=20_000)
     manifest = read_manifest(small)
     assert len(manifest.calls) + manifest.calls_left_out == len(bundle.calls) and manifest.calls_left_out > 20
 

@@ -18,7 +18,7 @@ from beringia.qualify.effects import (
     EFFECT_ALLOWED,
     LOSS_MARGIN,
     POWER_NEEDED,
-    Noise,
+    RoundingNoise,
     _interval,
     cell_of,
     distances,
@@ -27,7 +27,7 @@ from beringia.qualify.effects import (
     power_of,
 )
 from beringia.qualify.subject import DecoderSubject
-from beringia.qualify.trace import WIDTH, ChosenRoutes, Plan, Trace, Tracer, moved_by_rounding, sketch
+from beringia.qualify.trace import WIDTH, ChosenRoutes, Trace, TraceExtent, Tracer, moved_by_rounding, sketch
 from beringia.records.certificate import ProbeResult
 
 BF16 = torch.bfloat16
@@ -105,7 +105,7 @@ def test_a_matrix_moves_by_as_much_more_as_adding_its_rows_up_costs_in_float32(
 # ---- traces
 
 SUBJECT = SmallSubject("llama")
-PLAN = Plan(batches=3, steps=2)
+PLAN = TraceExtent(batches=3, steps=2)
 
 
 def traced(chip_name: str, routes: ChosenRoutes, fault: str = "", directory: Path | None = None) -> Trace:
@@ -118,7 +118,7 @@ def exact() -> tuple[Trace, ChosenRoutes]:
     return Tracer(SUBJECT, PLAN).in_float64()
 
 
-def noise_of(subject: DecoderSubject, plan: Plan, exact: tuple[Trace, ChosenRoutes]) -> Noise:
+def noise_of(subject: DecoderSubject, plan: TraceExtent, exact: tuple[Trace, ChosenRoutes]) -> RoundingNoise:
     """Of the CPU in bfloat16, and its draws."""
     tracer = Tracer(subject, plan)
     with opened("cpu") as chip:
@@ -126,11 +126,11 @@ def noise_of(subject: DecoderSubject, plan: Plan, exact: tuple[Trace, ChosenRout
         def made(change: object) -> Trace:
             return tracer.on_chip(chip, BF16, exact[1], begin_step=lambda: None, change=change)  # type: ignore[arg-type]
 
-        return Noise.of(exact[0], made(None), [made(moved_by_rounding(seed, BF16)) for seed in range(DRAWS)])
+        return RoundingNoise.of(exact[0], made(None), [made(moved_by_rounding(seed, BF16)) for seed in range(DRAWS)])
 
 
 @pytest.fixture(scope="module")
-def noise(exact: tuple[Trace, ChosenRoutes]) -> Noise:
+def noise(exact: tuple[Trace, ChosenRoutes]) -> RoundingNoise:
     return noise_of(SUBJECT, PLAN, exact)
 
 
@@ -178,14 +178,14 @@ def effects(results: Sequence[ProbeResult]) -> dict[str, float]:
 
 
 def test_a_sound_chip_is_no_farther_from_float64_than_the_draws(
-    noise: Noise, exact: tuple[Trace, ChosenRoutes]
+    noise: RoundingNoise, exact: tuple[Trace, ChosenRoutes]
 ) -> None:
     found = effects(judge_trace(noise, traced("emulated:h800", exact[1])))
     assert max(found.values()) < EFFECT_ALLOWED and len(found) > 20
 
 
 def test_a_wrong_backward_fails_only_in_gradients_that_it_can_reach(
-    noise: Noise, exact: tuple[Trace, ChosenRoutes], tmp_path: Path
+    noise: RoundingNoise, exact: tuple[Trace, ChosenRoutes], tmp_path: Path
 ) -> None:
     """Attention of the second layer: its projections, and everything before it; not what comes after."""
     fault = 'kind = "wrong-backward"\nlength = 4\nstrength = 0.8\nsites = [1]'
@@ -199,7 +199,7 @@ def test_a_wrong_backward_fails_only_in_gradients_that_it_can_reach(
 
 
 def test_a_wrong_forward_fails_in_the_outputs_and_rules_inference_out(
-    noise: Noise, exact: tuple[Trace, ChosenRoutes], tmp_path: Path
+    noise: RoundingNoise, exact: tuple[Trace, ChosenRoutes], tmp_path: Path
 ) -> None:
     fault = 'kind = "mask-ignored"\nlength = 8'
     results = judge_trace(noise, traced("emulated:h800", exact[1], fault, tmp_path))
@@ -209,14 +209,14 @@ def test_a_wrong_forward_fails_in_the_outputs_and_rules_inference_out(
 
 
 def test_a_wrong_optimizer_fails_in_updates_and_in_no_gradient(
-    noise: Noise, exact: tuple[Trace, ChosenRoutes], tmp_path: Path
+    noise: RoundingNoise, exact: tuple[Trace, ChosenRoutes], tmp_path: Path
 ) -> None:
     fault = 'kind = "wrong-optimizer"\nerror = "scaled"\nstrength = 0.5'
     found = failed(judge_trace(noise, traced("emulated:h800", exact[1], fault, tmp_path)))
     assert found and all(subject.startswith(("update", "losses of training")) for subject in found)
 
 
-def test_what_is_not_finite_or_missing_fails_and_is_written_as_null(noise: Noise) -> None:
+def test_what_is_not_finite_or_missing_fails_and_is_written_as_null(noise: RoundingNoise) -> None:
     sketches = dict(noise.exact.sketches)
     sketches["outputs/1"] = sketches["outputs/1"] * float("nan")
     del sketches["decode"]
@@ -234,14 +234,14 @@ def test_what_is_not_finite_or_missing_fails_and_is_written_as_null(noise: Noise
     assert failed(judge_trace(noise, nan)) == {"loss", "losses of training"}
 
 
-def test_float64_itself_has_no_effect(noise: Noise) -> None:
+def test_float64_itself_has_no_effect(noise: RoundingNoise) -> None:
     results = judge_trace(noise, noise.exact)
     assert not failed(results) and set(effects(results).values()) == {0.0}
 
 
 @pytest.mark.slow
 def test_sound_chips_have_effects_below_one_for_r2_nano() -> None:
-    subject, plan = DecoderSubject("r2-nano"), Plan()
+    subject, plan = DecoderSubject("r2-nano"), TraceExtent()
     exact = Tracer(subject, plan).in_float64()
     noise = noise_of(subject, plan, exact)
     for name in ("emulated:h800", "emulated:mi300x"):
@@ -274,7 +274,7 @@ def loss_of(differences: list[float], spread: float = 1e-3) -> ProbeResult:
     base = torch.full((count,), 2.0, dtype=torch.float64)
     signs = torch.tensor([1.0, -1.0] * count)[:count].double()
     exact = Trace({}, base, base[:1])
-    noise = Noise(exact, {}, ({},), spread * torch.stack([signs, -signs]), torch.full((2, 1), spread).double())
+    noise = RoundingNoise(exact, {}, ({},), spread * torch.stack([signs, -signs]), torch.full((2, 1), spread).double())
     found = Trace({}, base + torch.tensor(differences).double(), base[:1])
     (result,) = (result for result in judge_trace(noise, found) if result.subject == "loss")
     return result
@@ -313,7 +313,7 @@ def test_the_loss_passes_where_students_interval_lies_within_the_margin(differen
 def test_power_grows_with_batches_and_one_batch_proves_nothing() -> None:
     powers = [power_of(batches) for batches in range(1, 30)]
     assert powers[0] == 0.0 and powers == sorted(powers) and powers[-1] > 0.999
-    assert power_of(Plan().batches) > POWER_NEEDED, "the default is enough"
+    assert power_of(TraceExtent().batches) > POWER_NEEDED, "the default is enough"
 
 
 @pytest.mark.parametrize("batches", [4, 6, 10])

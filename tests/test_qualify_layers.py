@@ -9,7 +9,7 @@ import torch
 from small_models import SmallSubject, opened
 
 from beringia.qualify.layers import Traffic, probe_layers
-from beringia.qualify.trace import Plan, Tracer
+from beringia.qualify.trace import TraceExtent, Tracer
 from beringia.records.certificate import ProbeResult
 
 BF16 = torch.bfloat16
@@ -18,7 +18,7 @@ LAYERS = [f"model.layers.{index}" for index in range(len(SUBJECT.layers_of(SUBJE
 
 
 def probed(chip_name: str, fault: str = "", directory: Path | None = None) -> dict[str, ProbeResult]:
-    tracer = Tracer(SUBJECT, Plan(batches=1, steps=1))
+    tracer = Tracer(SUBJECT, TraceExtent(batches=1, steps=1))
     _, routes = tracer.in_float64()
     traffic = {name: Traffic(x.to(BF16), g.to(BF16)) for name, (x, g) in tracer.traffic(routes).items()}
     with opened(chip_name, fault, directory) as chip:

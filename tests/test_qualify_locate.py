@@ -16,7 +16,7 @@ from beringia.qualify.locate import first_wrong, locate
 from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.watch import Watch
 from beringia.qualify.recording import AT_REST, Recorder
-from beringia.qualify.trace import Plan, Tracer
+from beringia.qualify.trace import TraceExtent, Tracer
 from beringia.records.certificate import Located, OperatorCheck
 
 SUBJECT = SmallSubject("llama")
@@ -151,7 +151,7 @@ def test_weights_that_change_between_two_steps_are_memory_that_does_not_keep(tmp
 
 
 def recorded(subject: SmallSubject, chip: Chip) -> list[OperatorCheck]:
-    tracer = Tracer(subject, Plan(1, 1))
+    tracer = Tracer(subject, TraceExtent(1, 1))
     _, routes = tracer.in_float64()
     return Recorder(subject, chip, torch.float32).record(tracer, routes).checks
 

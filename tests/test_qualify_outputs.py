@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from beringia.qualify.effects import Noise, judge_outputs, judge_trace
+from beringia.qualify.effects import RoundingNoise, judge_outputs, judge_trace
 from beringia.qualify.trace import Trace
 
 NAMES = ("outputs/0", "outputs/1", "decode", "gradient/0/model.layers.0.weight", "update/model.layers.0.weight")
@@ -28,7 +28,7 @@ def outputs(found: Trace) -> Mapping[str, torch.Tensor]:
     return {name: sketch for name, sketch in found.sketches.items() if name.startswith("outputs/")}
 
 
-NOISE = Noise.of(trace(0.0), trace(1e-3, 1), [trace(1e-3, seed) for seed in (2, 3)])
+NOISE = RoundingNoise.of(trace(0.0), trace(1e-3, 1), [trace(1e-3, seed) for seed in (2, 3)])
 
 
 @pytest.mark.parametrize(("error", "outcome"), [(1e-3, "passed"), (4e-3, "failed")])
@@ -62,7 +62,7 @@ def batches(errors: Mapping[str, float], seed: int = 0) -> Trace:
     return Trace(sketches, torch.zeros(BATCHES), torch.zeros(BATCHES))
 
 
-TIPPING = Noise.of(
+TIPPING = RoundingNoise.of(
     batches({"": 0.0}),
     batches({"": 1e-3, TIPPED: 5e-2}, 1),
     [batches({"": 1e-3, TIPPED: tipped}, seed) for seed, tipped in enumerate((5e-2, 1e-3, 6e-2, 1e-3), 2)],

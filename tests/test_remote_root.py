@@ -19,7 +19,7 @@ from beringia.processes.patient_pipe import PatientPipe
 from beringia.records.events import CheckpointTrusted, CheckpointWritten, Event, StepDone
 from beringia.records.files import write_text
 from beringia.records.manifest import CleanCheck, TrustMark
-from beringia.records.messages import Order
+from beringia.records.orders import Order
 from beringia.records.recipe import Recipe, parse_recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.remote_root import RemoteRoot

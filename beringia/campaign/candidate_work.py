@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from beringia.campaign.qualification import qualify_chip
+from beringia.campaign.qualifying import qualify_chip
 from beringia.processes.far_end import FarEnd
 from beringia.processes.protocol import Ended
-from beringia.records.messages import CandidateOrder
+from beringia.records.orders import CandidateOrder
 from beringia.records.run_directory import RunDirectory
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from beringia.campaign.answers import answer
 from beringia.campaign.export import compare_with_transformers, export
-from beringia.campaign.qualification import qualify_chips
+from beringia.campaign.qualifying import qualify_chips
 from beringia.errors import Refusal
 from beringia.history.log import EventLog
 from beringia.records.events import Answered, AnyEvent, Exported, RunFinished

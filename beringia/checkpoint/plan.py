@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from beringia.checkpoint.ranks import Ranks
+from beringia.checkpoint.rank_group import RankGroup
 from beringia.checkpoint.tensor_file import DTYPES
 from beringia.errors import RunError
 from beringia.numerics.state_hash import dtype_name
@@ -42,7 +42,7 @@ def layout_of(state: State) -> tuple[Any, ...]:
     )
 
 
-def plan_save(state: State, ranks: Ranks) -> tuple[DefaultSavePlanner, list[SavePlan], Metadata]:
+def plan_save(state: State, ranks: RankGroup) -> tuple[DefaultSavePlanner, list[SavePlan], Metadata]:
     """The planner, every rank's final plan, and the metadata of the whole. Collective."""
     for name, tensor in state.items():
         if dtype_name(tensor.dtype) not in DTYPES:

@@ -27,7 +27,7 @@ from beringia.checkpoint import plan
 from beringia.checkpoint.directory import CheckpointDirectory
 from beringia.checkpoint.epoch import holding_epoch
 from beringia.checkpoint.plan import State
-from beringia.checkpoint.ranks import Ranks
+from beringia.checkpoint.rank_group import RankGroup
 from beringia.checkpoint.staging import Staging, copying_pool
 from beringia.checkpoint.storage import StagedWriter, VerifiedReader, tensor_entries
 from beringia.chips.chip import Chip
@@ -111,7 +111,7 @@ class CheckpointStore:
         self._epoch_file = epoch_file
         self._recipe_hash = recipe_hash
         self._chip_identity = chip_identity
-        self._ranks = Ranks(process_group)
+        self._ranks = RankGroup(process_group)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="beringia-checkpoint")
         self._copiers = copying_pool()
         self._layout: _Layout | None = None

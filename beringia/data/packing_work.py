@@ -9,7 +9,7 @@ from beringia.data.stream import open_stream
 from beringia.data.tokenizer import choose_tokenizer
 from beringia.processes.far_end import FarEnd
 from beringia.processes.protocol import Ended
-from beringia.records.messages import PackOrder
+from beringia.records.orders import PackOrder
 
 
 def work(document: dict[str, Any], far_end: FarEnd) -> Ended:

@@ -20,7 +20,7 @@ from beringia.data.alphabet import PAD_TOKEN
 from beringia.data.counter import Booleans, Integers, Permutation, chance, derive_key, random_words
 from beringia.data.documents import DataKind
 from beringia.data.pack import Packed, pack
-from beringia.data.plan import Plan, plan_rows
+from beringia.data.row_plan import RowPlan, plan_rows
 from beringia.data.shards import OpenShard, gather, open_shards
 from beringia.data.tasks import Split, Task, make_task
 from beringia.data.tokenizer import Tokenizer, load_tokenizer
@@ -119,7 +119,7 @@ class PackedRows:
     """Rows of packed shards, in an order that is a permutation of its own in every epoch."""
 
     shards: list[OpenShard]
-    plan: Plan
+    plan: RowPlan
     key: int
     sequence_length: int
     pad: int

@@ -5,7 +5,7 @@ computes their logits from `weights.py` and `cache.py` with `operators/`, `sampl
 `endpoint.py` has the same interface over a server.
 """
 
-from beringia.engine.engine import Completion, Engine, Limits
+from beringia.engine.engine import Completion, Engine, EngineLimits
 from beringia.engine.sampling import Sampling, TokenLogprobs
 
-__all__ = ["Completion", "Engine", "Limits", "Sampling", "TokenLogprobs"]
+__all__ = ["Completion", "Engine", "EngineLimits", "Sampling", "TokenLogprobs"]

@@ -27,7 +27,7 @@ from beringia.engine.cache import PagedCache
 from beringia.engine.forward import Forward
 from beringia.engine.operators import open_operators
 from beringia.engine.places import Places
-from beringia.engine.sampling import Noise, Sampling, TokenLogprobs, choose, logprobs_of
+from beringia.engine.sampling import GumbelNoise, Sampling, TokenLogprobs, choose, logprobs_of
 from beringia.engine.scheduler import Chunk, Scheduler
 from beringia.engine.scheduler import Sequence as Request
 from beringia.engine.weights import Weights
@@ -39,7 +39,7 @@ DEFAULT_CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """What the engine may use."""
 
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -79,7 +79,7 @@ class Engine:
         speculate: bool = False,
         batch_invariant: bool = False,
         tokenizer: Tokenizer | None = None,
-        limits: Limits | None = None,
+        limits: EngineLimits | None = None,
         seed: int = 0,
     ) -> None:
         """`dtype`: of weights and cache; None: the chip's own choice. `operators`: `torch`, `compiled` (activations
@@ -90,7 +90,7 @@ class Engine:
         decoder = model if isinstance(model, Decoder) else load_model(model, seed=seed)
         self.config = decoder.config
         self.chip = chip
-        self.limits = limits or Limits()
+        self.limits = limits or EngineLimits()
         self._tokenizer = tokenizer
         dtype = dtype or chip.capabilities.compute_dtype
         chosen = open_operators(operators, chip, dtype, batch_invariant=batch_invariant)
@@ -121,7 +121,7 @@ class Engine:
         seed = sampling.seed
         if seed is None:
             seed = self._seeds.getrandbits(62)
-        noise = Noise(seed, self.config.vocab_size)
+        noise = GumbelNoise(seed, self.config.vocab_size)
         watch = StopWatch(self._tokenizer, sampling.stops) if self._tokenizer and sampling.stops else None
         request = Request(next(self._numbers), list(prompt), len(prompt), sampling, noise, watch)
         self._scheduler.add(request)

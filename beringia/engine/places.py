@@ -18,7 +18,7 @@ from beringia.engine.scheduler import Chunk
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptChunk:
     """A chunk with several tokens."""
 
     rows: slice
@@ -110,13 +110,13 @@ class Places:
         return Decoding(rows_C.to(table_CB.device), table_CB, beyond_CS.to(table_CB.device))
 
     @cached_property
-    def prompts(self) -> tuple[Prompt, ...]:
+    def prompts(self) -> tuple[PromptChunk, ...]:
         """The others."""
         prompts = []
         for number, (row, (start, end)) in enumerate(zip(self._first_rows, self.chunks, strict=True)):
             if end - start > 1:
                 table_B = self.table_CB[number, : -(-end // self.block_tokens)]
-                prompts.append(Prompt(slice(row, row + end - start), start, end, table_B))
+                prompts.append(PromptChunk(slice(row, row + end - start), start, end, table_B))
         return tuple(prompts)
 
     def tiles(self, size: int) -> Iterator[Tile]:

@@ -81,7 +81,7 @@ def _require(name: str, value: object, holds: bool, what: str) -> None:
         raise InputError(f"{name} must be {what}, but is {value}.")
 
 
-class Noise:
+class GumbelNoise:
     """A request's Gumbel noise: V float64 numbers for each of its tokens, always the same for a seed."""
 
     def __init__(self, seed: int, vocab_size: int) -> None:
@@ -119,7 +119,7 @@ class TokenLogprobs:
 
 
 def choose(
-    logits_RV: torch.Tensor, asked: Sequence[Sampling], noises: Sequence[Noise], ahead: Sequence[int]
+    logits_RV: torch.Tensor, asked: Sequence[Sampling], noises: Sequence[GumbelNoise], ahead: Sequence[int]
 ) -> list[int]:
     """A token for each row of float32 logits on the CPU; `ahead`: after how many more tokens it would come."""
     if all(sampling.greedy and not sampling.logit_bias for sampling in asked):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from beringia.data.detokenizer import StopWatch
 from beringia.engine.blocks import BlockPool
-from beringia.engine.sampling import Noise, Sampling, TokenLogprobs
+from beringia.engine.sampling import GumbelNoise, Sampling, TokenLogprobs
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class Sequence:
     """The prompt's, then the new ones."""
     num_prompt: int
     sampling: Sampling
-    noise: Noise
+    noise: GumbelNoise
     stop_watch: StopWatch | None = None
     """None: no stop string ends it."""
     num_computed: int = 0

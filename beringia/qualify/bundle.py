@@ -29,10 +29,10 @@ from pydantic import ValidationError
 from safetensors.torch import load, save
 
 from beringia.errors import InputError
-from beringia.qualify.effects import Cell, Noise
+from beringia.qualify.effects import Cell, RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.operators.watch import Call, Place
-from beringia.qualify.trace import ChosenRoutes, Plan, Trace
+from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent
 from beringia.records.certificate import ModelFingerprint
 from beringia.records.files import reporting_full_disk, sync_directory
 from beringia.records.identity import ChipIdentity
@@ -92,21 +92,21 @@ class Bundle:
     """A bundle in memory."""
 
     manifest: BundleManifest
-    noise: Noise
+    noise: RoundingNoise
     routes: ChosenRoutes
     traffic: Mapping[str, Traffic]
     calls: tuple[Call, ...]
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> TraceExtent:
         """How much the traces hold."""
-        return Plan(self.manifest.batches, self.manifest.steps)
+        return TraceExtent(self.manifest.batches, self.manifest.steps)
 
 
 def write_bundle(
     path: Path,
     manifest: dict[str, Any],
-    noise: Noise,
+    noise: RoundingNoise,
     routes: ChosenRoutes,
     traffic: Mapping[str, Traffic],
     calls: list[Call],
@@ -135,7 +135,7 @@ def read_bundle(path: Path) -> Bundle:
     draws = [{_cell(name): far for name, far in one.items()} for one in manifest.distances]
     sketches = {name.removeprefix("sketch."): tensor for name, tensor in tensors.items() if name.startswith("sketch.")}
     exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
-    noise = Noise(exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"])
+    noise = RoundingNoise(exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"])
     calls = tuple(_call(entry, tensors) for entry in manifest.calls)
     return Bundle(manifest, noise, _routes(tensors, manifest), _traffic(tensors), calls)
 
@@ -201,7 +201,7 @@ def _part(path: Path, name: str) -> bytes:
 # ---- tensors
 
 
-def _noise_tensors(noise: Noise) -> dict[str, torch.Tensor]:
+def _noise_tensors(noise: RoundingNoise) -> dict[str, torch.Tensor]:
     sketches = {f"sketch.{name}": tensor for name, tensor in noise.exact.sketches.items()}
     return sketches | {
         "losses_K": noise.exact.losses_K,

@@ -20,7 +20,7 @@ from beringia.records.certificate import OperatorCheck
 
 
 @dataclass
-class Capture:
+class CallCapture:
     """Collects distinct calls up to a number of bytes."""
 
     limit_bytes: int

@@ -52,7 +52,7 @@ _OUTPUTS: Group = ("outputs", "")
 
 
 @dataclass(frozen=True)
-class Noise:
+class RoundingNoise:
     """What the reference machine knows of rounding: float64, and how far the reference and its draws are from it."""
 
     exact: Trace
@@ -66,14 +66,16 @@ class Noise:
     """And by training step."""
 
     @staticmethod
-    def of(exact: Trace, reference: Trace, draws: Iterable[Trace]) -> Noise:
+    def of(exact: Trace, reference: Trace, draws: Iterable[Trace]) -> RoundingNoise:
         """From the traces themselves. Draws may be made one by one: of each only the distances are kept."""
         drawn, losses_K, losses_N = [], [], []
         for draw in draws:
             drawn.append(distances(draw, exact))
             losses_K.append(draw.losses_K - exact.losses_K)
             losses_N.append(draw.losses_N - exact.losses_N)
-        return Noise(exact, distances(reference, exact), tuple(drawn), torch.stack(losses_K), torch.stack(losses_N))
+        return RoundingNoise(
+            exact, distances(reference, exact), tuple(drawn), torch.stack(losses_K), torch.stack(losses_N)
+        )
 
     def floors(self) -> dict[Group, Floor]:
         """Of every group."""
@@ -93,7 +95,7 @@ class Floor:
     """Root mean square over draws, and not less than the reference's own."""
 
 
-def judge_trace(noise: Noise, found: Trace) -> list[ProbeResult]:
+def judge_trace(noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
     """All that the trace says: outputs, decoding, gradients, updates, losses."""
     sizes = _by_group(_norms(noise.exact.sketches))
     far = _by_group(distances(found, noise.exact))
@@ -104,7 +106,7 @@ def judge_trace(noise: Noise, found: Trace) -> list[ProbeResult]:
     return [*results, _judge_losses(noise, found), _judge_training(noise, found)]
 
 
-def judge_outputs(noise: Noise, outputs: Mapping[str, torch.Tensor]) -> ProbeResult:
+def judge_outputs(noise: RoundingNoise, outputs: Mapping[str, torch.Tensor]) -> ProbeResult:
     """Sketches of outputs alone (`outputs/0`, ...) with the same floor: for software that infers and does not train."""
     exact = {name: sketch for name, sketch in noise.exact.sketches.items() if cell_of(name)[0] == "outputs"}
     one, other = (replace(noise.exact, sketches=sketches) for sketches in (outputs, exact))
@@ -203,7 +205,7 @@ def _times(failed: Sequence[Measure]) -> str:
     return "more than any multiple of" if worst.value is None else f"{worst.value:.3g} times"
 
 
-def _judge_losses(noise: Noise, found: Trace) -> ProbeResult:
+def _judge_losses(noise: RoundingNoise, found: Trace) -> ProbeResult:
     differences = (found.losses_K - noise.exact.losses_K).tolist()
     spread = _rms(noise.losses_PK.flatten().tolist())
     margin = LOSS_MARGIN * max(spread, _rounding(float(noise.exact.losses_K.abs().mean())))
@@ -231,7 +233,7 @@ def _judge_losses(noise: Noise, found: Trace) -> ProbeResult:
     )
 
 
-def _judge_training(noise: Noise, found: Trace) -> ProbeResult:
+def _judge_training(noise: RoundingNoise, found: Trace) -> ProbeResult:
     """Losses of the training steps: their differences grow, for draws as for chips, so each step has its own floor."""
     floor_N = noise.losses_PN.square().mean(0).sqrt()
     floor_N = floor_N.clamp_min(_rounding(float(noise.exact.losses_N.abs().mean())))

@@ -30,13 +30,13 @@ from beringia.qualify.locate import first_wrong, locate
 from beringia.qualify.probing import Evidence, gather
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.subject import DecoderSubject, Subject
-from beringia.qualify.trace import Plan
+from beringia.qualify.trace import TraceExtent
 from beringia.qualify.verdict import judge
 from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
 from beringia.version import __version__
 
 REFERENCE = "cpu"
-PLAN = Plan()
+PLAN = TraceExtent()
 _KEPT_BEYOND = 200
 """Calls beyond their bounds that a certificate lists; of the others, for each module and operator the worst."""
 
@@ -122,7 +122,7 @@ def qualify(request: Request, against: Path | None = None, say: Say = lambda tex
     return _certificate(request, manifest, evidence, probes, time.perf_counter() - began)
 
 
-def qualify_here(chip: Chip, subject: Subject, plan: Plan = PLAN, say: Say = lambda text: None) -> Certificate:
+def qualify_here(chip: Chip, subject: Subject, plan: TraceExtent = PLAN, say: Say = lambda text: None) -> Certificate:
     """The certificate of an opened chip for a model of the caller's own, in this process.
 
     The reference is the CPU in the chip's compute dtype. Without the probes that need processes of their own.

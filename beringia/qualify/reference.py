@@ -9,12 +9,12 @@ import torch
 
 from beringia.chips.chip import Chip
 from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, error_key, write_bundle
-from beringia.qualify.capture import Capture
-from beringia.qualify.effects import Noise
+from beringia.qualify.capture import CallCapture
+from beringia.qualify.effects import RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.recording import Recorder
 from beringia.qualify.subject import Subject
-from beringia.qualify.trace import Plan, Trace, Tracer, moved_by_rounding
+from beringia.qualify.trace import Trace, TraceExtent, Tracer, moved_by_rounding
 
 DRAWS = 4
 """Traces from moved weights: with six batches each, 24 distances for every gradient."""
@@ -26,7 +26,7 @@ def make_bundle(
     dtype: torch.dtype,
     path: Path,
     *,
-    plan: Plan,
+    plan: TraceExtent,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
@@ -35,7 +35,7 @@ def make_bundle(
     say("float64 on the CPU")
     exact, routes = tracer.in_float64()
     say("the reference's operators")
-    capture = Capture(limit_bytes)
+    capture = CallCapture(limit_bytes)
     recording = Recorder(subject, chip, dtype, also=capture.take).record(tracer, routes)
     assert recording.trace is not None, "a reference has every operator"
 
@@ -45,7 +45,7 @@ def make_bundle(
             change = moved_by_rounding(seed, dtype)
             yield tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change)
 
-    noise = Noise.of(exact, recording.trace, draws())
+    noise = RoundingNoise.of(exact, recording.trace, draws())
     errors = {
         error_key(check.module, check.operator, check.direction, check.ordinal): (check.error, check.used)
         for check in recording.checks

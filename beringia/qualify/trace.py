@@ -35,7 +35,7 @@ Change = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TraceExtent:
     """How much a trace holds."""
 
     batches: int = 6
@@ -64,7 +64,7 @@ class ChosenRoutes:
 class Tracer:
     """Makes traces of one subject."""
 
-    def __init__(self, subject: Subject, plan: Plan) -> None:
+    def __init__(self, subject: Subject, plan: TraceExtent) -> None:
         self._subject = subject
         self._plan = plan
         self._batches = [subject.batch(number) for number in range(max(plan.batches, plan.steps))]

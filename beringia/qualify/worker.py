@@ -25,7 +25,7 @@ from beringia.qualify.fitting import check_fits
 from beringia.qualify.probing import failure
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.subject import DecoderSubject
-from beringia.qualify.trace import Plan
+from beringia.qualify.trace import TraceExtent
 
 Write = Callable[[Fact], None]
 
@@ -52,7 +52,7 @@ def _work(order: QualifyOrder, write: Write) -> None:
 
 
 def _make_reference(order: QualifyOrder, subject: DecoderSubject, chip: Chip, dtype: torch.dtype, write: Write) -> None:
-    plan = Plan(order.batches, order.steps)
+    plan = TraceExtent(order.batches, order.steps)
 
     def say(text: str) -> None:
         write(Begun(probe=text))

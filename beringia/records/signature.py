@@ -6,7 +6,7 @@ file of another kind than asked for is refused by name. The private key lies in
 `$XDG_CONFIG_HOME/beringia/signing-key.pem` (without the variable: `~/.config/beringia/`), PKCS8, readable by its owner
 only, and is made when it is first needed.
 
-Does not judge: what a certificate says is for `supervise/qualification.py`. A signature by a key that the reader did
+Does not judge: what a certificate says is for `supervise/admission.py`. A signature by a key that the reader did
 not name shows that nothing was altered since, not who signed.
 """
 

@@ -18,7 +18,7 @@ from beringia.serve.text import AnswerText, Piece
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one request may ask for."""
 
     new_tokens: int
@@ -26,7 +26,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ReadPrompt:
     """What an answer goes on from."""
 
     tokens: list[int]
@@ -44,7 +44,7 @@ class Part:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def chat_prompt(tokenizer: Tokenizer, request: ChatRequest) -> Prompt:
+def chat_prompt(tokenizer: Tokenizer, request: ChatRequest) -> ReadPrompt:
     """The chat through the model's own template. Raises Failure where it refuses the turns."""
     try:
         text = render_chat(
@@ -52,18 +52,18 @@ def chat_prompt(tokenizer: Tokenizer, request: ChatRequest) -> Prompt:
         )
     except DataError as problem:
         raise refused(str(problem), "messages") from None
-    return Prompt(tokenizer.encode(text), text)
+    return ReadPrompt(tokenizer.encode(text), text)
 
 
-def completion_prompts(tokenizer: Tokenizer, request: CompletionRequest) -> list[Prompt]:
+def completion_prompts(tokenizer: Tokenizer, request: CompletionRequest) -> list[ReadPrompt]:
     """Tokens as they are, texts with what the tokenizer puts before a text."""
     return [
-        Prompt(tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt)
+        ReadPrompt(tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt)
         for prompt in request.prompts
     ]
 
 
-def room_for(engine: EngineThread, prompt: Prompt, asked: int | None, limits: Limits) -> int:
+def room_for(engine: EngineThread, prompt: ReadPrompt, asked: int | None, limits: RequestLimits) -> int:
     """New tokens at most. Raises Failure where the model has no room for them."""
     context = engine.engine.config.max_position_embeddings
     if not prompt.tokens:

@@ -20,9 +20,9 @@ from starlette.exceptions import HTTPException
 from beringia.data.tokenizer import Tokenizer
 from beringia.serve import answers
 from beringia.serve.answering import (
-    Limits,
     Part,
-    Prompt,
+    ReadPrompt,
+    RequestLimits,
     chat_prompt,
     check_room,
     completion_prompts,
@@ -48,7 +48,7 @@ class Served:
     engine: EngineThread
     tokenizer: Tokenizer
     metrics: Metrics
-    limits: Limits
+    limits: RequestLimits
     about: dict[str, Any]
     """Chip, weights and more, for the page and `/v1/models`."""
     page: str
@@ -186,7 +186,7 @@ class _Answering(ABC):
         self._served = served
         self._body = body
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
-        self._prompts: list[Prompt] = []
+        self._prompts: list[ReadPrompt] = []
         self._tickets: list[Ticket] = []
 
     async def respond(self, request: Request) -> Response:

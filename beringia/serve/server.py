@@ -21,13 +21,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
 from beringia.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from beringia.engine import Engine
-from beringia.engine import Limits as EngineLimits
+from beringia.engine import Engine, EngineLimits
 from beringia.engine.operators.compiled import compile_ahead
 from beringia.errors import InputError
 from beringia.machine.memory import collect_garbage
 from beringia.model.presets import PRESETS
-from beringia.serve.answering import Limits
+from beringia.serve.answering import RequestLimits
 from beringia.serve.app import Served, make_app, page_text
 from beringia.serve.engine_thread import EngineThread
 from beringia.serve.metrics import Metrics
@@ -119,7 +118,7 @@ def load(settings: Settings, chip: Chip) -> Served:
         engine=EngineThread(engine, metrics, most_open=settings.open_requests),
         tokenizer=tokenizer,
         metrics=metrics,
-        limits=Limits(new_tokens=settings.new_tokens),
+        limits=RequestLimits(new_tokens=settings.new_tokens),
         about=about,
         page=page_text(name, about),
         keys=settings.keys,

@@ -15,7 +15,7 @@ The rules, in order:
   checkpoint; after `supervise.transient_retries` within `supervise.transient_window` steps, cross
 - a lost device: leave it out where other devices of the chip remain, else cross
 - a persistent fault, or a canary beyond its band: cross
-- a chip that may not train (`supervise/qualification.py`): on to the next one, with no crossing from a chip that never
+- a chip that may not train (`supervise/admission.py`): on to the next one, with no crossing from a chip that never
   held the state; with no chip left the run stops, and when it is started again every such chip is asked again
 - what went wrong before the run was stopped, or its supervisor killed, is decided about when it goes on, but for what
   the user was told to mend

@@ -24,7 +24,7 @@ from beringia.processes.ranks import Ranks, ranks_from_environment
 from beringia.processes.words import last_lines
 from beringia.records.files import write_bytes
 from beringia.records.jsonl import JsonLinesWriter, read_lines
-from beringia.records.messages import Order
+from beringia.records.orders import Order
 from beringia.records.recipe import Recipe
 from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from beringia.processes.child import lines_of
-from beringia.records.messages import Order
+from beringia.records.orders import Order
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.training_worker import start_worker

@@ -29,11 +29,11 @@ from beringia.records.events import (
     Fallback,
 )
 from beringia.records.manifest import CheckpointManifest, TrustMark
-from beringia.records.messages import Order, PackOrder
+from beringia.records.orders import Order, PackOrder
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.chip_command import chip_command
-from beringia.supervise.inputs import send_inputs
+from beringia.supervise.sent_inputs import send_inputs
 
 _ATTEMPTS = 3
 

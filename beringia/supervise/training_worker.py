@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from beringia.processes.child import Child, start
-from beringia.records.messages import Order
+from beringia.records.orders import Order
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.chip_command import chip_command, patience_of

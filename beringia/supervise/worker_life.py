@@ -24,12 +24,12 @@ from beringia.records.events import (
     parse_event,
 )
 from beringia.records.identity import ChipIdentity
-from beringia.records.messages import Order
+from beringia.records.orders import Order
+from beringia.supervise.admission import admission
 from beringia.supervise.chip_command import patience_of
 from beringia.supervise.crossing import CrossingInProgress
 from beringia.supervise.follower import RankReports, lead
-from beringia.supervise.orders import order_for
-from beringia.supervise.qualification import admission
+from beringia.supervise.next_order import order_for
 from beringia.supervise.remote_root import open_root
 from beringia.supervise.supervision import Supervision
 from beringia.supervise.training_worker import start_worker

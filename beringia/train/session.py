@@ -30,7 +30,7 @@ from beringia.records.events import (
     StepDone,
 )
 from beringia.records.manifest import CheckpointManifest
-from beringia.records.messages import Order
+from beringia.records.orders import Order
 from beringia.records.run_directory import RunDirectory
 from beringia.train import sharding
 from beringia.train.canary import Replay, run_canary

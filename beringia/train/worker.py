@@ -18,7 +18,7 @@ from beringia.processes.far_end import FarEnd
 from beringia.processes.protocol import Ended
 from beringia.processes.ranks import Ranks
 from beringia.records.events import CheckpointRejected, Fault
-from beringia.records.messages import Order
+from beringia.records.orders import Order
 from beringia.records.run_directory import RunDirectory
 from beringia.train import sharding
 from beringia.train.reporting import Reporting

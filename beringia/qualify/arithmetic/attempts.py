@@ -13,14 +13,14 @@ _LONGEST_REASON = 160
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedAttempt:
     """The chip's software has no such operator, or refused its arguments."""
 
     reason: str
     """Its first line."""
 
 
-def attempt(chip: Chip, compute: Callable[[], T]) -> T | Refused:
+def attempt(chip: Chip, compute: Callable[[], T]) -> T | RefusedAttempt:
     """What was computed, or why it was refused. An error that is the chip's own (a fault) is raised."""
     try:
         result = compute()
@@ -28,7 +28,7 @@ def attempt(chip: Chip, compute: Callable[[], T]) -> T | Refused:
     except (RuntimeError, IndexError, TypeError, ValueError) as error:  # NotImplementedError is a RuntimeError
         if chip.classify(error) is not None:
             raise
-        return Refused(first_line(error))
+        return RefusedAttempt(first_line(error))
     return result
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.arithmetic.attempts import Refused, attempt
+from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt
 from beringia.qualify.hardware.measures import none_allowed
 from beringia.records.certificate import ProbeResult
 
@@ -49,12 +49,12 @@ class Answer:
     """What came out of a case."""
 
     case: Case
-    found: list[Number] | Refused
+    found: list[Number] | RefusedAttempt
 
     @property
     def wrong(self) -> list[int]:
         """Elements that are not what is defined."""
-        if self.case.expected is None or isinstance(self.found, Refused):
+        if self.case.expected is None or isinstance(self.found, RefusedAttempt):
             return []
         pairs = zip(self.found, self.case.expected, strict=True)
         return [place for place, (found, wanted) in enumerate(pairs) if found != wanted]
@@ -335,11 +335,13 @@ def answer(chip: Chip, case: Case) -> Answer:
 def _judged(chip: Chip, subject: str, cases: list[Case]) -> ProbeResult:
     began = time.perf_counter()
     answers = [answer(chip, case) for case in cases]
-    refused = [f"{found.case.text} ({found.found.reason})" for found in answers if isinstance(found.found, Refused)]
+    refused = [
+        f"{found.case.text} ({found.found.reason})" for found in answers if isinstance(found.found, RefusedAttempt)
+    ]
     wrong = sum(len(found.wrong) for found in answers)
     made = len(answers) - len(refused)
-    elements = sum(len(found.found) for found in answers if not isinstance(found.found, Refused))
-    beside = f" Refused, so not measured: {'; '.join(refused[:_SHOWN])}." if refused else ""
+    elements = sum(len(found.found) for found in answers if not isinstance(found.found, RefusedAttempt))
+    beside = f" RefusedAttempt, so not measured: {'; '.join(refused[:_SHOWN])}." if refused else ""
     text = _of_wrong(answers, wrong) if wrong else f"{elements} numbers of {made} operations are as defined."
     return ProbeResult(
         probe="arithmetic",
@@ -355,7 +357,7 @@ def _judged(chip: Chip, subject: str, cases: list[Case]) -> ProbeResult:
 def _of_wrong(answers: list[Answer], wrong: int) -> str:
     shown = []
     for found in (found for found in answers if found.wrong):
-        assert not isinstance(found.found, Refused) and found.case.expected is not None
+        assert not isinstance(found.found, RefusedAttempt) and found.case.expected is not None
         place = found.wrong[0]
         given = ", ".join(
             str(operand.reshape(-1)[place].item()) for operand in found.case.operands if _has(operand, place)
@@ -374,7 +376,7 @@ def _told(chip: Chip, subject: str, cases: list[Case]) -> ProbeResult:
     for case in cases:
         found = answer(chip, case).found
         on_cpu = case.operation(*case.operands).to(torch.int64).tolist()
-        if isinstance(found, Refused):
+        if isinstance(found, RefusedAttempt):
             parts.append(f"{case.text}: refused")
         else:
             same = "as the CPU" if found == on_cpu else f"CPU {_few(on_cpu)}"

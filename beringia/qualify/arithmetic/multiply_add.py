@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.arithmetic.attempts import Refused, attempt
+from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt
 from beringia.records.certificate import ProbeResult
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -87,7 +87,7 @@ def _told(
     began, parts = time.perf_counter(), []
     for dtype in dtypes:
         found = attempt(chip, lambda dtype=dtype: way(chip, dtype).cpu())  # type: ignore[misc]  # bound at once
-        says = f"refused ({found.reason})" if isinstance(found, Refused) else rounding_of(found, dtype)
+        says = f"refused ({found.reason})" if isinstance(found, RefusedAttempt) else rounding_of(found, dtype)
         parts.append(f"{str(dtype).removeprefix('torch.')}: {says}")
     return ProbeResult(
         probe="arithmetic",

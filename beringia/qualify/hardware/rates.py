@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.arithmetic.attempts import Refused, attempt
+from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt
 
 Work = Callable[[], object]
 Clock = Callable[[], float]
@@ -56,15 +56,15 @@ def seconds_of(chip: Chip, work: Work, calls: int = 1, *, clock: Clock = time.pe
     return (clock() - began) / calls
 
 
-def square_size(chip: Chip, dtype: torch.dtype, seconds: float) -> int | Refused:
+def square_size(chip: Chip, dtype: torch.dtype, seconds: float) -> int | RefusedAttempt:
     """The largest power of two up to `LARGEST` whose square product is expected to take at most so long."""
     size = SMALLEST
     while True:
         work = attempt(chip, lambda size=size: product(chip, dtype, size, size, size))  # type: ignore[misc]  # bound at once
-        if isinstance(work, Refused):
+        if isinstance(work, RefusedAttempt):
             return work
         refused = attempt(chip, work)  # also warms up
-        if isinstance(refused, Refused):
+        if isinstance(refused, RefusedAttempt):
             return refused
         # Twice the size is eight times the work.
         if size == LARGEST or 8 * seconds_of(chip, work) > seconds:

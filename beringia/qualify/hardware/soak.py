@@ -19,7 +19,7 @@ from scipy import special
 from beringia.chips.chip import Chip
 from beringia.errors import ChipUnavailable
 from beringia.numerics.state_hash import hash_tensor
-from beringia.qualify.arithmetic.attempts import Refused
+from beringia.qualify.arithmetic.attempts import RefusedAttempt
 from beringia.qualify.hardware.measures import none_allowed
 from beringia.qualify.hardware.rates import square_size
 from beringia.records.certificate import ProbeResult
@@ -102,7 +102,7 @@ def matrix_load(chip: Chip, seed: int) -> RunOnce:
     """
     dtype = chip.capabilities.compute_dtype
     size = square_size(chip, dtype, _LOAD_CALL_SECONDS)
-    if isinstance(size, Refused):
+    if isinstance(size, RefusedAttempt):
         raise ChipUnavailable(f"{chip.name} multiplies no matrices of {dtype}: {size.reason}.")
     generator = torch.Generator().manual_seed(seed)
     x_NN, weight_NN = (torch.randn(size, size, generator=generator).to(dtype).to(chip.device) for _ in range(2))

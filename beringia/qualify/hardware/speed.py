@@ -13,7 +13,7 @@ import torch
 
 from beringia.chips.chip import Chip
 from beringia.chips.datasheets import Datasheet, Quantity, datasheet_of_device
-from beringia.qualify.arithmetic.attempts import Refused
+from beringia.qualify.arithmetic.attempts import RefusedAttempt
 from beringia.qualify.hardware.rates import Timing, Work, product, square_size, time_calls
 from beringia.records.certificate import ProbeResult
 
@@ -45,7 +45,7 @@ def probe_speed(chip: Chip) -> list[ProbeResult]:
 def _products(chip: Chip, dtype: torch.dtype, sheet: Datasheet | None) -> ProbeResult:
     began, name = time.perf_counter(), str(dtype).removeprefix("torch.")
     size = square_size(chip, dtype, CALL_SECONDS)
-    if isinstance(size, Refused):
+    if isinstance(size, RefusedAttempt):
         return _told(chip, f"products of {name}", f"no product of {name}: {size.reason}", began)
     # Square; few rows; and a weight's gradient, whose sums are long.
     shapes = ((size, size, size), (DECODE_ROWS, size, size), (size // 2, 4 * size, size // 2))

@@ -24,7 +24,7 @@ from beringia.numerics.metrics import accumulation_floor, independent_rows, roun
 from beringia.qualify.operators.bounds import ELEMENTARY_ULPS, Bound, bound_of
 from beringia.qualify.operators.float64 import in_float64
 from beringia.qualify.operators.parts import in_parts
-from beringia.qualify.operators.watch import Call, Refused, tensors_in
+from beringia.qualify.operators.watch import Call, RefusedCall, tensors_in
 from beringia.records.certificate import Measure, OperatorCheck
 
 RMS_ALLOWED = 1.25
@@ -123,7 +123,7 @@ def _judge(call: Call) -> tuple[list[Judged], str]:
     return [one for one in judged if one is not None], bound.basis
 
 
-def refused(call: Refused) -> OperatorCheck:
+def refused(call: RefusedCall) -> OperatorCheck:
     """An operator that the chip does not have is a finding."""
     place = call.place
     return OperatorCheck(

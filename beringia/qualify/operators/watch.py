@@ -68,7 +68,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedCall:
     """A call that the chip did not carry out."""
 
     place: Place
@@ -86,7 +86,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
 
     def __init__(self, model: nn.Module, device: torch.device, take: Callable[[Call], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
-        self.refused: Refused | None = None
+        self.refused: RefusedCall | None = None
         """The first call that raised; the error goes on to the caller, who knows the chip's words."""
         self._take = take
         self._problem: Exception | None = None
@@ -164,7 +164,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
     def _refuse(self, func: OpOverload, args: tuple[Any, ...], backward: bool, error: Exception) -> None:
         if self.refused is None:
             shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(args))
-            self.refused = Refused(self._place(func, args, backward), func, shapes, str(error).splitlines()[0][:300])
+            self.refused = RefusedCall(
+                self._place(func, args, backward), func, shapes, str(error).splitlines()[0][:300]
+            )
 
     def _place(self, func: OpOverload, args: tuple[Any, ...], backward: bool) -> Place:
         direction: Direction = "backward" if backward else self._phase

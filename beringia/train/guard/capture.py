@@ -70,7 +70,7 @@ def weights_of(decoder: Decoder, site: str) -> dict[str, torch.Tensor]:
     }
 
 
-class Capture:
+class SiteCapture:
     """Watches one site from its creation until `close()`, which is due after the backward pass."""
 
     def __init__(self, decoder: Decoder, site: str) -> None:

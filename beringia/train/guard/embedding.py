@@ -16,7 +16,7 @@ import torch
 from beringia.model.layers import precise
 from beringia.numerics.metrics import accumulation_floor, difference, rounding_floor
 from beringia.numerics.replay import Call
-from beringia.train.guard.capture import EMBEDDING, Capture
+from beringia.train.guard.capture import EMBEDDING, SiteCapture
 from beringia.train.guard.check import Step, Training
 from beringia.train.guard.finding import Finding
 from beringia.train.guard.products import PROJECTION_ALLOWED, random_signs
@@ -25,7 +25,7 @@ from beringia.train.sharding import sum_of_host_values, whole
 
 
 def judge_embedding(
-    training: Training, capture: Capture, weights: Mapping[str, torch.Tensor], step: Step
+    training: Training, capture: SiteCapture, weights: Mapping[str, torch.Tensor], step: Step
 ) -> list[Finding]:
     """Findings about the rows looked up and, where no head is tied to it, the table's gradient."""
     calls = capture.calls[EMBEDDING]

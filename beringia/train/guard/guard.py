@@ -21,7 +21,7 @@ from beringia.numerics.keyed_sum import open_kernel
 from beringia.processes.ranks import Ranks
 from beringia.records.events import Alarm, CheckDone
 from beringia.records.manifest import CleanCheck
-from beringia.records.messages import StepNumbers
+from beringia.records.orders import StepNumbers
 from beringia.train.guard.capture import sites_of
 from beringia.train.guard.check import GRADIENT, Check, Moment, Step, Training
 from beringia.train.guard.checks import all_checks

@@ -19,7 +19,7 @@ from beringia.model.decoder import DecoderLayer, MultiTokenLayer
 from beringia.model.experts import Experts
 from beringia.model.layers import Linear, RMSNorm
 from beringia.numerics.replay import Call, Taps, run
-from beringia.train.guard.capture import HEAD, LAYER, Capture, inner_parts, layer_index
+from beringia.train.guard.capture import HEAD, LAYER, SiteCapture, inner_parts, layer_index
 from beringia.train.objective import Objective
 
 Tensors = dict[str, torch.Tensor]
@@ -29,7 +29,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 class Sample:
     """One sample of what a site did, on the CPU."""
 
-    def __init__(self, capture: Capture, number: int) -> None:
+    def __init__(self, capture: SiteCapture, number: int) -> None:
         self.site = capture.site
         self._calls = _last_pass(capture.calls)
         last = next(reversed(self._calls.values())).output
@@ -86,7 +86,7 @@ class Sample:
 class HeadSample(Sample):
     """Likewise at the head, with what the objective makes of the chip's own logits."""
 
-    def __init__(self, capture: Capture, number: int, objective: Objective) -> None:
+    def __init__(self, capture: SiteCapture, number: int, objective: Objective) -> None:
         super().__init__(capture, number)
         self._objective = objective
         self._targets = {name: self._cut(target) for name, target in capture.targets.items()}
@@ -102,7 +102,7 @@ class HeadSample(Sample):
         return super()._seen() | {"logits.gradient": self._cut(_output_gradient(self._calls["lm_head"]))}
 
 
-def sample_of(capture: Capture, number: int, objective: Objective) -> Sample:
+def sample_of(capture: SiteCapture, number: int, objective: Objective) -> Sample:
     """Sample `number` of what a capture saw, counted round."""
     return HeadSample(capture, number, objective) if capture.site == HEAD else Sample(capture, number)
 

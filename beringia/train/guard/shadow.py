@@ -36,7 +36,7 @@ from beringia.numerics.metrics import (
     rounding_floor,
 )
 from beringia.numerics.replay import REFERENCE_DTYPE, place
-from beringia.train.guard.capture import Capture
+from beringia.train.guard.capture import SiteCapture
 from beringia.train.guard.finding import Finding
 from beringia.train.guard.sample import (
     Change,
@@ -68,15 +68,15 @@ DETECTOR = "layer-shadow"
 
 
 @dataclass(frozen=True)
-class Noise:
+class StorageError:
     """Error of a replay in the chip's own storage dtype."""
 
     relative: float
     largest: float
 
-    def or_larger(self, other: Noise) -> Noise:
+    def or_larger(self, other: StorageError) -> StorageError:
         """The larger of both, each by itself."""
-        return Noise(max(self.relative, other.relative), max(self.largest, other.largest))
+        return StorageError(max(self.relative, other.relative), max(self.largest, other.largest))
 
 
 class Shadow:
@@ -86,10 +86,10 @@ class Shadow:
         self._decoder = decoder
         self._objective = objective
         self._replicas: dict[str, nn.Module] = {}
-        self._noise: dict[str, dict[str, Noise]] = {}
+        self._noise: dict[str, dict[str, StorageError]] = {}
         self._visits: dict[str, int] = {}
 
-    def judge(self, capture: Capture, weights: Mapping[str, torch.Tensor], sample: int) -> list[Finding]:
+    def judge(self, capture: SiteCapture, weights: Mapping[str, torch.Tensor], sample: int) -> list[Finding]:
         """Findings about a layer or the head, in the order of the computation; `weights` are the site's, whole."""
         seen = sample_of(capture, sample, self._objective)
         dtype = REFERENCE_DTYPE[seen.dtype]
@@ -128,7 +128,7 @@ class Shadow:
         place(replica, weights_as_used(replica, weights, rounded, dtype))
         return replica
 
-    def _compare(self, seen: Sample, reference: Tensors, noise: Mapping[str, Noise]) -> list[Finding]:
+    def _compare(self, seen: Sample, reference: Tensors, noise: Mapping[str, StorageError]) -> list[Finding]:
         length = longest_product(self._decoder)
         return [
             judge_tensor(seen.site, name, seen.tensors[name], reference[name], noise[name], seen.dtype, length)
@@ -142,17 +142,19 @@ def _alarming(findings: list[Finding]) -> bool:
 
 def _noise(
     seen: Sample, replica: nn.Module, reference: Tensors, change: Change = lambda tensor: tensor
-) -> dict[str, Noise]:
+) -> dict[str, StorageError]:
     """Errors of one replay in the chip's storage dtype, its inputs changed first."""
     # float64 has nothing wider to be compared with: float32's error, scaled by the ratio of their unit roundoffs.
     dtype = torch.float32 if seen.dtype == torch.float64 else seen.dtype
     scale = UNIT_ROUNDOFF[seen.dtype] / UNIT_ROUNDOFF[dtype]
     rounded = seen.replay(replica, dtype, change)
     errors = {name: difference(rounded[name], reference[name]) for name in reference}
-    return {name: Noise(scale * error.relative, scale * error.largest) for name, error in errors.items()}
+    return {name: StorageError(scale * error.relative, scale * error.largest) for name, error in errors.items()}
 
 
-def _largest_noise(seen: Sample, replica: nn.Module, reference: Tensors, noise: dict[str, Noise]) -> dict[str, Noise]:
+def _largest_noise(
+    seen: Sample, replica: nn.Module, reference: Tensors, noise: dict[str, StorageError]
+) -> dict[str, StorageError]:
     """The largest errors of several draws: replays whose inputs and output gradients are moved by up to a rounding."""
     generator = torch.Generator().manual_seed(seen.number)
     roundoff = UNIT_ROUNDOFF[torch.float32 if seen.dtype == torch.float64 else seen.dtype]
@@ -172,7 +174,7 @@ def judge_tensor(
     name: str,
     found: torch.Tensor,
     reference: torch.Tensor,
-    noise: Noise,
+    noise: StorageError,
     dtype: torch.dtype,
     length: int,
 ) -> Finding:

@@ -19,7 +19,7 @@ from torch import nn
 
 from beringia.model import Decoder, forcing_routes
 from beringia.numerics.replay import place, run
-from beringia.train.guard.capture import LAYER, Capture, root_of, weights_of
+from beringia.train.guard.capture import LAYER, SiteCapture, root_of, weights_of
 from beringia.train.guard.check import Check, Moment, Step, Training, Turns, When
 from beringia.train.guard.finding import Finding
 from beringia.train.guard.products import Product, ProductLog, judge_product
@@ -29,7 +29,7 @@ PRODUCTS_CHECKED = 8
 DETECTOR = "repeat"
 
 
-class Repeat(Check[Capture]):
+class Repeat(Check[SiteCapture]):
     """A layer in turn; the two ends have nothing to repeat."""
 
     name = DETECTOR
@@ -39,12 +39,12 @@ class Repeat(Check[Capture]):
         super().__init__(training)
         self._turns = Turns(training.sites[1:-1])
 
-    def look(self, step: Step) -> Sequence[Capture]:
-        capture = Capture(self.training.decoder, self._turns.next())
+    def look(self, step: Step) -> Sequence[SiteCapture]:
+        capture = SiteCapture(self.training.decoder, self._turns.next())
         step.hooks.callback(capture.close)
         return [capture]
 
-    def judge(self, look: Capture, step: Step) -> Sequence[Finding]:
+    def judge(self, look: SiteCapture, step: Step) -> Sequence[Finding]:
         if not look.complete:
             return []  # a part of the model that this step did not use
         decoder, weights = self.training.decoder, weights_of(self.training.decoder, look.site)
@@ -61,7 +61,7 @@ class Again:
     alone: bool
 
     def judge(
-        self, capture: Capture, weights: Mapping[str, torch.Tensor], draw: int, *, compiled: bool = False
+        self, capture: SiteCapture, weights: Mapping[str, torch.Tensor], draw: int, *, compiled: bool = False
     ) -> list[Finding]:
         """Findings about a captured layer; `draw` chooses the products that are checked."""
         layer = self._layer(capture.site, weights)

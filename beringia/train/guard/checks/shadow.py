@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from beringia.train.guard.capture import EMBEDDING, Capture, weights_of
+from beringia.train.guard.capture import EMBEDDING, SiteCapture, weights_of
 from beringia.train.guard.check import Check, Moment, Step, Training, Turns, When
 from beringia.train.guard.embedding import judge_embedding
 from beringia.train.guard.finding import Finding
 from beringia.train.guard.shadow import DETECTOR, Shadow
 
 
-class SiteShadow(Check[Capture]):
+class SiteShadow(Check[SiteCapture]):
     """Embedding, layers and head. A site in which it finds nothing is clean."""
 
     name = DETECTOR
@@ -23,10 +23,10 @@ class SiteShadow(Check[Capture]):
         self._turns = Turns(training.sites)
         self._shadow = Shadow(training.decoder, training.objective)
 
-    def look(self, step: Step) -> Sequence[Capture]:
+    def look(self, step: Step) -> Sequence[SiteCapture]:
         return [self._capture(site, step) for site in step.demanded or (self._turns.next(),)]
 
-    def judge(self, look: Capture, step: Step) -> Sequence[Finding]:
+    def judge(self, look: SiteCapture, step: Step) -> Sequence[Finding]:
         if not look.complete:
             return []  # a part of the model that this step did not use
         weights = weights_of(self.training.decoder, look.site)
@@ -34,7 +34,7 @@ class SiteShadow(Check[Capture]):
             return judge_embedding(self.training, look, weights, step)
         return self._shadow.judge(look, weights, step.draw("sample"))
 
-    def _capture(self, site: str, step: Step) -> Capture:
-        capture = Capture(self.training.decoder, site)
+    def _capture(self, site: str, step: Step) -> SiteCapture:
+        capture = SiteCapture(self.training.decoder, site)
         step.hooks.callback(capture.close)
         return capture

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from beringia.history.situation import Situation
 from beringia.records.events import StepDone
-from beringia.records.messages import Order, StepNumbers
+from beringia.records.orders import Order, StepNumbers
 from beringia.records.recipe import Recipe
 
 _RECENT_STEPS = 512

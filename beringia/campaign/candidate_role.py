@@ -9,7 +9,7 @@ from beringia.processes.child import Child, start
 from beringia.processes.command import Command
 from beringia.processes.patience import Patience
 from beringia.qualify.probing import PATIENCE_SECONDS
-from beringia.records.messages import CandidateOrder
+from beringia.records.orders import CandidateOrder
 from beringia.records.recipe import Recipe
 from beringia.supervise.beside import Beside
 from beringia.supervise.supervision import Supervision

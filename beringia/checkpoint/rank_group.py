@@ -17,7 +17,7 @@ _TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the slowest other to write its files."""
 
 
-class Ranks:
+class RankGroup:
     """The ranks of `process_group`, or this process alone. Making one is collective: every rank of the job must."""
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:

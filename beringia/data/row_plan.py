@@ -19,7 +19,7 @@ from beringia.data.documents import DataKind
 from beringia.data.shards import OpenShard, Spans
 
 
-class Plan(Protocol):
+class RowPlan(Protocol):
     """Rows by number."""
 
     @property
@@ -77,7 +77,7 @@ class Table:
         return Spans(self.all.shards_B[rows_B], self.all.starts_B[rows_B], self.all.lengths_B[rows_B])
 
 
-def plan_rows(shards: list[OpenShard], kind: DataKind, targets: int) -> tuple[Plan, tuple[str, ...]]:
+def plan_rows(shards: list[OpenShard], kind: DataKind, targets: int) -> tuple[RowPlan, tuple[str, ...]]:
     """The plan for rows of `targets` targets, and what was cut, one sentence each."""
     if kind == "text":
         return Windows.over(shards, targets), ()
