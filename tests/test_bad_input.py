@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import beringia, of_kind, small_recipe, write_recipe
+from small_runs import beringia, final_hash, of_kind, small_recipe, start, worker_of, write_recipe
+from waiting import until
 
 
 def refused(tmp_path: Path, document: dict[str, Any], *arguments: str) -> str:
@@ -175,3 +177,104 @@ def test_a_full_disk_stops_the_run_at_its_last_complete_checkpoint_and_room_lets
         assert of_kind(run, "finish")[-1].status == "done"
     finally:
         subprocess.run(["umount", str(run)], check=True)
+
+
+# ---- machines that cannot be reached, before a chip has first started
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ('printf "root@node7\'s password: "; sleep 3600', "asks something"),
+        ('exec "$@" </dev/null', "must hand standard input on"),
+        ("exit 0", "did not start (status 0): it said nothing"),
+    ],
+)
+def test_a_prefix_that_does_not_reach_its_machine_is_one_sentence(tmp_path: Path, prefix: str, words: str) -> None:
+    sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "launch": [script(tmp_path, prefix)]}}))
+    assert words in sentence and not of_kind(tmp_path / "run", "chip")
+
+
+def test_a_root_whose_place_is_missing_is_one_sentence(tmp_path: Path) -> None:
+    launch = [script(tmp_path, 'exec "$@"')]
+    chip = {"use": "cpu", "launch": launch, "root": str(tmp_path / "not-mounted" / "run")}
+    sentence = refused(tmp_path, small_recipe(chips={"first": chip}))
+    assert "there is no directory" in sentence and "not-mounted" in sentence
+    assert not (tmp_path / "not-mounted").exists()
+
+
+def test_a_launcher_that_is_not_there_is_answered_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "launcher": "prefx"}}))
+    assert "chips.first.launcher" in sentence and "Did you mean 'prefix'?" in sentence
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+        {"WORLD_SIZE": "4"},
+    ],
+)
+def test_variables_that_a_launcher_left_in_the_shell_are_named(tmp_path: Path, left: dict[str, str]) -> None:
+    recipe = str(write_recipe(tmp_path, small_recipe()))
+    done = beringia("train", recipe, "--out", str(tmp_path / "run"), **left)
+    assert done.returncode == 2, done.stderr
+    (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("beringia: "))
+    assert all(f"-u {name}" in sentence for name in left) and "env" in sentence
+
+
+@pytest.mark.slow
+def test_a_rank_whose_peers_never_come_says_so(tmp_path: Path) -> None:
+    """All of a launcher's variables, and no launcher."""
+    left = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    recipe = str(write_recipe(tmp_path, small_recipe()))
+    done = beringia("train", recipe, "--out", str(tmp_path / "run"), **left)
+    assert done.returncode == 2 and "rank 0 has not come" in done.stderr and "env -u RANK" in done.stderr
+
+
+def test_the_variables_of_slurms_interactive_step_are_no_ranks(tmp_path: Path) -> None:
+    step = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"}
+    recipe = str(write_recipe(tmp_path, small_recipe(train={"steps": 2})))
+    done = beringia("train", recipe, "--out", str(tmp_path / "run"), **step)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- the same, once it has worked: a fault, and nothing is lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "printf 'password: '; sleep 3600",
+        "exit 0",
+        'exec "$@" </dev/null',
+        "export PYTHONPATH={elsewhere}",
+    ],
+    ids=["asks", "ends", "loses its input", "another version"],
+)
+def test_a_machine_that_is_broken_for_a_while_in_mid_run_costs_time_and_nothing_else(
+    tmp_path: Path, broken: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "sitecustomize.py").write_text("import beringia.version as v\nv.__version__ = '0.0.9'\n")
+    flag = tmp_path / "broken"
+    launcher = script(tmp_path, f'if [ -e "{flag}" ]; then {broken.format(elsewhere=elsewhere)}; fi\nexec "$@"')
+    document = small_recipe(chips={"first": {"use": "cpu", "launch": [launcher]}}, supervise={"restart_seconds": 0.1})
+    recipe, run = str(write_recipe(tmp_path, document)), tmp_path / "run"
+    with start("train", recipe, "--out", str(run)) as supervisor:
+        until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
+        flag.touch()
+        worker = worker_of(supervisor.pid)
+        assert worker is not None
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: [fault for fault in of_kind(run, "fault") if fault.code == "unreachable"], "a fault")
+        flag.unlink()
+        supervisor.communicate()
+    assert supervisor.returncode == 0
+    alone = str(write_recipe(tmp_path, small_recipe(name="alone")))
+    assert beringia("train", alone, "--out", str(tmp_path / "alone-run")).returncode == 0
+    assert final_hash(run) == final_hash(tmp_path / "alone-run")
