@@ -368,6 +368,16 @@ def test_what_the_library_refuses_is_refused_and_what_it_reads_is_read_alike(
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("offsets", [[18, 24], [0, 6], [25, 31]], ids=["overlapping", "the same place", "a gap"])
+def test_tensors_that_do_not_lie_one_behind_the_other_are_refused_as_the_library_refuses_them(
+    offsets: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / SINGLE).write_bytes(with_header(_HEADER | {"b": _HEADER["b"] | {"data_offsets": offsets}}))
+    assert theirs(tmp_path) is None
+    with pytest.raises(ModelError, match=rf"{SINGLE} is damaged: . begins at byte"):
+        open_hugging_face(tmp_path)
+
+
 def theirs(directory: Path) -> State | None:
     try:
         return load_file(directory / SINGLE)

@@ -1,5 +1,6 @@
 """Checkpoints: vendor-neutral, sharded, safetensors only, hashed, atomic, resharding. See `docs/checkpoints.md`.
 
-Without torch, for the supervisor: `directory` (list, verify, trust, prune), `epoch` (who may publish). With torch, for
-workers: `store` (`CheckpointStore`). This file imports nothing.
+Without torch, for the supervisor: `directory` (list, verify, trust, prune), `epoch` (who may publish). With torch:
+`store` (`CheckpointStore`) for workers, `reader` (a tensor at a time) for whoever wants the weights. This file imports
+nothing.
 """

@@ -162,7 +162,7 @@ class CheckpointReader(TensorReader):
 
     def _list(self) -> dict[str, Stored]:
         for name, entry in self.manifest.tensors.items():
-            if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.shape):
+            if not entry.chunks or sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.shape):
                 raise damaged(self.place / MANIFEST, f"its pieces of {name} are not the whole")
         order = sorted(self.manifest.tensors.items(), key=lambda item: (item[1].chunks[0].file, item[0]))
         return {name: Stored(entry.dtype, entry.shape, self.place / entry.chunks[0].file) for name, entry in order}
