@@ -19,10 +19,8 @@ from typing import IO
 
 from beringia.processes.patience import HEARTBEAT_SECONDS, STACKS_SHARE
 from beringia.processes.protocol import Go, Heartbeat, Job, Line, Stop, to_far_end
+from beringia.processes.words import ORPHANED_STATUS
 from beringia.records.record import Record
-
-_ORPHANED_STATUS = 70
-"""Exit status of a far end whose starter is gone (EX_SOFTWARE of sysexits: nobody is left to read it)."""
 
 
 class Channel:
@@ -125,4 +123,4 @@ class Watchdog:
 
 
 def _exit_orphaned() -> None:
-    os._exit(_ORPHANED_STATUS)
+    os._exit(ORPHANED_STATUS)

@@ -76,7 +76,7 @@ def main(module: str) -> NoReturn:
             channel.rank = ranks.rank
         if ranks is None or ranks.first:
             channel.send(_hello())
-        job = _job(channel)
+        job = _job(channel, ranks)
         _settle_in(job)
         if ranks is None and job.ranks > 1:
             _exit(_be_parent_of_ranks(module, job, channel))
@@ -120,9 +120,9 @@ def _hello() -> Hello:
     )
 
 
-def _job(channel: Channel) -> Job:
+def _job(channel: Channel, ranks: Ranks | None) -> Job:
     inherited = os.environ.pop(JOB_VARIABLE, None)
-    if inherited is not None:
+    if inherited is not None and ranks is not None:  # of ranks that share one standard input one alone reads the line
         return Job.model_validate_json(inherited)
     if not channel.readable_within(JOB_SECONDS):
         raise HandshakeError(

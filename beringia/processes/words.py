@@ -10,6 +10,8 @@ from beringia.errors import BeringiaError, HandshakeError
 
 HELLO, IMPORTS, WORK = "its hello", "its imports", "its work"
 """What a child is waited for, in order."""
+ORPHANED_STATUS = 70
+"""Exit status of a far end whose starter is gone, or whose prefix closed its standard input (sysexits: EX_SOFTWARE)."""
 _LONGEST_LINE = 400
 _NO_BERINGIA = "No module named 'beringia"
 """What Python says where Beringia, or the part of it that is started, is not installed."""
@@ -39,7 +41,8 @@ class Death:
                 f"the launch prefix of {self.name} asks something, and nobody answers there: {self.last_words!r}. "
                 "Set it up so that it needs no answer (for ssh: a key and a known host)"
             )
-        words = self.last_words or "it said nothing"
+        nothing = "its standard input was closed" if self.status == ORPHANED_STATUS else "it said nothing"
+        words = self.last_words or nothing
         if self.status is None:
             return f"{self.name} was waited for in vain ({self.waited_for}, {self.seconds:g} s): {words}"
         if _NO_BERINGIA in words:
