@@ -34,7 +34,6 @@ from beringia.records.run_directory import RunDirectory
 LIMIT_TIMES = 1.2
 
 SMOLLM2_SHAPE = DecoderConfig(
-    family="llama",
     vocab_size=49_152,
     hidden_size=576,
     intermediate_size=1536,

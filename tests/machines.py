@@ -10,10 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-_START_SECONDS = 30.0
+from waiting import until
+
 ROOT_MIB = 256
 
 
@@ -35,10 +35,8 @@ class Machine:
             f'&& touch "{ready}" && exec sleep 86400'
         )
         self._holder = subprocess.Popen(["unshare", *as_root, "--mount", "--propagation", "private", "sh", "-c", setup])
-        deadline = time.monotonic() + _START_SECONDS
-        while not ready.exists():
-            assert self._holder.poll() is None and time.monotonic() < deadline, "no mount namespace"
-            time.sleep(0.02)
+        until(lambda: ready.exists() or self._holder.poll() is not None, "a mount namespace")
+        assert self._holder.poll() is None, "this machine lets no mount namespace be made"
         self._enter = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt"]
         if as_root:
             self._enter += [f"--user=/proc/{self._holder.pid}/ns/user", "--preserve-credentials"]

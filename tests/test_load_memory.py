@@ -28,7 +28,6 @@ OWN_BYTES = 6 << 20
 operators)."""
 
 CONFIG = DecoderConfig(
-    family="llama",
     vocab_size=16_384,
     hidden_size=512,
     intermediate_size=1024,

@@ -19,7 +19,6 @@ from beringia.numerics.state_hash import hash_state
 TINY = replace(preset("r2-nano"), hidden_size=16, intermediate_size=24, moe_intermediate_size=8, vocab_size=20)
 
 TINY_DENSE = DecoderConfig(
-    family="llama",
     vocab_size=20,
     hidden_size=16,
     intermediate_size=24,

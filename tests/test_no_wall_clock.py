@@ -23,8 +23,6 @@ CLOCKS = {
 """Functions of `time`, `datetime` and `resource` that read a clock."""
 MODULES = {"time", "datetime", "resource"}
 
-REWRITTEN_ELSEWHERE = {"test_remote_root.py"}
-
 
 def reads_clock(call: ast.Call) -> bool:
     """`time.monotonic()`, `datetime.now()`, `monotonic()`: not `clock.now()` of a clock that the test moves."""
@@ -120,8 +118,6 @@ def is_number_or_multiple(part: ast.expr) -> bool:
 
 @pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.name)
 def test_no_assertion_is_about_time_that_was_measured(path: Path) -> None:
-    if path.name in REWRITTEN_ELSEWHERE:
-        pytest.skip("beringia.supervise.remote_root is being rewritten together with its test")
     source = path.read_text()
     assert assertions_of_time(source) == asserted_seconds(source) == []
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_runs import beringia, events, final_hash, of_kind, small_recipe, start, write_recipe
+from waiting import until
 
 from beringia.history.fold import Fold
 from beringia.records.events import LEARNER, Alarm, Fault
@@ -17,7 +17,6 @@ from beringia.records.recipe import parse_recipe
 from beringia.supervise.decide import decide, decide_beside
 
 CANDIDATE = "candidate:second"
-GIVE_UP_SECONDS = 240.0
 
 
 def roles_recipe(steps: int) -> dict[str, Any]:
@@ -38,13 +37,6 @@ def workers(module: str, run: Path) -> list[int]:
             if module.encode() in words and cwd == str(run.parent):
                 found.append(int(entry.name))
     return found
-
-
-def _until(found: Any) -> None:
-    deadline = time.monotonic() + GIVE_UP_SECONDS
-    while not found():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.05)
 
 
 def test_an_event_of_one_role_is_no_trouble_of_another() -> None:
@@ -83,16 +75,18 @@ def test_killing_the_candidate_leaves_the_learner_alone_and_the_other_way_round(
     monkeypatch.chdir(tmp_path)
     recipe, run = str(write_recipe(tmp_path, roles_recipe(400))), tmp_path / "run"
     with start("train", recipe, "--out", str(run), "--qualify", "second") as supervisor:
-        _until(lambda: of_kind(run, "step") and workers("beringia.campaign.candidate_work", run))
+        until(lambda: of_kind(run, "step") and workers("beringia.campaign.candidate_work", run), "both at work")
         (candidate,) = workers("beringia.campaign.candidate_work", run)
         os.kill(candidate, signal.SIGKILL)
-        _until(lambda: len([event for event in events(run) if event.role == CANDIDATE]) >= 3)
-        _until(lambda: workers("beringia.campaign.candidate_work", run))
+        until(
+            lambda: len([event for event in events(run) if event.role == CANDIDATE]) >= 3, "the candidate tried again"
+        )
+        until(lambda: workers("beringia.campaign.candidate_work", run), "its process")
         (candidate,) = workers("beringia.campaign.candidate_work", run)
-        _until(lambda: of_kind(run, "checkpoint"))
+        until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
         (learner,) = workers("beringia.train.worker", run)
         os.kill(learner, signal.SIGKILL)
-        _until(lambda: len(of_kind(run, "resume")) >= 2)
+        until(lambda: len(of_kind(run, "resume")) >= 2, "the learner back")
         assert workers("beringia.campaign.candidate_work", run) == [candidate], "the candidate was left alone"
         supervisor.communicate()
     assert supervisor.returncode == 0

@@ -58,7 +58,10 @@ def test_one_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path)
     python.write_text("#!/bin/sh\necho it has no such module >&2\nexit 3\n")
     python.chmod(0o755)
     started = serving(model(tmp_path / "model"), "--chip", "cpu", "--engine", "vllm", "--python", str(python))
-    with pytest.raises(AssertionError, match="ended with 3 before it answered:\nit has no such module"), started:
+    with (
+        pytest.raises(AssertionError, match="ended \\(status 3\\) before it answered:\nit has no such module"),
+        started,
+    ):
         pass
 
 

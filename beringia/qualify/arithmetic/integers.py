@@ -341,7 +341,7 @@ def _judged(chip: Chip, subject: str, cases: list[Case]) -> ProbeResult:
     wrong = sum(len(found.wrong) for found in answers)
     made = len(answers) - len(refused)
     elements = sum(len(found.found) for found in answers if not isinstance(found.found, RefusedAttempt))
-    beside = f" RefusedAttempt, so not measured: {'; '.join(refused[:_SHOWN])}." if refused else ""
+    beside = f" Refused, so not measured: {'; '.join(refused[:_SHOWN])}." if refused else ""
     text = _of_wrong(answers, wrong) if wrong else f"{elements} numbers of {made} operations are as defined."
     return ProbeResult(
         probe="arithmetic",
