@@ -39,6 +39,7 @@ strength = 0.8
 def machine(tmp_path: Path) -> Iterator[Callable[..., Machine]]:
     """Makes machines that cannot see `tmp_path / "home"`, where runs are kept."""
     made: list[Machine] = []
+    (tmp_path / "home").mkdir()
 
     def make(name: str, **options: Any) -> Machine:
         made.append(Machine(tmp_path / name, hides=tmp_path / "home", **options))
@@ -168,7 +169,7 @@ def test_packed_data_travels_once_and_not_with_every_start(machine: Callable[...
     """Only the starter has the texts; what is packed from them goes there by hash."""
     home = tmp_path / "home"
     texts = home / "text"
-    texts.mkdir()
+    texts.mkdir(parents=True)
     for number in range(40):
         (texts / f"{number}.txt").write_text(f"text number {number}, and some more words of it\n" * 20)
     there = machine("there")
