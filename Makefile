@@ -2,9 +2,8 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-# Two processes, a file of tests each, in the order of the names: by the number of its tests, a file of few long ones
-# would come last, and one process wait for the other.
-PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes, a file of tests each: most of a test of a run is waiting for imports.
+PARALLEL = -n 2 --dist loadfile
 
 .PHONY: campaign test test-slow check bench peers vllm-cpu docs size clean
 
