@@ -17,10 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beringia.errors import TransferFailed
+from beringia.errors import RunError, TransferFailed
+from beringia.processes.command import Command
 from beringia.processes.files import index
 from beringia.processes.files.exchange import (
     Offered,
+    SomethingElse,
     files_below,
     listing,
     offer_directory,
@@ -29,6 +31,8 @@ from beringia.processes.files.exchange import (
     send,
 )
 from beringia.processes.files.index import INDEX, HashIndex
+from beringia.processes.files.remote import FarFiles
+from beringia.processes.patience import Patience
 
 Tree = dict[str, bytes]
 
@@ -199,3 +203,19 @@ def test_a_file_that_has_just_been_written_is_not_remembered(tmp_path: Path) -> 
 def test_a_damaged_memory_is_no_memory(tmp_path: Path) -> None:
     write(tmp_path, {"a": b"one", INDEX: b"[not json"})
     assert HashIndex(tmp_path).sha256("a") == hashlib.sha256(b"one").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"kind": "ended"}\n', b'{"files": 3}\n', b'{"files": [{"name": 1}]}\n', b"[]\n", b"x\n", b""]
+)
+def test_whatever_comes_in_the_place_of_a_listing_is_a_transfer_that_failed(tmp_path: Path, line: bytes) -> None:
+    for receiving in (receive, receive_directory):
+        with pytest.raises((TransferFailed, SomethingElse)):
+            receiving(tmp_path / "there", io.BytesIO(line), io.BytesIO())
+
+
+def test_the_far_sides_own_reason_is_told(tmp_path: Path) -> None:
+    files = FarFiles(Command("chips.first", root=str(tmp_path)), tmp_path / "log", Patience())
+    with pytest.raises(RunError, match=r"There is no directory .*checkpoints/step-000005 on this machine"):
+        files.fetch_directory("checkpoints/step-000005", tmp_path / "home")
+    assert not (tmp_path / "home").exists()

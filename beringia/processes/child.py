@@ -153,8 +153,12 @@ class Child:
     def hear_out(self, stream: BytesAfter) -> None:
         """Its last messages, after the bytes."""
         while self.ended is None and (line := stream.readline()):
-            self._taken(line.rstrip(b"\n"))
+            self.take(line)
         self._open = False
+
+    def take(self, line: bytes) -> None:
+        """A message that came among the bytes."""
+        self._taken(line.rstrip(b"\n"))
 
     def end(self, grace_seconds: float | None = None) -> int:
         """Close its input, wait, then kill what is left of it and of what it started; returns the exit status.

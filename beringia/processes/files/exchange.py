@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from beringia.errors import TransferFailed
 from beringia.processes.files.index import INDEX, HashIndex
 from beringia.records.files import publish_directory, reporting_full_disk, sha256_of_file
@@ -24,6 +26,14 @@ from beringia.records.record import Record
 _PIECE_BYTES = 1 << 20
 _LONGEST_LINE = 1 << 26
 """Of a listing: some hundred thousand files."""
+
+
+class SomethingElse(Exception):
+    """The other side said something else than its part: why it cannot, where it is a far end. `line` is that."""
+
+    def __init__(self, line: bytes) -> None:
+        super().__init__(f"The other side said {line[:80]!r}.")
+        self.line = line
 
 
 class Readable(Protocol):
@@ -72,10 +82,10 @@ def files_below(root: Path, directory: str = "") -> list[str]:
 def send(root: Path, offered: Sequence[Offered], to: Writable, answers: Readable) -> int:
     """Send what the receiver lacks; returns how many bytes that was. Raises TransferFailed."""
     to.write(json.dumps({"files": [one.model_dump() for one in offered]}).encode() + b"\n")
-    lacks = [offered[number] for number in _answer(answers)["lacks"]]
+    lacks = [offered[number] for number in _answer(answers, "lacks")]
     for one in lacks:
         _send_one(root / one.name, one, to)
-    damaged = _answer(answers)["damaged"]
+    damaged = _answer(answers, "damaged")
     if damaged is not None:
         raise TransferFailed(f"{damaged} did not arrive as it was announced. Send it again.")
     return sum(one.bytes for one in lacks)
@@ -154,22 +164,27 @@ def _receive_one(path: Path, one: Offered, came: Readable, answers: Writable) ->
 
 
 def _offered(came: Readable) -> list[Offered]:
-    offered = [Offered.model_validate(one) for one in _answer(came)["files"]]
+    listed = _answer(came, "files")
+    try:
+        offered = [Offered.model_validate(one) for one in listed]
+    except (ValidationError, TypeError):
+        raise TransferFailed(f"The other side sent a listing that is none: {str(listed)[:80]}.") from None
     for one in offered:
         if Path(one.name).is_absolute() or ".." in Path(one.name).parts:
             raise TransferFailed(f"The stream names {one.name!r}, which is outside the directory that is sent.")
     return offered
 
 
-def _answer(stream: Readable) -> dict[str, Any]:
+def _answer(stream: Readable, key: str) -> Any:
+    """What the other side says under this key, in its next line."""
     line = stream.readline(_LONGEST_LINE)
     try:
         answer = json.loads(line)
     except ValueError:
         raise TransferFailed("The other side ended early." if not line else "The other side did not answer.") from None
-    if not isinstance(answer, dict):
-        raise TransferFailed(f"The other side answered {line[:80]!r}.")
-    return answer
+    if not isinstance(answer, dict) or key not in answer:
+        raise SomethingElse(line)
+    return answer[key]
 
 
 def _has(root: Path, one: Offered, index: HashIndex) -> bool:

@@ -10,6 +10,7 @@ from beringia.errors import RunError, TransferFailed
 from beringia.processes.far_end import FarEnd
 from beringia.processes.files.exchange import (
     Readable,
+    SomethingElse,
     offer_directory,
     receive,
     receive_directory,
@@ -35,13 +36,20 @@ def work(document: dict[str, Any], far_end: FarEnd) -> Ended:
     assert far_end.root is not None, "files have a root"
     place = far_end.root / task.directory
     came, goes = far_end.channel.input, _Descriptor(far_end.channel.output)
+    try:
+        _move(task, place, came, goes)
+    except SomethingElse as other:
+        raise TransferFailed(str(other)) from None
+    return Ended(why="done")
+
+
+def _move(task: FilesWork, place: Path, came: Readable, goes: _Descriptor) -> None:
     if task.task == "receive":
         receive(place, came, goes)
     elif task.task == "receive-directory":
         receive_directory(place, came, goes)
     else:
         _send(place, goes, came)
-    return Ended(why="done")
 
 
 def _send(place: Path, goes: _Descriptor, came: Readable) -> None:

@@ -11,7 +11,14 @@ from pathlib import Path
 from beringia.errors import InputError, StorageFull, TransferFailed
 from beringia.processes.child import BytesAfter, Child, start
 from beringia.processes.command import Command
-from beringia.processes.files.exchange import Offered, files_below, listing, receive_directory, send
+from beringia.processes.files.exchange import (
+    Offered,
+    SomethingElse,
+    files_below,
+    listing,
+    receive_directory,
+    send,
+)
 from beringia.processes.files.far import FilesWork
 from beringia.processes.patience import Patience
 from beringia.processes.patient_pipe import PatientPipe
@@ -76,15 +83,17 @@ class FarFiles:
         if self._closed:
             raise TransferFailed("Files are not moved any more.")
         child = self._under_way = start(self._command, work, self._log, patience=self._patience)
-        problem: TransferFailed | BrokenPipeError | None = None
+        problem: TransferFailed | SomethingElse | BrokenPipeError | None = None
         try:
             _wait_until_ready(child)
             if child.ready is not None:
                 goes, came = child.streams()
                 try:
                     yield goes, came
-                except (TransferFailed, BrokenPipeError) as failure:  # the other side may know why
+                except (TransferFailed, SomethingElse, BrokenPipeError) as failure:  # the other side may know why
                     problem = failure
+                    if isinstance(failure, SomethingElse):
+                        child.take(failure.line)
                 with contextlib.suppress(TransferFailed):
                     child.hear_out(came)
         finally:
