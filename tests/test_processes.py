@@ -16,7 +16,7 @@ from work_for_tests import Errand
 
 from beringia import errors
 from beringia.errors import BeringiaError, HandshakeError, InputError, RunError, error_of
-from beringia.processes import patience
+from beringia.processes import launchers, patience
 from beringia.processes.child import Child, lines_of, start
 from beringia.processes.command import Command, check_command
 from beringia.processes.endings import marked
@@ -232,6 +232,24 @@ def test_what_cannot_be_started_is_refused_before_it_is_tried() -> None:
         check_command(Command("chips.first", python="/no/such/python"))
     with pytest.raises(HandshakeError, match="'prefx', which is no launcher. Did you mean 'prefix'"):
         check_command(Command("chips.first", launcher="prefx"))
+
+
+def test_a_launcher_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A throwaway one, which starts the far end through `env`."""
+    (tmp_path / "through_env.py").write_text(
+        "from beringia.processes.command import FAR_END\n"
+        "def check(command):\n    pass\n"
+        "def argv(command):\n"
+        "    return ['env', 'COLOUR=' + command.launch[0], command.interpreter, '-m', FAR_END, command.module]\n"
+    )
+    monkeypatch.setattr(launchers, "__path__", [*launchers.__path__, str(tmp_path)])
+    child = errand(tmp_path, ["variable", "COLOUR"], launcher="through_env", launch=("blue",))
+    assert texts(child) == ["blue"]
+
+
+def test_torchrun_is_told_how_many() -> None:
+    with pytest.raises(HandshakeError, match=r'one number, of its processes: launch = \["8"\]'):
+        check_command(Command("chips.first", launcher="torchrun", launch=("eight",)))
 
 
 # ---- roots

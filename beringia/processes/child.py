@@ -13,7 +13,6 @@ import selectors
 import signal
 import subprocess
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from beringia.errors import HandshakeError, TransferFailed
 from beringia.processes.command import Command
-from beringia.processes.endings import end_in_stages, signal_group
+from beringia.processes.endings import end_in_stages, new_mark, signal_group
 from beringia.processes.patience import QUESTION_SECONDS, STOP_SECONDS, Patience
 from beringia.processes.patient_pipe import PatientPipe
 from beringia.processes.protocol import (
@@ -63,7 +62,7 @@ class Child:
         self.ready: Ready | None = None
         self.ended: Ended | None = None
         """Its last word."""
-        self.mark = _mark()
+        self.mark = new_mark()
         self._job = job.model_copy(update={"mark": self.mark, "environment": dict(command.environment)})
         self._open = True
         self._pending = b""
@@ -313,9 +312,3 @@ def wait_for_any(children: Iterable[Child], seconds: float) -> None:
             selector.select(seconds)
         else:
             time.sleep(seconds)
-
-
-def _mark() -> str:
-    own = os.environ.get(MARK_VARIABLE)
-    new = uuid.uuid4().hex[:12]
-    return f"{own}/{new}" if own else new

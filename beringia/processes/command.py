@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,9 @@ FAR_END = "beringia.processes.far_end"
 
 class Launcher(Protocol):
     """What a file of `launchers/` holds."""
+
+    def check(self, command: Command) -> None:
+        """Raise HandshakeError for what cannot start, as far as that can be told on this machine."""
 
     def argv(self, command: Command) -> list[str]:
         """The command line that runs `FAR_END` with the command's module where that is to run. What it starts must hand
@@ -65,19 +67,8 @@ class Command:
 
 
 def check_command(command: Command) -> None:
-    """Refuse at once what cannot start: an unknown launcher, an interpreter or a prefix that is not there. Raises
-    HandshakeError."""
-    _launcher(command)
-    if command.launch and shutil.which(command.launch[0]) is None:
-        raise HandshakeError(
-            f"{command.name}.launch begins with {command.launch[0]!r}, which is not a command on this machine. "
-            "Install it or correct the prefix."
-        )
-    if not command.launch and command.python and shutil.which(command.python) is None:
-        raise HandshakeError(
-            f"{command.name}.python is {command.python!r}, but there is no such interpreter. "
-            "Give the path of the Python of the environment that has this chip's torch."
-        )
+    """Refuse at once what cannot start: an unknown launcher, or what that finds wrong. Raises HandshakeError."""
+    _launcher(command).check(command)
 
 
 def _launcher(command: Command) -> Launcher:

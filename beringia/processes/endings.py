@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from pathlib import Path
 
 from beringia.processes.patience import KILLED_SECONDS, STOP_SECONDS
@@ -18,6 +19,12 @@ from beringia.processes.protocol import MARK_VARIABLE
 
 _LOOK_SECONDS = 0.02
 _TABLE = Path("/proc")
+
+
+def new_mark() -> str:
+    """For one more process that is started here: below this process's own, so that who ends this one ends that, too."""
+    own, new = os.environ.get(MARK_VARIABLE), uuid.uuid4().hex[:12]
+    return f"{own}/{new}" if own else new
 
 
 def end_in_stages(process: subprocess.Popen[bytes], mark: str, *, grace_seconds: float, ask: bool = False) -> int:

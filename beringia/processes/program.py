@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from beringia.errors import HandshakeError
-from beringia.processes.endings import end_in_stages
+from beringia.processes.endings import end_in_stages, new_mark
 from beringia.processes.protocol import MARK_VARIABLE
 from beringia.processes.words import how_ended
 
@@ -22,9 +21,7 @@ class Program:
     """One running program; its two streams go to a log that goes with it. `end` it in any case."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
-        own = os.environ.get(MARK_VARIABLE)
-        new = uuid.uuid4().hex[:12]
-        self._mark = f"{own}/{new}" if own else new
+        self._mark = new_mark()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the program
         try:
             self._process = subprocess.Popen(

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from beringia.errors import HandshakeError
 from beringia.processes.command import FAR_END, Command
 
 
-def argv(command: Command) -> list[str]:
+def check(command: Command) -> None:
     """`launch` is the number of processes."""
+    if len(command.launch) != 1 or not command.launch[0].isdigit():
+        raise HandshakeError(
+            f"{command.name}.launch is {list(command.launch)}, and the launcher torchrun is told one number, of its "
+            'processes: launch = ["8"].'
+        )
+
+
+def argv(command: Command) -> list[str]:
+    """torchrun, then the module in each of its processes."""
     (count,) = command.launch
     runner = [command.interpreter, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return [*runner, "-m", FAR_END, command.module]
