@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from beringia import chips
 from beringia.chips import open as opening
 from beringia.chips.chip import Presence
 from beringia.chips.open import first_present, open_chip, present, survey
@@ -85,3 +87,19 @@ def test_what_is_present_is_here_and_the_rest_says_why_not() -> None:
 def test_each_profile_on_disk_is_an_emulated_chip() -> None:
     emulated = {found.name: found for found in present() if found.truth == "emulated"}
     assert set(emulated) == {f"emulated:{profile}" for profile in opening.emulated_profiles()}
+
+
+def test_a_chip_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A throwaway one: the CPU under another name."""
+    (tmp_path / "throwaway.py").write_text(
+        "from beringia.chips.chip import Presence\n"
+        "from beringia.chips.cpu import open_device\n"
+        'CHIP_NAME = "throwaway"\n'
+        'def find():\n    return [Presence("throwaway", "a part", "real", 0, here=True, state="here")]\n'
+    )
+    monkeypatch.setattr(chips, "__path__", [*chips.__path__, str(tmp_path)])
+    assert "throwaway" in {found.name for found in survey()}
+    chip = open_chip("throwaway")
+    assert float(torch.ones(3, device=chip.device).sum()) == 3.0
+    with pytest.raises(ChipUnavailable, match="Did you mean 'throwaway'"):
+        open_chip("throwawy")

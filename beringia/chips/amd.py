@@ -23,6 +23,9 @@ from beringia.chips.torch_cuda import (
 )
 from beringia.records.identity import ChipIdentity
 
+CHIP_NAME = "cuda"
+"""By which recipes ask for it; `open.py` finds this file by it."""
+
 __all__ = ["Amd", "capabilities_of", "classify_rocm", "find", "open_device"]
 
 _FLOAT8: dict[str, frozenset[torch.dtype]] = {

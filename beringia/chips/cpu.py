@@ -25,6 +25,9 @@ from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Presence,
 from beringia.chips.classification import Rule, device_text, gravest_match
 from beringia.records.identity import ChipIdentity
 
+CHIP_NAME = "cpu"
+"""By which recipes ask for it; `open.py` finds this file by it."""
+
 CPU_RULES: tuple[Rule, ...] = (
     Rule(
         "out-of-memory",

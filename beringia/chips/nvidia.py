@@ -25,6 +25,9 @@ from beringia.chips.torch_cuda import (
 )
 from beringia.records.identity import ChipIdentity
 
+CHIP_NAME = "cuda"
+"""By which recipes ask for it; `open.py` finds this file by it."""
+
 __all__ = ["Nvidia", "capabilities_of", "classify_cuda", "find", "open_device"]
 
 _MEBIBYTE = 1024 * 1024

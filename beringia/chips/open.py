@@ -2,8 +2,8 @@
 
 Names: `cpu`, `cuda` (NVIDIA, or AMD where torch is built for ROCm), `npu`, `emulated:<profile>` (in the fast fidelity;
 `emulated:<profile>@exact` in the bit-exact one), and `auto`, the first present of cuda, npu, cpu. A chip's file is
-found by name and imported only when that chip is asked for: two vendors' plugins cannot share a process, and opening
-the CPU must not load one.
+found by the name it says and imported only when that chip is asked for: two vendors' plugins cannot share a process,
+and opening the CPU must not load one.
 
 Opens at most the one chip asked for; holds no registry and no state.
 """
@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from pathlib import Path
 from types import ModuleType
 
+import beringia.chips as chips
 from beringia.chips.chip import Chip, Presence, ServeArguments
 from beringia.errors import ChipUnavailable
 
-_FILES: dict[str, tuple[str, ...]] = {
-    "cpu": ("beringia.chips.cpu",),
-    "cuda": ("beringia.chips.nvidia", "beringia.chips.amd"),
-    "npu": ("beringia.chips.ascend",),
-}
-"""Name -> modules that may drive it. Each has `find() -> list[Presence]` and `open_device(index) -> Chip`."""
-
 _AUTO = ("cuda", "npu", "cpu")
 _EMULATED = "emulated:"
+_NAMED = re.compile(r'^CHIP_NAME = "([\w-]+)"', re.MULTILINE)
 _PROFILES = Path(__file__).parent / "catalogue" / "arithmetic"
 
 
@@ -68,9 +64,9 @@ def serve_arguments(name: str, quantization: str | None, *, latent: bool, expert
     if name.startswith(_EMULATED):
         raise ChipUnavailable(f"vLLM cannot serve on {name}: emulated chips are served by the engine (--engine own).")
     name = first_present() if name == "auto" else name
-    if name not in _FILES:
+    if name not in _files():
         raise ChipUnavailable(_unknown(name))
-    found: ServeArguments = _module(_FILES[name][0]).serve_arguments(quantization, latent=latent, experts=experts)
+    found: ServeArguments = _module(_files()[name][0]).serve_arguments(quantization, latent=latent, experts=experts)
     return found
 
 
@@ -79,9 +75,19 @@ def present() -> list[Presence]:
     return [found for found in survey() if found.here]
 
 
+def _files() -> dict[str, tuple[str, ...]]:
+    """Name -> modules that may drive it: the files here that say `CHIP_NAME = "..."`. Each has
+    `find() -> list[Presence]` and `open_device(index) -> Chip`. Read as text: importing one may load a plugin."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(path for folder in chips.__path__ for path in Path(folder).glob("*.py")):
+        if named := _NAMED.search(path.read_text()):
+            found.setdefault(named[1], []).append(f"{chips.__name__}.{path.stem}")
+    return {name: tuple(found[name]) for name in sorted(found)}
+
+
 def survey() -> list[Presence]:
     """Every chip that could be here; one that is not says in `state` what was looked for and what to do."""
-    real = [found for name in _FILES for found in _look_for(name)]
+    real = [found for name in _files() for found in _look_for(name)]
     emulated = [
         Presence(f"{_EMULATED}{profile}", profile, "emulated", None, here=True, state="in software")
         for profile in emulated_profiles()
@@ -95,14 +101,14 @@ def emulated_profiles() -> list[str]:
 
 
 def _look_for(name: str) -> list[Presence]:
-    found = [presence for module in _FILES[name] for presence in _module(module).find()]
+    found = [presence for module in _files()[name] for presence in _module(module).find()]
     # NVIDIA and AMD share a name: where one is here, the other's absence is no news.
     return [presence for presence in found if presence.here] or found
 
 
 def _driver(name: str, faults: str | None) -> ModuleType:
     """The module that drives a real chip which is here."""
-    if name != "auto" and name not in _FILES:
+    if name != "auto" and name not in _files():
         raise ChipUnavailable(_unknown(name))
     if faults is not None:
         raise ChipUnavailable(
@@ -111,7 +117,7 @@ def _driver(name: str, faults: str | None) -> ModuleType:
         )
     name = first_present() if name == "auto" else name
     absent: list[str] = []
-    for path in _FILES[name]:
+    for path in _files()[name]:
         module = _module(path)
         found = module.find()
         if any(presence.here for presence in found):
@@ -134,7 +140,7 @@ def _module(path: str) -> ModuleType:
 
 
 def _unknown(name: str) -> str:
-    known = ["auto", *_FILES, *(f"{_EMULATED}{profile}" for profile in emulated_profiles())]
+    known = ["auto", *_files(), *(f"{_EMULATED}{profile}" for profile in emulated_profiles())]
     if name == _EMULATED.removesuffix(":"):
         return f"{name!r} needs a profile, as in 'emulated:h800'. Known: {', '.join(known)}."
     close = difflib.get_close_matches(name, known, n=1)
