@@ -9,6 +9,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beringia.errors import RunError, TransferFailed
+from beringia.processes.child import start
 from beringia.processes.command import Command
-from beringia.processes.files import index
+from beringia.processes.files import far, index
 from beringia.processes.files.exchange import (
     Offered,
     SomethingElse,
@@ -30,6 +32,7 @@ from beringia.processes.files.exchange import (
     receive_directory,
     send,
 )
+from beringia.processes.files.far import FilesWork
 from beringia.processes.files.index import INDEX, HashIndex
 from beringia.processes.files.remote import FarFiles
 from beringia.processes.patience import Patience
@@ -212,6 +215,27 @@ def test_whatever_comes_in_the_place_of_a_listing_is_a_transfer_that_failed(tmp_
     for receiving in (receive, receive_directory):
         with pytest.raises((TransferFailed, SomethingElse)):
             receiving(tmp_path / "there", io.BytesIO(line), io.BytesIO())
+
+
+def test_a_listing_that_comes_in_one_read_with_the_far_ends_ready_is_heard(tmp_path: Path) -> None:
+    """As a far end that is quicker than its starter sends them: everything is there before anything is read."""
+    write(tmp_path / "there" / "a", {"file": b"content"})
+    prefix = tmp_path / "prefix"
+    prefix.write_text('#!/bin/sh\n"$@" | { sleep 1; cat; }\n')  # holds what comes back, then gives it at once
+    prefix.chmod(0o755)
+    command = Command("chips.first", launch=(str(prefix),), root=str(tmp_path / "there"))
+    child = start(
+        replace(command, module=far.__name__), FilesWork(task="send-directory", directory="a"), tmp_path / "l"
+    )
+    try:
+        while child.ready is None:
+            child.poll(1.0)
+        goes, came = child.streams()
+        assert receive_directory(tmp_path / "here", came, goes)[0].name == "file"
+        child.hear_out(came)
+    finally:
+        child.end()
+    assert read(tmp_path / "here") == {"file": b"content"} and child.ended is not None
 
 
 def test_the_far_sides_own_reason_is_told(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class Child:
     @property
     def over(self) -> bool:
         """Whether there is nothing more to hear from it."""
-        return not self._open or self.ended is not None
+        return (not self._open and b"\n" not in self._pending) or self.ended is not None
 
     def send(self, message: Go | Stop | Job) -> None:
         """Send one message; a far end that is gone shows by the end of its output, not here."""
@@ -115,14 +115,27 @@ class Child:
 
     def poll(self, seconds: float) -> list[Message]:
         """What it says within this time; nothing where it is silent. Raises HandshakeError for another version."""
-        if not self._open or not self._selector.select(timeout=seconds):
-            return []
+        waiting = self._messages_read()
+        if waiting or not self._open or not self._selector.select(timeout=seconds):
+            return waiting
         block = os.read(self.fileno(), _READ_BYTES)
         if not block:
             self._open = False
             return []
-        *lines, self._pending = (self._pending + block).split(b"\n")
-        return [message for line in lines if (message := self._taken(line)) is not None]
+        self._pending += block
+        return self._messages_read()
+
+    def _messages_read(self) -> list[Message]:
+        """Of what was read already. After `Ready` it stops: what follows may be bytes, and came in the same read."""
+        messages: list[Message] = []
+        while b"\n" in self._pending:
+            line, _, self._pending = self._pending.partition(b"\n")
+            message = self._taken(line)
+            if message is not None:
+                messages.append(message)
+            if isinstance(message, Ready):
+                break
+        return messages
 
     def follow(self, silence_seconds: float = 1.0) -> Iterator[Message | None]:
         """Messages until it is over or patience has run out; None after each `silence_seconds` without one."""
