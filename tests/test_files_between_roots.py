@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import threading
 import time
 import tracemalloc
@@ -220,8 +221,20 @@ def test_whatever_comes_in_the_place_of_a_listing_is_a_transfer_that_failed(tmp_
 def test_a_listing_that_comes_in_one_read_with_the_far_ends_ready_is_heard(tmp_path: Path) -> None:
     """As a far end that is quicker than its starter sends them: everything is there before anything is read."""
     write(tmp_path / "there" / "a", {"file": b"content"})
-    prefix = tmp_path / "prefix"
-    prefix.write_text('#!/bin/sh\n"$@" | { sleep 1; cat; }\n')  # holds what comes back, then gives it at once
+    prefix, filter_ = tmp_path / "prefix", tmp_path / "filter.py"
+    filter_.write_text(
+        "import os\n"
+        "def line():\n"
+        "    got = b''\n"
+        "    while not got.endswith(b'\\n'):\n"
+        "        got += os.read(0, 1)\n"
+        "    return got\n"
+        "os.write(1, line())\n"  # hello
+        "os.write(1, line() + line())\n"  # ready and the listing
+        "while block := os.read(0, 65536):\n"
+        "    os.write(1, block)\n"
+    )
+    prefix.write_text(f'#!/bin/sh\n"$@" | {sys.executable} {filter_}\n')
     prefix.chmod(0o755)
     command = Command("chips.first", launch=(str(prefix),), root=str(tmp_path / "there"))
     child = start(
