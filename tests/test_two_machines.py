@@ -220,3 +220,28 @@ def test_a_clock_that_is_an_hour_off_changes_nothing(machine: Callable[..., Mach
     assert final_hash(run) == final_hash(tmp_path / "alone-run")
     times = [event.time for event in events(run)]
     assert times == sorted(times), "events carry the supervisor's time"
+
+
+SECOND_TORCH = Path(__file__).parents[1] / ".venv-torch-2.10" / "bin" / "python"
+
+
+@pytest.mark.skipif(not SECOND_TORCH.exists(), reason="`make second-torch` was not run: there is no other torch here")
+def test_a_run_crosses_between_two_versions_of_torch(machine: Callable[..., Machine], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    script = home / "lost.toml"
+    script.write_text(
+        'summary = "lost"\n[[faults]]\nkind = "exception"\nat_step = 12\ncode = "HBM MULTI BIT ECC ERROR"\n'
+    )
+    first, second = machine("first", python=str(SECOND_TORCH)), machine("second")
+    chips = {
+        "first": {"use": "emulated:ascend-910b", "faults": str(script), **first.chip},
+        "second": {"use": "cpu", **second.chip},
+    }
+    train = {"prefer": ["first", "second"], "steps": 30, "checkpoint_every": 5}
+    recipe, run = write_recipe(home, small_recipe(chips=chips, train=train)), home / "run"
+    done = beringia("train", str(recipe), "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    torches = [event.identity.torch for event in of_kind(run, "chip")]
+    assert torches[0].startswith("2.10.") and not torches[-1].startswith("2.10.")
+    (crossing,) = of_kind(run, "crossing")
+    assert crossing.state_hash_before == crossing.state_hash_after != ""
