@@ -59,6 +59,7 @@ def test_training_steps_repeat_bit_for_bit_and_the_guard_finds_nothing(chip: Chi
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of torch's compiler, about itself
 def test_a_compiled_step_has_the_eager_steps_loss(chip: Chip) -> None:
     if chip.compiler_missing():
         pytest.skip(str(chip.compiler_missing()))

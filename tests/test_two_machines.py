@@ -18,6 +18,7 @@ from beringia.data import load_tokenizer, write_tokenizer
 from beringia.model import load_model, save_model
 from beringia.processes.command import Command
 from beringia.qualify.qualification import Request, qualify
+from beringia.records.certificate import Certificate
 from beringia.records.signature import read_signed, verify
 
 pytestmark = [
@@ -106,7 +107,7 @@ def test_a_campaign_on_machines_of_their_own_crosses_and_answers(
     assert done.returncode == 0, done.stderr
     assert [event.verdict for event in of_kind(run, "qualified")] == ["train", "train"]
     for label in ("first", "second"):
-        signed = read_signed(run / "certificates" / f"{label}.json")
+        signed = read_signed(run / "certificates" / f"{label}.json", Certificate)
         verify(signed, ())
     (crossing,) = of_kind(run, "crossing")
     assert (crossing.from_chip, crossing.to_chip) == ("first", "second")

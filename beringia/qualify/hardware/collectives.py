@@ -126,8 +126,9 @@ def _run_ranks(order: RankOrder) -> list[RankEnd]:
                 ranks.append(_Rank(own, Path(directory, f"rank-{rank}.log")))
             _hear_all(ranks, order.time_out_seconds)
         finally:
-            ends = [rank.end() for rank in ranks]
-    return ends
+            for rank in ranks:
+                rank.end()
+        return [rank.told() for rank in ranks]
 
 
 class _Rank:
@@ -139,6 +140,7 @@ class _Rank:
         patience = Patience(start_seconds=order.time_out_seconds, silence_seconds=order.time_out_seconds)
         self.child = start(command, order, log, patience=patience)
         self.reports: list[CaseReport] = []
+        self._status, self._killed = 0, False
 
     def hear(self) -> None:
         """What it has said."""
@@ -146,12 +148,15 @@ class _Rank:
             if isinstance(message, Line):
                 self.reports.append(CaseReport.model_validate(message.line))
 
-    def end(self) -> RankEnd:
-        """End it. Raises ChipUnavailable where it could not open its chip."""
-        ended = self.child.ended
-        killed = not self.child.over
+    def end(self) -> None:
+        """End it, however it stands."""
+        self._killed = not self.child.over
         # One that is killed is late already: it gets no time to end by itself.
-        status = self.child.end(0.0 if killed else None)
+        self._status = self.child.end(0.0 if self._killed else None)
+
+    def told(self) -> RankEnd:
+        """What became of it. Raises ChipUnavailable where it could not open its chip."""
+        ended, status, killed = self.child.ended, self._status, self._killed
         if ended is not None and ended.error is not None and isinstance(problem := ended.error.error(), InputError):
             raise problem
         failed = ended is None or ended.why != "done"
