@@ -121,9 +121,9 @@ def _run_ranks(order: RankOrder) -> list[RankEnd]:
     with tempfile.TemporaryDirectory(prefix="beringia-collectives-") as directory:
         ranks: list[_Rank] = []
         try:
-            for rank in range(order.ranks):
-                own = order.model_copy(update={"rank": rank, "index": rank, "port": store.port})
-                ranks.append(_Rank(own, Path(directory, f"rank-{rank}.log")))
+            for number in range(order.ranks):
+                own = order.model_copy(update={"rank": number, "index": number, "port": store.port})
+                ranks.append(_Rank(own, Path(directory, f"rank-{number}.log")))
             _hear_all(ranks, order.time_out_seconds)
         finally:
             for rank in ranks:
