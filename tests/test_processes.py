@@ -207,6 +207,13 @@ def test_a_prefix_that_closes_standard_input_is_told_what_it_must_do(tmp_path: P
         lines_of(errand(tmp_path, ["say", "one"], launch=(script(tmp_path, 'exec "$@" </dev/null'),)))
 
 
+def test_a_prefix_that_hands_on_late_still_hands_on_why_nothing_was_done(tmp_path: Path) -> None:
+    """A far end that could not begin has the mark that its prefix has too, and must not end that by it."""
+    prefix = script(tmp_path, '"$@" </dev/null | { sleep 0.5; cat; }')
+    with pytest.raises(HandshakeError, match="Standard input was closed before a job came"):
+        lines_of(errand(tmp_path, ["say", "one"], launch=(prefix,)))
+
+
 def test_a_prefix_that_loses_standard_input_is_told_what_it_must_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

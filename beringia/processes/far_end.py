@@ -79,7 +79,7 @@ def main(module: str) -> NoReturn:
         job = _job(channel, ranks)
         _settle_in(job)
         if ranks is None and job.ranks > 1:
-            _exit(_be_parent_of_ranks(module, job, channel))
+            _exit(_be_parent_of_ranks(module, job, channel), settled_in=True)
         far_end = FarEnd(channel, ranks or Ranks(), job)
         ended = _work(module, far_end, started)
     except BeringiaError as problem:
@@ -92,18 +92,20 @@ def main(module: str) -> NoReturn:
         channel.send(ended)
     if far_end is not None:
         far_end.leave()
-    _exit(0)
+    _exit(0, settled_in=far_end is not None)
 
 
 def _error(problem: Exception) -> Ended:
     return Ended(why="error", message=str(problem), error=ErrorDocument.of(problem))
 
 
-def _exit(status: int) -> NoReturn:
+def _exit(status: int, *, settled_in: bool) -> NoReturn:
     """All is written and said. Taking the interpreter down would only keep the starter waiting (1.5 s), and torch may
-    abort there over a group that something still holds."""
+    abort there over a group that something still holds. Before it has settled in, this process has started nothing, and
+    the mark in its environment is its starter's: a prefix that hands its last words on has that too."""
     sys.stderr.flush()
-    kill_marked(os.environ.get(MARK_VARIABLE, "none"))
+    if settled_in:
+        kill_marked(os.environ[MARK_VARIABLE])
     os._exit(status)
 
 
