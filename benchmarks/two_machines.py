@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from machines import Machine  # noqa: E402
 
+from beringia.history.fold import Fold  # noqa: E402
 from beringia.machine.threads import usable_cores  # noqa: E402
-from beringia.records.events import AnyEvent, parse_event  # noqa: E402
+from beringia.records.events import LEARNER, AnyEvent, parse_event  # noqa: E402
 from beringia.records.jsonl import read_lines  # noqa: E402
 
 KILLS = (("worker", 30), ("supervisor", 60), ("worker", 90))
@@ -115,6 +116,7 @@ def told(run: Path, seconds: float, machines: dict[str, Machine]) -> dict[str, A
         }
     faults = [event.code for event in happened if event.kind == "fault"]
     holds = {
+        "nothing trusted was lost": goes_on_from_what_is_trusted(happened),
         "done": finish.status == "done",
         "first lot refused": verdicts["first-lot"] == "infer",
         "crossed with equal state": crossing.state_hash_before == crossing.state_hash_after != "",
@@ -134,6 +136,17 @@ def told(run: Path, seconds: float, machines: dict[str, Machine]) -> dict[str, A
     }
 
 
+def goes_on_from_what_is_trusted(happened: list[AnyEvent]) -> bool:
+    """No decision about training went back behind a checkpoint that was trusted then."""
+    fold = Fold()
+    for event in happened:
+        decided = event.kind == "decision" and event.role == LEARNER and event.action != "stop"
+        if decided and (event.to_step or 0) < (fold.situation().newest_trusted or 0):
+            return False
+        fold.add(event)
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line")
@@ -145,6 +158,7 @@ def main() -> None:
     python = None if options.python is None else str(Path(options.python).absolute())
     result: dict[str, Any] = {
         "benchmark": "two-machines",
+        "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {usable_cores()} cores",
         "story": measure(options.recipe, python, kill=False),
     }
