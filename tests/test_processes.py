@@ -16,7 +16,7 @@ from work_for_tests import Errand
 
 from beringia import errors
 from beringia.errors import BeringiaError, HandshakeError, InputError, RunError, error_of
-from beringia.processes import launchers, patience
+from beringia.processes import endings, launchers, patience
 from beringia.processes.child import Child, lines_of, start
 from beringia.processes.command import Command, check_command
 from beringia.processes.endings import marked
@@ -147,6 +147,24 @@ def test_a_stopped_one_and_one_in_a_session_of_its_own_are_gone_at_the_end(tmp_p
     assert set(marked(child.mark)) == {child.pid, *spawned}
     child.end()
     assert gone(child.pid) and all(map(gone, spawned)) and not marked(child.mark)
+
+
+def test_a_process_is_found_by_its_mark_though_it_shows_no_environment_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux tells a starter that its child executes the program before it shows the environment that the child has."""
+    for number, content in {"123": b"", "124": b"", "125": b"A=1\0BERINGIA_STARTED_AS=other\0"}.items():
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "environ").write_bytes(content)
+        (tmp_path / number / "exe").symlink_to(sys.executable)
+    (tmp_path / "124" / "exe").unlink()  # it has ended, or is the kernel's own
+
+    def looked_away(seconds: float) -> None:
+        (tmp_path / "123" / "environ").write_bytes(b"A=1\0BERINGIA_STARTED_AS=mine/below\0")
+
+    monkeypatch.setattr(endings, "_TABLE", tmp_path)
+    monkeypatch.setattr(endings.time, "sleep", looked_away)
+    assert marked("mine") == [123]
 
 
 def test_what_ended_work_has_left_behind_is_gone_too(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import time
 import uuid
 from pathlib import Path
 
-from beringia.processes.patience import KILLED_SECONDS, STOP_SECONDS
+from beringia.processes.patience import EXEC_SECONDS, KILLED_SECONDS, STOP_SECONDS
 from beringia.processes.protocol import MARK_VARIABLE
 
 _LOOK_SECONDS = 0.02
@@ -58,15 +58,35 @@ def marked(mark: str) -> list[int]:
     """Processes on this machine that were started under a mark, this one left out. Those that have ended and wait for
     their parent have no environment any more."""
     wanted = f"{MARK_VARIABLE}={mark}".encode()
-    return [number for number in _numbers() if number != os.getpid() and _has(number, wanted)]
+    found: list[int] = []
+    unclear = [number for number in _numbers() if number != os.getpid()]
+    deadline = time.monotonic() + EXEC_SECONDS
+    while unclear:
+        variables = {number: _environment(number) for number in unclear}
+        found += [number for number, own in variables.items() if own is not None and _has(own, wanted)]
+        unclear = [number for number, own in variables.items() if own is None]
+        if unclear and time.monotonic() > deadline:
+            break  # they have none, and want none
+        time.sleep(_LOOK_SECONDS if unclear else 0.0)
+    return sorted(found)
 
 
-def _has(number: int, wanted: bytes) -> bool:
-    try:
-        variables = (_TABLE / str(number) / "environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or is another user's
-        return False
+def _has(variables: list[bytes], wanted: bytes) -> bool:
     return any(one == wanted or one.startswith(wanted + b"/") for one in variables)
+
+
+def _environment(number: int) -> list[bytes] | None:
+    """A process's variables; None while it has none yet: Linux closes the files of a process that executes a program
+    before it shows the new environment, so that its starter may believe it ready. Empty for one that has ended, for the
+    kernel's own and for other users'."""
+    process = _TABLE / str(number)
+    try:
+        content = (process / "environ").read_bytes()
+        if not content and (process / "exe").readlink():
+            return None
+    except OSError:
+        return []
+    return content.split(b"\0")
 
 
 def _numbers() -> list[int]:

@@ -29,6 +29,10 @@ STOP_SECONDS = 2.0
 KILLED_SECONDS = 10.0
 """A killed process is gone when the kernel has freed its memory; with hundreds of gigabytes that takes seconds."""
 
+EXEC_SECONDS = 0.2
+"""A process that has just been told to execute a program shows its environment within so long (milliseconds, on a
+machine that is not busy)."""
+
 STACKS_SHARE = 0.8
 """Of the time after which silence is called a hang: the stacks must be written before the starter kills."""
 
