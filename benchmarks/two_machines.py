@@ -42,7 +42,7 @@ def events(run: Path) -> list[AnyEvent]:
     return [parse_event(line) for _, line in read_lines(run / "events.jsonl")]
 
 
-def measure(recipe: Path, second_python: str | None, kill: bool) -> dict[str, Any]:
+def measure(recipe: Path, second_python: str | None, ranks: int, kill: bool) -> dict[str, Any]:
     """One story."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -52,18 +52,19 @@ def measure(recipe: Path, second_python: str | None, kill: bool) -> dict[str, An
         try:
             for label, python in pythons.items():
                 machines[label] = Machine(directory / label, hides=home, mebibytes=1024, python=python)
-            return told(home / "run", carried(recipe, home / "run", machines, kill), machines)
+            return told(home / "run", carried(recipe, home / "run", machines, ranks, kill), machines)
         finally:
             for machine in machines.values():
                 machine.close()
 
 
-def carried(recipe: Path, run: Path, machines: dict[str, Machine], kill: bool) -> float:
+def carried(recipe: Path, run: Path, machines: dict[str, Machine], ranks: int, kill: bool) -> float:
     """The campaign to its end, perhaps with kills; the seconds it took."""
     command = [sys.executable, "-m", "beringia", "campaign", str(recipe), "--out", str(run), "--json"]
     for label, machine in machines.items():
         for key, value in machine.chip.items():
             command += ["--set", f"chips.{label}.{key}={json.dumps(value)}"]
+    command += ["--set", f"chips.second-lot.ranks={ranks}"]
     started = time.perf_counter()
     left = list(KILLS) if kill else []
     log = run.parent / "campaign.log"
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/r2-nano.toml"))
     parser.add_argument("--python", default=None, help="of the second chip")
+    parser.add_argument("--ranks", type=int, default=1, help="of the second chip; with more its collectives are probed")
     parser.add_argument("--no-kills", action="store_true", help="only the story without kills")
     options = parser.parse_args()
     # Not resolved: a venv's interpreter is a link, and is known by its place.
@@ -160,10 +162,10 @@ def main() -> None:
         "benchmark": "two-machines",
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {usable_cores()} cores",
-        "story": measure(options.recipe, python, kill=False),
+        "story": measure(options.recipe, python, options.ranks, kill=False),
     }
     if not options.no_kills:
-        result["with_kills"] = measure(options.recipe, python, kill=True)
+        result["with_kills"] = measure(options.recipe, python, options.ranks, kill=True)
     print(json.dumps(result, indent=None if options.json else 2))
     stories = [result["story"], *([result["with_kills"]] if "with_kills" in result else [])]
     sys.exit(0 if all(all(story["holds"].values()) for story in stories) else 1)
