@@ -12,7 +12,7 @@ import pytest
 import torch
 from small_runs import small_recipe
 
-from beringia.checkpoint.directory import CheckpointDirectory
+from beringia.checkpoint.directory import CheckpointDirectory, Owner
 from beringia.checkpoint.store import CheckpointStore
 from beringia.errors import TransferFailed
 from beringia.processes.patient_pipe import PatientPipe
@@ -24,6 +24,7 @@ from beringia.records.recipe import Recipe, parse_recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.remote_root import RemoteRoot
 
+OWNER = Owner(None, frozenset({"r"}))
 CHECKS = (CleanCheck(site="layers.0", replica=0, step=9),)
 
 
@@ -44,7 +45,7 @@ class Machines:
         self.there = CheckpointDirectory(RunDirectory(directory / "there").checkpoints)
         write_text(self.run.resolved_recipe, "{}")
         write_text(self.run.epoch, "4")
-        self.root = RemoteRoot("first", self.recipe, self.run, epoch=4)
+        self.root = RemoteRoot("first", self.recipe, self.run, epoch=4, owner=OWNER)
         self._store = CheckpointStore(
             self.there.root, epoch=4, epoch_file=None, keep=10, recipe_hash="r", chip_identity="c"
         )
@@ -155,7 +156,7 @@ def test_state_goes_there_with_everything_that_the_order_names(tmp_path: Path) -
         machines.root.receive(machines.save(step))
     machines.told()
     third = Machines(tmp_path / "third machine")
-    sender = RemoteRoot("first", third.recipe, machines.run, epoch=4)
+    sender = RemoteRoot("first", third.recipe, machines.run, epoch=4, owner=OWNER)
     assert sender.send_state(order(machines, resume_step=8, canary_from=7)) is None
     assert [third.there.verify(step) for step in (7, 8)] == [machines.home.verify(step) for step in (7, 8)]
     assert RunDirectory(Path(third.root.root)).epoch.read_text() == "4"
@@ -167,7 +168,7 @@ def test_our_own_damaged_checkpoint_is_rejected_and_the_machine_is_not_to_blame(
     machines.told()
     (file,) = machines.home.path(7).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
-    root = RemoteRoot("first", machines.recipe, machines.run, epoch=4)
+    root = RemoteRoot("first", machines.recipe, machines.run, epoch=4, owner=OWNER)
     rejected = root.send_state(order(machines, resume_step=7))
     assert rejected is not None and rejected.step == 7 and file.name in rejected.message
 

@@ -9,7 +9,7 @@
     checkpoints/.step-000400.deleted/   a pruned checkpoint, about to go
     checkpoints/.step-000400.received/  being received from another machine (`archive.py`)
 
-Loading tensors is `store.py`'s part.
+What has another name, or was written by another run, is never touched. Loading tensors is `store.py`'s part.
 """
 
 from __future__ import annotations
@@ -41,6 +41,21 @@ _LEAVING = re.compile(r"\.(step-\d{6,})\.(replaced|deleted|received)")
 
 
 @dataclass(frozen=True)
+class Owner:
+    """A run, as the manifests of its checkpoints know it."""
+
+    run_identity: str | None
+    recipe_hashes: frozenset[str]
+    """What counts for manifests that name no run: older ones, and those written outside a run."""
+
+    def wrote(self, manifest: CheckpointManifest) -> bool:
+        """Whether the checkpoint is this run's."""
+        if manifest.run_identity is not None and self.run_identity is not None:
+            return manifest.run_identity == self.run_identity
+        return manifest.recipe_hash in self.recipe_hashes
+
+
+@dataclass(frozen=True)
 class CheckpointDirectory:
     """The checkpoints of one run. `root` need not exist yet."""
 
@@ -56,8 +71,28 @@ class CheckpointDirectory:
 
     def steps(self) -> list[int]:
         """Steps of complete checkpoints, ascending."""
-        found = (_STEP.fullmatch(path.parent.name) for path in self.root.glob(f"step-*/{MANIFEST}"))
-        return sorted(int(match[1]) for match in found if match)
+        found = (self._step(path.parent) for path in self.root.glob(f"step-*/{MANIFEST}"))
+        return sorted(step for step in found if step is not None)
+
+    def foreign(self, owner: Owner) -> list[Path]:
+        """What has the name of a checkpoint and is none of this run's, in order. A damaged manifest may be its own."""
+        named = (path for path in self.root.glob("step-*") if self._step(path) is not None)
+        return sorted(path for path in named if _foreign(path, owner))
+
+    def refuse_foreign(self, owner: Owner) -> None:
+        """Raise RunError where there is any."""
+        foreign = self.foreign(owner)
+        if foreign:
+            others = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+            raise RunError(
+                f"{foreign[0]}{others} is no checkpoint of this run, and would be in its way. "
+                "Move it elsewhere, or choose another directory."
+            )
+
+    def _step(self, path: Path) -> int | None:
+        """The step of a name as `path` gives it; None for any other name (`step-000400-good`)."""
+        match = _STEP.fullmatch(path.name)
+        return int(match[1]) if match and self.path(int(match[1])).name == path.name else None
 
     def manifest(self, step: int) -> CheckpointManifest:
         """The manifest of a complete checkpoint, checked against its digest. Raises CheckpointDamaged or RunError."""
@@ -106,10 +141,11 @@ class CheckpointDirectory:
         pending = [step for step in line if step > max(trusted_line, default=-1)]
         return set(line[max(0, len(line) - keep) :]) | set(trusted_line[-2:]) | set(trusted[-2:]) | set(pending[:1])
 
-    def prune(self, keep: int, newest: int | None = None) -> list[int]:
-        """Delete what need not be kept; returns the steps deleted. The caller makes sure that it may write here."""
+    def prune(self, keep: int, owner: Owner, newest: int | None = None) -> list[int]:
+        """Delete what need not be kept, of what the owner wrote; returns the steps deleted. The caller makes sure that
+        it may write here."""
         kept = self.kept_steps(keep, newest)
-        gone = [step for step in self.steps() if step not in kept]
+        gone = [step for step in self.steps() if step not in kept and not _foreign(self.path(step), owner)]
         for step in gone:
             self.discard(step)
         return gone
@@ -122,9 +158,12 @@ class CheckpointDirectory:
         sync_directory(self.root)
         shutil.rmtree(leaving)
 
-    def publish(self, step: int, epoch: int) -> Path:
-        """Rename what `epoch` has written into place; a checkpoint of the same step that was there goes."""
+    def publish(self, step: int, epoch: int, owner: Owner) -> Path:
+        """Rename what `epoch` has written into place; the owner's checkpoint of the same step that was there goes.
+        Raises RunError where another's is in the way."""
         final = self.path(step)
+        if final.exists() and _foreign(final, owner):
+            raise RunError(f"{final} is in the way: it is no checkpoint of this run. Move it elsewhere and go on.")
         replaced = self.root / f".{final.name}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
@@ -145,6 +184,15 @@ class CheckpointDirectory:
                 shutil.rmtree(path)
                 removed.append(path)
         return removed
+
+
+def _foreign(checkpoint: Path, owner: Owner) -> bool:
+    if not (checkpoint / MANIFEST).is_file():
+        return True
+    try:
+        return not owner.wrote(read_manifest(checkpoint))
+    except (CheckpointDamaged, RunError):
+        return False
 
 
 def read_manifest(checkpoint: Path) -> CheckpointManifest:

@@ -31,10 +31,11 @@ def read_epoch(epoch_file: Path) -> int:
     return int(content)
 
 
-def advance_epoch(epoch_file: Path) -> int:
-    """Take over: add one to the epoch, durably, and return it. Writers of older epochs are shut out from now on."""
+def advance_epoch(epoch_file: Path, above: int = 0) -> int:
+    """Take over: add one to the epoch, durably, and return it. Writers of older epochs are shut out from now on.
+    `above`: one that is known to have been in force, should the file be lost."""
     with _locked(epoch_file):
-        epoch = read_epoch(epoch_file) + 1
+        epoch = max(read_epoch(epoch_file), above) + 1
         write_text(epoch_file, f"{epoch}\n")
     return epoch
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from beringia.checkpoint import plan
-from beringia.checkpoint.directory import CheckpointDirectory
+from beringia.checkpoint.directory import CheckpointDirectory, Owner
 from beringia.checkpoint.epoch import holding_epoch
 from beringia.checkpoint.plan import State
 from beringia.checkpoint.rank_group import RankGroup
@@ -86,8 +86,8 @@ class CheckpointStore:
     >>> pending.result().state_hash
     >>> progress = store.load(400, state)                                  # into the live tensors
 
-    `epoch_file`: the run's; None publishes without asking (a notebook, an export). `process_group`: the job's, None for
-    one process. `chip`: needed for tensors that are not in host memory.
+    `run_identity`: of the run; None outside one. `epoch_file`: the run's; None publishes without asking (a notebook, an
+    export). `process_group`: the job's, None for one process. `chip`: needed for tensors that are not in host memory.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class CheckpointStore:
         keep: int,
         recipe_hash: str,
         chip_identity: str,
+        run_identity: str | None = None,
         process_group: dist.ProcessGroup | None = None,
         chip: Chip | None = None,
     ) -> None:
@@ -110,6 +111,7 @@ class CheckpointStore:
         """What the pause of a save is measured by."""
         self._epoch_file = epoch_file
         self._recipe_hash = recipe_hash
+        self._owner = Owner(run_identity, frozenset({recipe_hash}))
         self._chip_identity = chip_identity
         self._ranks = RankGroup(process_group)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="beringia-checkpoint")
@@ -203,7 +205,7 @@ class CheckpointStore:
     def prune(self) -> list[int]:
         """Delete all but the last `keep` and the last two trusted; done after each save too. Raises StaleEpoch."""
         with self._publishing():
-            return self.directory.prune(self.keep)
+            return self.directory.prune(self.keep, self._owner)
 
     def verify(self, step: int) -> CheckpointManifest:
         """Check every file. Raises CheckpointDamaged naming the first that is not as it was written."""
@@ -284,8 +286,8 @@ class CheckpointStore:
             return
         writer.finish(replace(layout.metadata, storage_data=manifest), [])
         with self._publishing():
-            self.directory.publish(step, self.epoch)
-            self.directory.prune(self.keep, newest=step)
+            self.directory.publish(step, self.epoch, self._owner)
+            self.directory.prune(self.keep, self._owner, newest=step)
 
     def _manifest(
         self, step: int, layout: _Layout, writer: StagedWriter, values: dict[str, int], progress: dict[str, Any]
@@ -309,6 +311,7 @@ class CheckpointStore:
             beringia=__version__,
             step=step,
             recipe_hash=self._recipe_hash,
+            run_identity=self._owner.run_identity,
             epoch=self.epoch,
             chip_identity=self._chip_identity,
             state_hash=state_hash,

@@ -90,6 +90,9 @@ class Situation:
     recent: deque[StepDone] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     """The last steps that count."""
 
+    futures: list[tuple[int, int]] = field(default_factory=list)
+    """Every future that a decision abandoned: its epoch, and the step after which it began."""
+
     transient_steps: list[int] = field(default_factory=list)
     """Steps at which transient faults struck the chip in use."""
     unanswered: int = 0
@@ -154,6 +157,10 @@ class Situation:
         """The last steps that led to `resume_step`, oldest first."""
         return [done for done in self.recent if done.step <= resume_step]
 
+    def abandoned(self, step: int, epoch: int) -> bool:
+        """Whether a decision went back behind this step after a worker of this epoch had done it."""
+        return any(epoch <= decided and step > after for decided, after in self.futures)
+
     def counts(self, step: int) -> bool:
         """Whether a step that was told of counts: it was done, and not abandoned since."""
         return any(stretch.first <= step <= stretch.last for stretch in reversed(self.stretches))
@@ -216,6 +223,8 @@ class Situation:
     def _fold_checkpoint(self, event: CheckpointWritten | CheckpointTrusted | CheckpointRejected) -> None:
         step = event.step
         if isinstance(event, CheckpointWritten):
+            if event.found:  # nobody may have told of its step either
+                self.step = max(self.step, step)
             self.complete[step] = event.state_hash
             self.damaged.discard(step)
             self.trusted.discard(step)
@@ -272,6 +281,7 @@ class Situation:
             self._leave_chip(decision)
         if decision.action != "stop":  # a stop that was not carried out must be decided again
             self.resume_step = decision.to_step
+            self.futures.append((decision.epoch, decision.to_step or 0))
             self._abandon_after(decision.to_step or 0)
             self.alarm = self.setback = None
 

@@ -134,6 +134,8 @@ class CheckpointWritten(Event):
     pause_seconds: float
     """How long training stood still for it."""
     write_seconds: float
+    found: bool = False
+    """It lay there: the worker that published it did not live to tell, or the events were lost."""
 
 
 class CheckpointTrusted(Event):

@@ -46,6 +46,8 @@ class CheckpointManifest(Record):
     beringia: str
     step: int
     recipe_hash: str
+    run_identity: str | None = None
+    """Hash of what makes the run this run (`records/recipe_identity.py`); null in older ones, and outside a run."""
     epoch: int
     """The epoch under which it was written."""
     chip_identity: str

@@ -25,6 +25,8 @@ class Order(Record):
     """All of it, its paths as the worker sees them: that may be another file system."""
     recipe_hash: str
     """The run's, whatever the paths are there."""
+    run_identity: str | None = None
+    """Hash of what makes the run this run; null for a greeting."""
     epoch: int
     resume_step: int | None
     """Checkpoint to go on from; null starts from the seeded initial state."""

@@ -42,6 +42,16 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def abandoned(self) -> Path:
+        """Checkpoints behind which the run went back, `step-<step>-<epoch>`, until a later one is trusted."""
+        return self.root / "set-aside" / "abandoned"
+
+    @property
+    def damaged(self) -> Path:
+        """Checkpoints that could not be loaded, `step-<step>-<epoch>`."""
+        return self.root / "set-aside" / "damaged"
+
+    @property
     def certificates(self) -> Path:
         """Signed certificates, `*.json`: which chips may train this run's model."""
         return self.root / "certificates"

@@ -74,6 +74,8 @@ def _start(situation: Situation, recipe: Recipe) -> Decision:
     first = next(label for label in recipe.train.prefer if label not in situation.tried)
     reason = "the chips that were not let train are asked again" if situation.decided else "first chip of train.prefer"
     target = situation.newest_trusted
+    if target is None and not situation.decided and situation.trouble is None:
+        target = situation.newest  # its events were lost: its checkpoints are all that is known
     return Decision(
         action="start", reason=reason, to_chip=first, to_step=target, lost_steps=situation.steps_after(target)
     )

@@ -12,7 +12,7 @@ from beringia.records.error_document import ErrorDocument
 from beringia.records.events import LEARNER, AnyEvent, Decision, Event, Fault, RunFinished, Unqualified
 from beringia.supervise.decide import decide
 from beringia.supervise.role import Role
-from beringia.supervise.run_files import discard_abandoned
+from beringia.supervise.run_checkpoints import set_aside, untold_checkpoints
 from beringia.supervise.supervision import Supervision
 from beringia.supervise.worker_life import WorkerLife
 
@@ -67,7 +67,10 @@ class Learner:
             self._life = None
 
     def _decide(self) -> None:
-        situation = self._supervision.log.situation()
+        supervision = self._supervision
+        for event in untold_checkpoints(supervision.run, supervision.log.situation(), supervision.owner):
+            self._append(event, chip=self.chip)
+        situation = supervision.log.situation()
         decision = decide(situation, self._supervision.recipe)
         assert decision is not None, "a finished run is noticed where it finishes"
         self._append(decision, chip=situation.chip)
@@ -85,7 +88,7 @@ class Learner:
         if waits and self._supervision.stop.signal is None:
             return
         epoch = self._supervision.lock.advance()
-        discard_abandoned(self._supervision.run, self._supervision.log.situation(), epoch)
+        set_aside(self._supervision.run, self._supervision.log.situation(), self._supervision.owner, epoch)
         self._life = WorkerLife(self._supervision)
         self._life.start()
 

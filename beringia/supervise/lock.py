@@ -18,16 +18,17 @@ from beringia.records.run_directory import RunDirectory
 
 
 class RunLock:
-    """Held while a supervisor works on a run directory. `epoch` is the number of the worker that may publish.
+    """Held while a supervisor works on a run directory. `epoch` is the number of the worker that may publish; it begins
+    above `above`, should the file be lost.
 
     Raises RunError when another process holds it.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, above: int = 0) -> None:
         run.root.mkdir(parents=True, exist_ok=True)
         self._run = run
         self._file = _lock_or_refuse(run.lock)
-        self.epoch = self.advance()
+        self.epoch = advance_epoch(run.epoch, above)
 
     def advance(self) -> int:
         """Begin the next epoch: whatever an earlier worker still tries to publish is refused from now on."""

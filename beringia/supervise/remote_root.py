@@ -13,7 +13,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from beringia.checkpoint.directory import CheckpointDirectory, read_manifest
+from beringia.checkpoint.directory import CheckpointDirectory, Owner, read_manifest
 from beringia.errors import CheckpointDamaged, InputError, RunError, TransferFailed
 from beringia.processes.child import lines_of, start
 from beringia.processes.command import Command
@@ -69,7 +69,7 @@ class SharedRoot:
 class RemoteRoot:
     """The chip's machine has a run directory of its own, at `chips.<label>.root`."""
 
-    def __init__(self, label: str, recipe: Recipe, run: RunDirectory, epoch: int) -> None:
+    def __init__(self, label: str, recipe: Recipe, run: RunDirectory, epoch: int, owner: Owner) -> None:
         chip = recipe.chips[label]
         assert chip.root is not None
         self.root = chip.root
@@ -77,6 +77,7 @@ class RemoteRoot:
         self._recipe = recipe
         self._run = run
         self._epoch = epoch
+        self._owner = owner
         hang = recipe.supervise.hang_seconds
         self._log = run.logs / f"{label}-{epoch}-transfer.log"
         # Its machine has answered before, or is about to be told that it does not: both are a matter of seconds.
@@ -180,8 +181,8 @@ class RemoteRoot:
             except (CheckpointDamaged, InputError, TransferFailed) as problem:
                 if attempt == _ATTEMPTS or self._closed:
                     raise TransferFailed(str(problem)) from problem
-        self._home.publish(step, self._epoch)
-        self._home.prune(self._recipe.train.keep, newest=step)
+        self._home.publish(step, self._epoch, self._owner)
+        self._home.prune(self._recipe.train.keep, self._owner, newest=step)
 
     def _mark_trusted(self, event: CheckpointTrusted) -> None:
         if event.step in self._home.steps():
@@ -197,9 +198,9 @@ class RemoteRoot:
         )
 
 
-def open_root(label: str, recipe: Recipe, run: RunDirectory, epoch: int) -> SharedRoot | RemoteRoot:
+def open_root(label: str, recipe: Recipe, run: RunDirectory, epoch: int, owner: Owner) -> SharedRoot | RemoteRoot:
     """The run directory on this chip's machine."""
-    return SharedRoot(run) if recipe.chips[label].root is None else RemoteRoot(label, recipe, run, epoch)
+    return SharedRoot(run) if recipe.chips[label].root is None else RemoteRoot(label, recipe, run, epoch, owner)
 
 
 def _compare(received: list[Offered], checkpoint: Path) -> CheckpointManifest:

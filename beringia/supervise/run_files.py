@@ -8,17 +8,15 @@ nothing.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from beringia.checkpoint.directory import CheckpointDirectory
+from beringia.checkpoint.directory import CheckpointDirectory, Owner
 from beringia.errors import RunError
 from beringia.history.log import EventLog
-from beringia.history.situation import Situation
-from beringia.records.events import AnyEvent, RecipeChanged
+from beringia.records.events import AnyEvent, Fallback, RecipeChanged
 from beringia.records.files import write_bytes
 from beringia.records.inputs import NO_INPUTS, Inputs, look_at_inputs
 from beringia.records.jsonl import read_lines
@@ -35,6 +33,11 @@ from beringia.records.recipe_identity import (
 from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.lock import RunLock
+from beringia.supervise.run_checkpoints import newest_epoch, owner_of
+
+_BEFORE_A_RUN = {"certificates", "logs", "ranks", "followed.json", "lock", "epoch", "epoch.lock"}
+"""What a new run's directory may hold: certificates that were put there, what a start that failed has left, and what
+other ranks of the same job write."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,22 @@ class TakenRun:
     """A run directory whose only writer is this process."""
 
     recipe: Recipe
-    identity: str
-    """Hash of what makes the run this run."""
+    owner: Owner
+    """What its checkpoints are known by."""
     lock: RunLock
     log: EventLog
 
 
 def examine_run(recipe: Recipe, run: RunDirectory) -> Examined:
-    """What the recipe means for this run directory. Touches nothing. Raises RunError where it is another run's."""
+    """What the recipe means for this run directory. Touches nothing. Raises RunError where it is another run's, or
+    holds what no run of ours put there."""
     begun = run.events.exists()  # looked at first: another rank's supervisor may be writing both, this one last
     if not run.resolved_recipe.exists():
         if begun:
             raise RunError(
                 f"{run.root} has events but no recipe: it is not a run directory of ours. Choose another with --out."
             )
+        _refuse_others(run)
         return Examined(settle(recipe, recipe.train.steps), NO_INPUTS)
     found = _recorded(run)
     before, now = (settle(one, found.train.horizon) for one in (found, recipe))
@@ -81,7 +86,9 @@ def examine_run(recipe: Recipe, run: RunDirectory) -> Examined:
             f"{run.root} holds a run of another recipe: {'; '.join(reasons)}. "
             "Give the recipe another name, choose another directory with --out, or remove the old run."
         )
-    return Examined(now, inputs, describe_change(changes, now, frozenset(before.chips)))
+    examined = Examined(now, inputs, describe_change(changes, now, frozenset(before.chips)))
+    CheckpointDirectory(run.checkpoints).refuse_foreign(_owner(examined, run))
+    return examined
 
 
 @contextmanager
@@ -90,20 +97,57 @@ def taking_run(
 ) -> Iterator[TakenRun]:
     """Hold the run directory's lock and log while the context lasts, with its recipe written down. Raises RunError."""
     examine_run(recipe, run)  # what is refused leaves even lock and epoch as they were
-    with RunLock(run) as lock:
+    with RunLock(run, above=newest_epoch(run.checkpoints)) as lock:
         examined = examine_run(recipe, run)
         if not run.resolved_recipe.exists():
             examined = replace(examined, inputs=look_at_inputs(recipe))
             _write_down(examined, recipe_text, run)
         log = EventLog(run, on_event)
         try:
+            if log.fold.length == 0 and CheckpointDirectory(run.checkpoints).steps():
+                log.append(_LOST_EVENTS, epoch=lock.epoch)
             # First in the log: killed in between, the change is told twice, and never lost.
             if examined.change is not None:
                 log.append(examined.change, epoch=lock.epoch)
             _write_down(examined, recipe_text, run)
-            yield TakenRun(examined.recipe, run_identity(examined.recipe, examined.inputs).hash, lock, log)
+            yield TakenRun(examined.recipe, _owner(examined, run), lock, log)
         finally:
             log.close()
+
+
+def _owner(examined: Examined, run: RunDirectory) -> Owner:
+    return owner_of(run, run_identity(examined.recipe, examined.inputs).hash)
+
+
+_LOST_EVENTS = Fallback(
+    what="history",
+    asked="events.jsonl",
+    used="the checkpoints",
+    reason="the run's events are gone: which chips it tried, and what went wrong on them, is not known any more",
+)
+
+
+def _refuse_others(run: RunDirectory) -> None:
+    """A new run's directory holds nothing of anybody else's."""
+    if run.root.exists() and not run.root.is_dir():
+        raise RunError(f"{run.root} is a file: choose a directory with --out.")
+    others = [path.name for path in sorted(run.root.glob("*")) if not _may_be_there(path, run)]
+    if others:
+        told = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise RunError(f"{run.root} holds {told}, and no run of ours: choose a new directory with --out.")
+
+
+def _may_be_there(path: Path, run: RunDirectory) -> bool:
+    if path.name in _BEFORE_A_RUN or path.name.startswith(".") or (path.is_dir() and not any(path.iterdir())):
+        return True
+    return path == run.inputs and _are_inputs(run)  # left by a start that was killed at once
+
+
+def _are_inputs(run: RunDirectory) -> bool:
+    try:
+        return bool(_recorded_inputs(run))
+    except (RunError, OSError):
+        return False
 
 
 def _write_down(examined: Examined, recipe_text: str, run: RunDirectory) -> None:
@@ -111,7 +155,7 @@ def _write_down(examined: Examined, recipe_text: str, run: RunDirectory) -> None
     if examined.change is not None and run.recipe.exists() and run.recipe.read_text() != recipe_text:
         number = 1 + len(run.earlier_recipes)
         write_bytes(run.root / f"recipe-{number}.toml", run.recipe.read_bytes())
-    if examined.change is not None or not run.resolved_recipe.exists():
+    if examined.change is not None:
         _write(run.recipe, recipe_text.encode())
     _write(run.inputs, canonical_json(examined.inputs))
     recipe, identity = examined.recipe, run_identity(examined.recipe, examined.inputs)
@@ -121,6 +165,9 @@ def _write_down(examined: Examined, recipe_text: str, run: RunDirectory) -> None
         "identity": {**identity.model_dump(mode="json"), "hash": identity.hash},
     }
     _write(run.resolved_recipe, canonical_json(document))
+    # Last in a new directory: what has a recipe.toml and no recipe.json is somebody else's.
+    if not run.recipe.exists():
+        _write(run.recipe, recipe_text.encode())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -154,21 +201,3 @@ def _recorded_inputs(run: RunDirectory) -> Inputs:
 def _opened(run: RunDirectory) -> frozenset[str]:
     """Labels of the chips that have worked for this run."""
     return frozenset(line["chip"] for _, line in read_lines(run.events) if line["kind"] == "chip")
-
-
-def discard_abandoned(run: RunDirectory, situation: Situation, epoch: int) -> None:
-    """Remove what dead writers left, and checkpoints after the step that the run goes on from: their future was given
-    up.
-
-    One that could not be loaded is set aside instead, for whoever wants to know why.
-    """
-    CheckpointDirectory(run.checkpoints).clean(epoch)
-    kept = situation.resume_step or 0
-    for directory in sorted(run.checkpoints.glob("step-*")):
-        step = int(directory.name.removeprefix("step-"))
-        if step in situation.damaged:
-            aside = run.root / "set-aside" / f"{directory.name}-{len(list(run.root.glob('set-aside/*')))}"
-            aside.parent.mkdir(exist_ok=True)
-            directory.rename(aside)
-        elif step > kept:
-            shutil.rmtree(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from beringia.checkpoint.directory import Owner
 from beringia.history.log import EventLog
 from beringia.records.events import AnyEvent, Event
 from beringia.records.recipe import Recipe
@@ -17,6 +18,8 @@ class Supervision:
     """One life of a supervisor over a run."""
 
     recipe: Recipe
+    owner: Owner
+    """What the run's checkpoints are known by."""
     run: RunDirectory
     lock: RunLock
     log: EventLog

@@ -50,13 +50,13 @@ def supervise(
     with taking_run(recipe, recipe_text, run, on_event) as taken, meeting_other_ranks(run):
         try:
             with stopping_on_signals() as stop:
-                supervision = Supervision(taken.recipe, run, taken.lock, taken.log, stop)
-                return _carry(supervision, taken.identity, beside)
+                supervision = Supervision(taken.recipe, taken.owner, run, taken.lock, taken.log, stop)
+                return _carry(supervision, beside)
         finally:
             lead(run, None)
 
 
-def _carry(supervision: Supervision, identity: str, beside: Sequence[MakeRole]) -> RunFinished:
+def _carry(supervision: Supervision, beside: Sequence[MakeRole]) -> RunFinished:
     """Ask the roles in turn until the learner says that the run is over."""
     recipe, log = supervision.recipe, supervision.log
     if log.fold.finished:
@@ -71,7 +71,7 @@ def _carry(supervision: Supervision, identity: str, beside: Sequence[MakeRole]) 
         beringia=__version__,
         steps=recipe.train.steps,
         prefer=recipe.train.prefer,
-        run_identity=identity,
+        run_identity=supervision.owner.run_identity or "",
     )
     supervision.append(started, role=LEARNER)
     others = [make(supervision) for make in beside]

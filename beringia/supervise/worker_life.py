@@ -15,6 +15,7 @@ from beringia.records.events import (
     TRANSFER,
     UNREACHABLE,
     AnyEvent,
+    CheckpointTrusted,
     ChipOpened,
     Event,
     Fallback,
@@ -31,6 +32,7 @@ from beringia.supervise.crossing import CrossingInProgress
 from beringia.supervise.follower import RankReports, lead
 from beringia.supervise.next_order import order_for
 from beringia.supervise.remote_root import open_root
+from beringia.supervise.run_checkpoints import drop_abandoned
 from beringia.supervise.supervision import Supervision
 from beringia.supervise.training_worker import start_worker
 
@@ -46,7 +48,7 @@ class WorkerLife:
         self._label = situation.chip
         epoch = self._epoch = supervision.lock.epoch
         run = supervision.run
-        self._root = open_root(self._label, supervision.recipe, run, epoch)
+        self._root = open_root(self._label, supervision.recipe, run, epoch, supervision.owner)
         self._crossing = CrossingInProgress.of(situation, time.monotonic())
         self._other_ranks = RankReports(run, epoch)
         self._order: Order | None = None
@@ -67,8 +69,9 @@ class WorkerLife:
         except (TransferFailed, InputError, StorageFull) as failure:
             self._fail(failure)
             return
-        self._order = order_for(recipe, self._situation, self._root.root, self._epoch)
-        self._order = self._order.model_copy(update={"recipe_hash": self._recipe.hash})
+        order = order_for(recipe, self._situation, self._root.root, self._epoch)
+        identity = self._supervision.owner.run_identity
+        self._order = order.model_copy(update={"recipe_hash": self._recipe.hash, "run_identity": identity})
         lead(self._run, self._order)
         try:
             self._child = start_worker(
@@ -188,6 +191,8 @@ class WorkerLife:
                 self._append(_another_chip(earlier.identity, stamped.identity))
             case StepDone():
                 self._stepped()
+            case CheckpointTrusted():
+                drop_abandoned(self._run, stamped.step)
             case _:
                 pass
         if self._crossing is not None:

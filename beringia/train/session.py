@@ -196,6 +196,7 @@ class Session:
             epoch_file=self.run.epoch,
             keep=self.recipe.train.keep,
             recipe_hash=self.order.recipe_hash,
+            run_identity=self.order.run_identity,
             chip_identity=self.chip.identity.hash,
             process_group=dist.group.WORLD if self.ranks.count > 1 else None,
             chip=self.chip,

@@ -10,6 +10,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from beringia.checkpoint.directory import CheckpointDirectory, Owner
 from beringia.chips.chip import Chip
 from beringia.chips.open import check_present, open_chip
 from beringia.errors import BeringiaError
@@ -33,6 +34,9 @@ def work(document: dict[str, Any], far_end: FarEnd) -> Ended:
         section = order.recipe.chips[order.chip]
         check_present(section.use, faults=section.faults)
         return Ended(why="done")
+    if far_end.root is not None:  # files of its own, which the supervisor does not see
+        owner = Owner(order.run_identity, frozenset({order.recipe_hash}))
+        CheckpointDirectory(RunDirectory(far_end.root).checkpoints).refuse_foreign(owner)
     far_end.channel.stop_on_signals()
     reporting = Reporting(far_end.channel)
     chip = _open(order, far_end.ranks)
