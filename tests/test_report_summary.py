@@ -9,6 +9,7 @@ import pytest
 from report_story import EMULATED, PROCESSOR, Story, write_story
 from rich.console import Console
 
+from beringia.records.events import CheckpointRejected, StepDone
 from beringia.report.history import read_history
 from beringia.report.summary import Summary, print_table, summarise
 
@@ -76,3 +77,27 @@ def test_a_run_that_never_evaluated_has_no_accuracy(tmp_path: Path) -> None:
     assert summary.accuracy is None
     assert summary.chips == ()
     assert printed(summary)[-1] == summary.report
+
+
+def test_what_was_lost_is_counted_from_what_happened(tmp_path: Path) -> None:
+    """Every sentence that nothing, or no state, was lost holds only where the record bears it out."""
+    story = Story(tmp_path / "run", steps=60)
+    story.begin()
+    story.decide("start", "first", to_chip="fallback")
+    story.open("fallback")
+    story.train(1, 20)
+    unharmed = summarise(read_history(story.run.root))
+    assert unharmed.answer.endswith("; no step was lost.") and unharmed.lost == "0 steps of work, no state"
+    story.decide("retry", "exit", to_step=10, lost_steps=10, to_chip="fallback")
+    story.train(11, 20)
+    assert "10 steps of work were lost, no state was lost." in summarise(read_history(story.run.root)).answer
+    story.tell(CheckpointRejected(step=20, file=None, message="damaged"))
+    story.decide("retry", "damaged", to_step=None, lost_steps=20, to_chip="fallback")
+    story.tell(StepDone(step=1, loss=None, gradient_norm=None, learning_rate=0, tokens=1, seconds=1, cursor=1))
+    lost = summarise(read_history(story.end()))
+    assert lost.answer.endswith(
+        "; 30 steps of work were lost, the run began again from step 0 once, 1 checkpoint could not be used, "
+        "the loss was no finite number in 1 step."
+    )
+    assert (lost.lost_steps, lost.unusable_checkpoints, lost.restarts_from_0, lost.steps_without_loss) == (30, 1, 1, 1)
+    assert "no state" not in "\n".join(printed(lost))

@@ -6,7 +6,7 @@ Plain text; escaping is the template's business. A chip is never named without i
 from __future__ import annotations
 
 from beringia.report.history import History, same_state
-from beringia.report.words import count
+from beringia.report.toll import toll_of
 
 
 def chip_name(history: History, label: str | None) -> str:
@@ -27,7 +27,8 @@ def answer(history: History) -> str:
     """What a tired person wants to know, in one sentence."""
     if history.status == "empty":
         return f"{history.name} has not started: its record is empty."
-    return f"{history.name} {_standing(history)}{_travelled(history)}; {_lost(history)}."
+    lost = toll_of(history).words(done=history.status == "done")
+    return f"{history.name} {_standing(history)}{_travelled(history)}; {lost}."
 
 
 def _standing(history: History) -> str:
@@ -55,11 +56,3 @@ def _travelled(history: History) -> str:
             f"at step {event.step:,} with {same}"
         )
     return ": it " + ", then ".join(parts)
-
-
-def _lost(history: History) -> str:
-    lost = history.lost_steps
-    if lost == 0:
-        return "no step was lost"
-    again = "done again" if history.status == "done" else "lost"
-    return f"{count(lost, 'step')} of work {'was' if lost == 1 else 'were'} {again}, no state was lost"

@@ -15,6 +15,7 @@ from beringia.records.record import Record
 from beringia.records.run_directory import RunDirectory
 from beringia.report.answer import answer
 from beringia.report.history import Chip, History, same_state
+from beringia.report.toll import toll_of
 from beringia.report.words import duration, percent, short_hash, significant
 
 TABLE_COLUMNS = 100
@@ -119,7 +120,15 @@ class Summary(Record):
     unqualified: tuple[QualificationSummary, ...]
     """Chips without a certificate, in the order in which they were opened, each once."""
     lost_steps: int
-    """Work since the last trusted checkpoint that was thrown away, over all decisions."""
+    """Steps that were done and thrown away, over all decisions."""
+    lost: str
+    """All that was lost, in words."""
+    unusable_checkpoints: int
+    """Checkpoints that could not be loaded."""
+    restarts_from_0: int
+    """How often all of the work was thrown away."""
+    steps_without_loss: int
+    """Steps that count, and whose loss is no finite number."""
     alarms: tuple[AlarmSummary, ...]
     loss: float | None
     """Held-out loss, nats per token."""
@@ -130,7 +139,7 @@ class Summary(Record):
 
 def summarise(history: History) -> Summary:
     """The run as one object."""
-    held_out = history.held_out
+    held_out, toll = history.held_out, toll_of(history)
     return Summary(
         name=history.name,
         status=history.status,
@@ -143,7 +152,11 @@ def summarise(history: History) -> Summary:
         crossings=_crossings(history),
         decisions=_decisions(history),
         unqualified=_unqualified(history),
-        lost_steps=history.lost_steps,
+        lost_steps=toll.steps,
+        lost=toll.short(),
+        unusable_checkpoints=toll.unusable,
+        restarts_from_0=toll.from_the_start,
+        steps_without_loss=toll.no_number,
         alarms=_alarms(history),
         loss=held_out.event.loss if held_out else None,
         accuracy=_accuracy(history),
@@ -300,7 +313,7 @@ def _crossing_line(crossing: CrossingSummary) -> str:
 
 def _closing_lines(summary: Summary) -> list[str]:
     lines = [f"evidence  {_qualification_words(chip)}" for chip in summary.unqualified]
-    lines += [f"lost      {summary.lost_steps:,} steps of work, no state"]
+    lines += [f"lost      {summary.lost}"]
     if summary.accuracy is not None:
         lines.append(f"accuracy  {accuracy_words(summary.accuracy)}")
     if summary.loss is not None:
