@@ -53,6 +53,8 @@ def test_what_was_trained_answers_on_the_inference_chip_and_is_compared_with_the
 
 def test_one_interrupted_between_export_and_comparison_goes_on_and_answers_only_once(finished: Path) -> None:
     run = finished / "run"
+    card = run / "export" / "README.md"
+    card.write_text("what this model is for")
     kept = [event for event in events(run) if event.kind != "export"]
     (run / "events.jsonl").write_text("".join(event.model_dump_json() + "\n" for event in kept))
     again = beringia("campaign", str(run / "recipe.toml"), "--out", str(run), "--json")
@@ -60,6 +62,8 @@ def test_one_interrupted_between_export_and_comparison_goes_on_and_answers_only_
     (exported,) = of_kind(run, "export")
     assert exported.largest_difference <= exported.bound
     assert len(of_kind(run, "answers")) == 1
+    (aside,) = (run / "set-aside").glob("export-*")
+    assert (aside / "README.md").read_text() == "what this model is for" and not card.exists()
 
 
 def test_a_campaign_whose_own_signature_would_not_count_is_refused_before_it_qualifies(
@@ -84,6 +88,7 @@ def test_a_run_that_was_given_more_steps_is_exported_and_answers_anew(tmp_path: 
         assert done.returncode == 0, done.stderr + done.stdout
         weights.append((run / "export" / "model.safetensors").read_bytes())
     assert [[event.step for event in of_kind(run, kind)] for kind in ("export", "answers")] == [[6, 8], [6, 8]]
+    assert not (run / "set-aside").exists() or not list((run / "set-aside").glob("export-*"))
     assert weights[0] != weights[1] and "Changes of the recipe" in (run / "report.html").read_text()
 
 

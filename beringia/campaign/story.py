@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 from beringia.campaign.answers import answer
 from beringia.campaign.export import compare_with_transformers, export
@@ -42,14 +44,11 @@ def run_campaign(
 
 
 def _hand_on(run: RunDirectory, last_step: int, on_event: Callable[[AnyEvent], None] | None) -> None:
-    with RunLock(run) as lock:
-        log = EventLog(run, on_event)
+    with RunLock(run) as lock, closing(EventLog(run, on_event)) as log:
         exported = log.fold.last(Exported)
         if exported is not None and exported.step == last_step:
-            log.close()
             return
-        # Left by a campaign that was interrupted before it had compared and told of it, or of a run of fewer steps.
-        shutil.rmtree(run.export, ignore_errors=True)
+        earlier = _set_export_aside(run, lock.epoch)
         step = export(run, run.export)
         comparison = compare_with_transformers(run, run.export)
         log.append(
@@ -61,7 +60,7 @@ def _hand_on(run: RunDirectory, last_step: int, on_event: Callable[[AnyEvent], N
             ),
             epoch=lock.epoch,
         )
-        log.close()
+        _drop_what_was_replaced(earlier, run.export)
     if not comparison.same:
         raise Refusal(
             f"transformers computes other logits from {run.export} than Beringia: they differ by "
@@ -69,18 +68,31 @@ def _hand_on(run: RunDirectory, last_step: int, on_event: Callable[[AnyEvent], N
         )
 
 
+def _set_export_aside(run: RunDirectory, epoch: int) -> Path:
+    """An export of fewer steps, or of a campaign that was interrupted before it had compared and told of it, makes
+    room; returns where it is then."""
+    aside = run.set_aside / f"export-{epoch}"
+    if run.export.exists():
+        aside.parent.mkdir(exist_ok=True)
+        run.export.rename(aside)
+    return aside
+
+
+def _drop_what_was_replaced(earlier: Path, export: Path) -> None:
+    """Unless somebody has put files of his own beside ours."""
+    names = {path.name for path in earlier.glob("*")} if earlier.exists() else set()
+    if names <= {path.name for path in export.iterdir()}:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
 def _serve(
     recipe: Recipe, run: RunDirectory, finished: RunFinished, on_event: Callable[[AnyEvent], None] | None
 ) -> None:
     if recipe.serve.chip is None:
         return
-    with RunLock(run) as lock:
-        log = EventLog(run, on_event)
-        try:
-            before = log.fold.last(Answered)
-            if before is None or before.step != finished.step:
-                assert finished.chip is not None, "a run that is done was on a chip"
-                answered = answer(recipe, run, finished.chip, finished.step)
-                log.append(answered, epoch=lock.epoch, chip=recipe.serve.chip)
-        finally:
-            log.close()
+    with RunLock(run) as lock, closing(EventLog(run, on_event)) as log:
+        before = log.fold.last(Answered)
+        if before is None or before.step != finished.step:
+            assert finished.chip is not None, "a run that is done was on a chip"
+            answered = answer(recipe, run, finished.chip, finished.step)
+            log.append(answered, epoch=lock.epoch, chip=recipe.serve.chip)

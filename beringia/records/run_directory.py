@@ -42,14 +42,15 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
-    def abandoned(self) -> Path:
-        """Checkpoints behind which the run went back, `step-<step>-<epoch>`, until a later one is trusted."""
-        return self.root / "set-aside" / "abandoned"
+    def set_aside(self) -> Path:
+        """What made room, and is kept for whoever wants it: checkpoints that cannot be loaded, `step-<step>-<epoch>`;
+        exports with files of the user's own."""
+        return self.root / "set-aside"
 
     @property
-    def damaged(self) -> Path:
-        """Checkpoints that could not be loaded, `step-<step>-<epoch>`."""
-        return self.root / "set-aside" / "damaged"
+    def abandoned(self) -> Path:
+        """Checkpoints behind which the run went back, `step-<step>-<epoch>`, until a later one is trusted."""
+        return self.set_aside / "abandoned"
 
     @property
     def certificates(self) -> Path:

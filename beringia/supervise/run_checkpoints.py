@@ -76,7 +76,7 @@ def set_aside(run: RunDirectory, situation: Situation, owner: Owner, epoch: int)
     for step in directory.steps():
         path = directory.path(step)
         if path not in foreign and (step in situation.damaged or step > kept):
-            place = run.damaged if step in situation.damaged else run.abandoned
+            place = run.set_aside if step in situation.damaged else run.abandoned
             _move(path, place / f"{path.name}-{epoch}")
 
 
