@@ -63,8 +63,9 @@ print(json.dumps({"imported": imported, "beyond": peak - imported, "held": held,
 _OURS = "import beringia.model"
 _RUN = """
 from pathlib import Path
-from beringia.campaign.export import export, load_recipe, load_trained
+from beringia.campaign.export import export, load_trained
 from beringia.records.run_directory import RunDirectory
+from beringia.supervise.run_files import recorded_recipe
 """
 _THEIRS = "from transformers import AutoModelForCausalLM, LlamaForCausalLM"
 
@@ -73,7 +74,7 @@ CASES = {
     "load bfloat16": (_OURS, "model = beringia.load(sys.argv[1], dtype=torch.bfloat16)"),
     "run float32": (
         _RUN,
-        "run = RunDirectory(Path(sys.argv[2])); model, _ = load_trained(run, load_recipe(run))",
+        "run = RunDirectory(Path(sys.argv[2])); model, _ = load_trained(run, recorded_recipe(run))",
     ),
     "export float32": (_RUN, "export(RunDirectory(Path(sys.argv[2])), Path(sys.argv[3])); model = None"),
     "transformers float32": (

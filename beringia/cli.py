@@ -7,7 +7,11 @@ Every verb takes `--json`: one JSON object on standard output and nothing else t
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -68,10 +72,11 @@ def campaign(
 
     with _progress(parsed) as on_event:
         summary = run_campaign(parsed, recipe.read_text(), run, on_event=on_event)
-    if as_json:
-        print(summary.model_dump_json())
-    else:
-        print_table(summary, _console())
+    with _whether_or_not_read():
+        if as_json:
+            print(summary.model_dump_json())
+        else:
+            print_table(summary, _console())
     _exit_if_stopped(summary.status, summary.signal)
 
 
@@ -96,16 +101,18 @@ def train(
 
     try:
         with _progress(parsed) as on_event:
-            supervise(parsed, recipe.read_text(), run, on_event=on_event, beside=candidates(parsed, candidate or []))
+            beside = candidates(parsed, candidate or [])
+            finished = supervise(parsed, recipe.read_text(), run, on_event=on_event, beside=beside)
     finally:
         if run.events.exists():
             write_report(run.root)
     summary = summarise(read_history(run.root))
-    if as_json:
-        print(summary.model_dump_json())
-    else:
-        print_table(summary, _console())
-    _exit_if_stopped(summary.status, summary.signal)
+    with _whether_or_not_read():
+        if as_json:
+            print(summary.model_dump_json())
+        else:
+            print_table(summary, _console())
+    _exit_if_stopped(finished.status, finished.signal)
 
 
 @app.command()
@@ -441,6 +448,7 @@ def chips(context: typer.Context, as_json: JsonOption = False) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a verb, turns our errors into a sentence and an exit code."""
+    _open_closed_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = app(arguments, standalone_mode=False)
@@ -452,6 +460,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read standard output has enough
+        _read_no_more()
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of click's usage errors: a bug, with its traceback
             raise
@@ -497,7 +508,29 @@ def _explain(sentence: str, kind: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": kind, "message": sentence}))
     else:
-        print(f"beringia: {sentence}", file=sys.stderr)
+        with suppress(BrokenPipeError):
+            print(f"beringia: {sentence}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _whether_or_not_read() -> Iterator[None]:
+    """What is printed last may find no reader (`| head`); the exit code says how the run ended all the same."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _read_no_more()
+
+
+def _read_no_more() -> None:
+    """Nobody reads standard output: the interpreter must not try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+    """A shell's `>&-` leaves none; what is printed goes nowhere then."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _exit_if_stopped(status: str, signal: int | None) -> None:
@@ -506,10 +539,10 @@ def _exit_if_stopped(status: str, signal: int | None) -> None:
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from beringia.progress import PatientConsole
 
     # Where nobody watches there is no width to ask for: the tables are made for this many columns.
-    return Console() if sys.stdout.isatty() else Console(width=_LOG_COLUMNS)
+    return PatientConsole() if sys.stdout.isatty() else PatientConsole(width=_LOG_COLUMNS)
 
 
 def _progress(recipe: Recipe) -> Any:

@@ -6,6 +6,7 @@ BeringiaError                     1  our fault, or something nobody foresaw
 │   ├── ChipUnavailable              a chip that is not here, is unknown, or lacks what was asked of it
 │   ├── ModelError                   a model directory or preset that cannot be used
 │   ├── DataError                    data or tokenizer that cannot be used
+│   ├── NotWritable                  a place that cannot be written to (read-only, of another user, a file)
 │   ├── RunError                     a run directory that cannot be used (locked, of another recipe, not a run)
 │   └── HandshakeError               two sides whose versions or schemas do not match, or a worker that did not start
 ├── Refusal                       3  a negative verdict, or a run given up
@@ -58,6 +59,12 @@ class DataError(InputError):
     """Data or a tokenizer that cannot be used."""
 
     code = "data"
+
+
+class NotWritable(InputError):
+    """A place that cannot be written to."""
+
+    code = "not-writable"
 
 
 class RunError(InputError):

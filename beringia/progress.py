@@ -34,10 +34,18 @@ from beringia.records.events import (
 from beringia.records.recipe import Recipe
 
 
+class PatientConsole(Console):
+    """One whose reader may go away: rich would end the process then, and a run with it."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more."""
+        self.quiet = True
+
+
 @contextmanager
 def showing_progress(recipe: Recipe) -> Iterator[Callable[[AnyEvent], None]]:
     """A function to call with every event while the context lasts."""
-    console = Console(stderr=True)
+    console = PatientConsole(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -15,6 +15,9 @@ import pytest
 from small_runs import beringia, final_hash, of_kind, small_recipe, start, worker_of, write_recipe
 from waiting import until
 
+from beringia.data.tokenizer import load_tokenizer
+from beringia.model import load_model, save_model
+
 
 def refused(tmp_path: Path, document: dict[str, Any], *arguments: str) -> str:
     """The sentence with which `beringia train` refuses a recipe."""
@@ -279,3 +282,132 @@ def test_a_machine_that_is_broken_for_a_while_in_mid_run_costs_time_and_nothing_
     alone = str(write_recipe(tmp_path, small_recipe(name="alone")))
     assert beringia("train", alone, "--out", str(tmp_path / "alone-run")).returncode == 0
     assert final_hash(run) == final_hash(tmp_path / "alone-run")
+
+
+def test_a_label_that_would_leave_the_run_directory_is_refused(tmp_path: Path) -> None:
+    chips = {'"../../evil"': {"use": "cpu"}}
+    assert "'../../evil'" in refused(tmp_path, small_recipe(chips=chips, train={"prefer": ["../../evil"]}))
+
+
+@pytest.mark.parametrize("root", ["", "relative/root"])
+def test_a_root_that_is_no_whole_path_is_refused(tmp_path: Path, root: str) -> None:
+    sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "root": root}}))
+    assert f"chips.first.root is {root!r}" in sentence and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seconds", ["inf", "1e10", "-1", "nan"])
+def test_a_time_that_no_system_call_takes_is_refused(tmp_path: Path, seconds: str) -> None:
+    sentence = refused(tmp_path, small_recipe(), "--set", f"supervise.hang_seconds={seconds}")
+    assert "supervise.hang_seconds" in sentence
+
+
+def test_a_directory_where_a_recipe_is_meant_is_named(tmp_path: Path) -> None:
+    done = beringia("train", str(tmp_path))
+    assert done.returncode == 2 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_out_that_is_a_file_or_below_one_is_one_sentence(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, small_recipe()))
+    (tmp_path / "file").write_text("a user's")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        done = beringia("train", recipe, "--out", str(out))
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert (tmp_path / "file").read_text() == "a user's"
+
+
+@pytest.mark.parametrize("content", ["", "seven", "-1"])
+def test_an_epoch_that_is_no_number_says_what_to_do_and_that_helps(tmp_path: Path, content: str) -> None:
+    recipe, run = str(write_recipe(tmp_path, small_recipe(train={"steps": 4}))), tmp_path / "run"
+    assert beringia("train", recipe, "--out", str(run)).returncode == 0
+    (run / "epoch").write_text(content)
+    more = ("train", recipe, "--out", str(run), "--set", "train.steps=8")
+    done = beringia(*more)
+    assert done.returncode == 2 and "Remove it and give the same command again" in done.stderr
+    (run / "epoch").unlink()
+    assert beringia(*more).returncode == 0
+    epochs = [event.epoch for event in of_kind(run, "step")]
+    assert epochs == sorted(epochs) and epochs[-1] > epochs[0]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"SLURM_PROCID": "x", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "x", "SLURM_STEP_ID": "0"},
+        {"RANK": "\u00b2", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "junk"},
+        {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        },
+    ],
+)
+def test_variables_that_no_launcher_stands_behind_are_one_sentence_at_once(
+    tmp_path: Path, left: dict[str, str]
+) -> None:
+    done = beringia("train", str(write_recipe(tmp_path, small_recipe())), "--out", str(tmp_path / "run"), **left)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "env -u" in done.stderr
+
+
+def test_a_batch_script_of_slurms_is_no_task_of_its_own(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, small_recipe(train={"steps": 4})))
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
+    assert beringia("train", recipe, "--out", str(tmp_path / "run"), **batch).returncode == 0
+
+
+def test_a_banner_that_does_not_end_its_line_hides_nothing(tmp_path: Path) -> None:
+    launch = [script(tmp_path, "printf 'Welcome '; exec \"$@\"")]
+    document = small_recipe(chips={"first": {"use": "cpu", "launch": launch}}, train={"steps": 4})
+    done = beringia("train", str(write_recipe(tmp_path, document)), "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert any("Welcome" in log.read_text() for log in (tmp_path / "run" / "logs").glob("*.log"))
+
+
+@pytest.mark.parametrize("closed", ["2>&1 | head -n 1", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path, closed: str) -> None:
+    recipe, run = str(write_recipe(tmp_path, small_recipe(train={"steps": 8}))), tmp_path / "run"
+    line = f"set -o pipefail; {sys.executable} -m beringia train {recipe} --out {run} {closed}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and of_kind(run, "finish")[-1].status == "done"
+
+
+def test_two_runs_do_not_share_a_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    document = small_recipe(chips={"first": {"use": "cpu", "root": str(root)}}, train={"steps": 4})
+    recipe = str(write_recipe(tmp_path, document))
+    assert beringia("train", recipe, "--out", str(tmp_path / "one")).returncode == 0
+    there = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    refusal = beringia("train", recipe, "--out", str(tmp_path / "other"))
+    assert refusal.returncode == 2 and "holds the files of another run" in refusal.stderr
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == there
+    assert beringia("train", recipe, "--out", str(tmp_path / "one"), "--set", "train.steps=6").returncode == 0
+
+
+def test_nothing_of_ours_is_left_in_the_users_places(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    size = load_tokenizer("digits").vocabulary_size
+    save_model(load_model("r2-nano", seed=1, vocabulary_size=size), model)
+    before = {path.name for path in model.iterdir()}
+    document = small_recipe(
+        model={"path": str(model)},
+        chips={"first": {"use": "cpu", "root": str(tmp_path / "root")}},
+        data={"tokenizer": "digits"},
+        train={"steps": 4},
+    )
+    del document["model"]["preset"]
+    done = beringia("train", str(write_recipe(tmp_path, document)), "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in model.iterdir()} == before
+
+
+def test_events_of_a_later_schema_are_not_read_as_if_they_were_ours(tmp_path: Path) -> None:
+    recipe, run = str(write_recipe(tmp_path, small_recipe(train={"steps": 4}))), tmp_path / "run"
+    assert beringia("train", recipe, "--out", str(run)).returncode == 0
+    log = run / "events.jsonl"
+    log.write_text(log.read_text().replace('"schema_version":3', '"schema_version":4', 1))
+    done = beringia("train", recipe, "--out", str(run), "--set", "train.steps=8")
+    assert done.returncode == 2 and "line 1" in done.stderr and "schema_version" in done.stderr

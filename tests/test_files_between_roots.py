@@ -102,7 +102,7 @@ def exchange(
 
 
 def move(here: Path, there: Path, cut_after: int = 2**40) -> tuple[Any, Any]:
-    offered = listing(here, files_below(here), remember=False)
+    offered = listing(here, files_below(here))
     return exchange(
         lambda goes, answers: send(here, offered, goes, answers),
         lambda came, answers: receive(there, came, answers),
@@ -189,24 +189,24 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch
     monkeypatch.setattr(index, "_RESTED_SECONDS", 0.0)
     write(tmp_path, {"a": b"one", "b": b"two"})
     time.sleep(0.05)  # until the file system's clock has moved on
-    listing(tmp_path, ["a", "b"], remember=True)
-    listing(tmp_path, ["a", "b"], remember=True)
+    listing(tmp_path, ["a", "b"], memory=tmp_path / INDEX)
+    listing(tmp_path, ["a", "b"], memory=tmp_path / INDEX)
     assert reads == ["a", "b"]
     write(tmp_path, {"b": b"owt"})
-    found = listing(tmp_path, ["a", "b"], remember=True)
+    found = listing(tmp_path, ["a", "b"], memory=tmp_path / INDEX)
     assert reads == ["a", "b", "b"] and found[1].sha256 == hashlib.sha256(b"owt").hexdigest()
 
 
 def test_a_file_that_has_just_been_written_is_not_remembered(tmp_path: Path) -> None:
     """It could be written again within the file system's clock tick, and keep its times."""
     write(tmp_path, {"a": b"one"})
-    listing(tmp_path, ["a"], remember=True)
+    listing(tmp_path, ["a"], memory=tmp_path / INDEX)
     assert not (tmp_path / INDEX).exists()
 
 
 def test_a_damaged_memory_is_no_memory(tmp_path: Path) -> None:
     write(tmp_path, {"a": b"one", INDEX: b"[not json"})
-    assert HashIndex(tmp_path).sha256("a") == hashlib.sha256(b"one").hexdigest()
+    assert HashIndex(tmp_path, tmp_path / INDEX).sha256("a") == hashlib.sha256(b"one").hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from small_runs import beringia, events, final_hash, of_kind
 
+from beringia.checkpoint.directory import digest_line
 from beringia.errors import RunError
 from beringia.records.events import StepDone
 from beringia.records.recipe import read_recipe
+from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.run_files import examine_run, taking_run
 
@@ -251,3 +253,36 @@ def test_a_recipe_on_disk_that_cannot_be_read_is_said_to_be_so(here: Path) -> No
         run.resolved_recipe.write_text(content)
         with pytest.raises(RunError, match=r"recipe\.json is not a recipe that this version of Beringia knows"):
             examine_run(read_recipe(Path("stopped.toml")), run)
+
+
+def test_a_relative_path_means_what_it_meant_where_the_run_was_begun(
+    here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another directory, where there is nothing at that path, the run goes on; where something else is, it is
+    refused by name."""
+    assert train("stopped").returncode == 0
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    again = ("train", str(here / "stopped.toml"), "--out", str(here / "stopped"))
+    done = beringia(*again, "--set", "train.steps=64")
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(here / "model", elsewhere / "model")
+    config = elsewhere / "model" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    refused = beringia(*again, "--set", "train.steps=68")
+    assert refused.returncode == 2 and "model.path" in refused.stderr and "config.json" in refused.stderr
+
+
+def test_the_state_that_is_loaded_is_the_one_that_the_events_tell_of(here: Path) -> None:
+    """Another state in a checkpoint's place, with a manifest that fits it, is rejected; the run goes back further."""
+    assert train("stopped").returncode == 0
+    run = here / "stopped"
+    newest = max((run / "checkpoints").glob("step-*"))
+    document = json.loads((newest / "manifest.json").read_text())
+    document["state_hash"] = "0" * 64
+    content = canonical_json(document)
+    (newest / "manifest.json").write_bytes(content)
+    (newest / "manifest.json.sha256").write_bytes(digest_line(content))
+    assert train("stopped", "train.steps=64").returncode == 0
+    (rejected,) = of_kind(run, "rejected")
+    assert "the run's events say" in rejected.message and list((run / "set-aside").glob(f"{newest.name}-*"))

@@ -105,3 +105,20 @@ def test_a_chip_that_the_recipe_does_not_have_cannot_be_qualified(tmp_path: Path
     done = beringia("train", recipe, "--out", str(tmp_path / "run"), "--qualify", "third")
     assert done.returncode == 2 and "'third' is to be qualified, but the recipe's chips are" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_candidate_of_a_run_that_is_done_is_qualified_once(tmp_path: Path) -> None:
+    """`--qualify` asks for a certificate: whether the run is done, or was stopped while it waited for that."""
+    recipe, run = str(write_recipe(tmp_path, roles_recipe(4))), tmp_path / "run"
+    assert beringia("train", recipe, "--out", str(run)).returncode == 0
+    asked = ("train", recipe, "--out", str(run), "--qualify", "second", "--qualify", "second")
+    with start(*asked) as process:
+        until(lambda: [event for event in of_kind(run, "decision") if event.role == CANDIDATE], "the candidate's start")
+        process.terminate()
+    assert process.returncode == 143 and not (run / "certificates" / "second.json").exists()
+    for _ in range(2):
+        assert beringia(*asked).returncode == 0
+    assert [event.chip for event in of_kind(run, "qualified")] == ["second"]
+    assert [event.step for event in of_kind(run, "step")] == [1, 2, 3, 4]

@@ -77,7 +77,7 @@ def _tensor(tokens: list[int]) -> torch.Tensor:
 def _run(recipe: Recipe, run: RunDirectory, label: str, prompts: list[list[int]], *, max_tokens: int | None) -> Answers:
     """One chip's process, in its own interpreter."""
     section = recipe.chips[label]
-    command = chip_command(label, section, _WORK)
+    command = chip_command(label, section, _WORK, run)
     log = run.answers / f"{label}.log"
     model, faults = str(run.export), section.faults
     if section.root is not None:

@@ -24,7 +24,7 @@ def candidates(recipe: Recipe, labels: Sequence[str]) -> list[MakeRole]:
         if label not in recipe.chips:
             known = ", ".join(map(repr, recipe.chips))
             raise RecipeError(f"{label!r} is to be qualified, but the recipe's chips are {known}.")
-    return [_candidate(label) for label in labels]
+    return [_candidate(label) for label in dict.fromkeys(labels)]
 
 
 def _candidate(label: str) -> MakeRole:
@@ -38,6 +38,8 @@ def _candidate(label: str) -> MakeRole:
             patience = Patience(silence_seconds=PATIENCE_SECONDS)
             return start(Command(name, _WORK), order, run.logs / f"candidate-{label}.log", patience=patience)
 
-        return Beside(name, label, supervision, begin)
+        # The same command again, on a run that is done, asks for what it had not got.
+        over = supervision.log.fold.finished and (run.certificates / f"{label}.json").exists()
+        return Beside(name, label, supervision, begin, over=over)
 
     return make

@@ -5,7 +5,6 @@ Reads the run directory; writes the directory it is told to, complete or not at 
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from beringia.errors import RunError
 from beringia.model import Decoder, config_of, filled, load_model, save_model
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
+from beringia.supervise.run_files import recorded_recipe
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,13 +51,6 @@ class Comparison:
         return self.largest_difference <= self.bound
 
 
-def load_recipe(run: RunDirectory) -> Recipe:
-    """The recipe of a run directory. Raises RunError."""
-    if not run.resolved_recipe.exists():
-        raise RunError(f"{run.root} is not a run directory: it has no {run.resolved_recipe.name}.")
-    return Recipe.model_validate_json(json.dumps(json.loads(run.resolved_recipe.read_text())["recipe"]))
-
-
 def load_trained(run: RunDirectory, recipe: Recipe, step: int | None = None) -> tuple[Decoder, int]:
     """The model of a run at a checkpoint (default: the newest), on the CPU in float32: its weights alone are read.
 
@@ -79,7 +72,7 @@ def load_trained(run: RunDirectory, recipe: Recipe, step: int | None = None) -> 
 
 def export(run: RunDirectory, directory: Path, step: int | None = None) -> int:
     """Write the checkpoint of `step` (default: the newest) with its tokenizer; returns the step. Raises RunError."""
-    recipe = load_recipe(run)
+    recipe = recorded_recipe(run)
     decoder, step = load_trained(run, recipe, step)
     tokenizer = choose_tokenizer(recipe.data, recipe.model)
     if decoder.config.eos_token_id is None:  # a preset's: whoever generates from it would not stop at the end
@@ -110,7 +103,7 @@ def compare_with_transformers(run: RunDirectory, directory: Path) -> Comparison:
     # It lists the multi-token layer as unexpected, which it does not implement: expected here, and no news.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    recipe = load_recipe(run)
+    recipe = recorded_recipe(run)
     tokenizer = choose_tokenizer(recipe.data, recipe.model)
     stream = open_stream(recipe.data, seed=recipe.seed, directory=run.data, split="held-out", tokenizer=tokenizer)
     tokens_BT = stream.samples(0, COMPARED_SAMPLES).tokens_BT

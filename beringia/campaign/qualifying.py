@@ -37,7 +37,7 @@ def qualify_chips(
     _trusted_key(recipe, run)
     with taking_run(recipe, recipe_text, run, on_event) as taken:
         for label in missing:
-            taken.log.append(qualify_chip(recipe, run, label), epoch=taken.lock.epoch, chip=label)
+            taken.log.append(qualify_chip(taken.recipe, run, label), epoch=taken.lock.epoch, chip=label)
 
 
 def _trusted_key(recipe: Recipe, run: RunDirectory) -> Ed25519PrivateKey:
@@ -59,7 +59,7 @@ def qualify_chip(
 ) -> Qualified:
     """Qualify one chip for the run's model, write its certificate into the run directory, and tell of it."""
     key = _trusted_key(recipe, run)
-    request = request_for(recipe, label)
+    request = request_for(recipe, run, label)
     directory = run.root / "qualify"
     bundle = reference_for(request, directory, say)
     certificate = qualify(request, bundle, say)
@@ -71,7 +71,7 @@ def qualify_chip(
     return _event(certificate, run, label)
 
 
-def request_for(recipe: Recipe, label: str) -> Request:
+def request_for(recipe: Recipe, run: RunDirectory, label: str) -> Request:
     """What the recipe asks of a chip, as a request to qualify it."""
     section = recipe.chips[label]
     model = recipe.model.preset or recipe.model.path
@@ -85,7 +85,7 @@ def request_for(recipe: Recipe, label: str) -> Request:
         compute_dtype=None if compute == "auto" else compute,
         longest=max(2056, _LENGTHS_TIMES * recipe.data.sequence_length),
         collectives=section.ranks > 1,
-        command=chip_command(label, section),
+        command=chip_command(label, section, run=run),
     )
 
 

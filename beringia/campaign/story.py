@@ -19,6 +19,7 @@ from beringia.report.history import read_history
 from beringia.report.page import write_report
 from beringia.report.summary import Summary, summarise
 from beringia.supervise.lock import RunLock
+from beringia.supervise.run_files import recorded_recipe
 from beringia.supervise.supervisor import supervise
 
 
@@ -36,7 +37,7 @@ def run_campaign(
         finished = supervise(recipe, recipe_text, run, on_event=on_event)
         if finished.status == "done":
             _hand_on(run, finished.step, on_event)
-            _serve(recipe, run, finished, on_event)
+            _serve(recorded_recipe(run), run, finished, on_event)
     finally:
         if run.events.exists():
             write_report(run.root)

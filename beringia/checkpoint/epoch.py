@@ -14,19 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from beringia.errors import StaleEpoch
-from beringia.records.files import write_text
+from beringia.errors import RunError, StaleEpoch
+from beringia.records.files import reporting_storage, write_text
 
 
 def read_epoch(epoch_file: Path) -> int:
-    """The epoch in force; 0 where there is no file yet. Raises StaleEpoch if the file does not hold a number."""
+    """The epoch in force; 0 where there is no file yet. Raises RunError if the file does not hold a number."""
     try:
         content = epoch_file.read_text()
     except FileNotFoundError:
         return 0
     if not content.strip().isdecimal():
-        raise StaleEpoch(
-            f"{epoch_file} does not hold the number of an epoch but {content[:20]!r}; nothing is published."
+        raise RunError(
+            f"{epoch_file} does not hold the number of an epoch but {content[:20]!r}: it was altered or damaged. "
+            "Remove it and give the same command again: the number goes on from events and checkpoints."
         )
     return int(content)
 
@@ -56,8 +57,10 @@ def holding_epoch(epoch_file: Path, epoch: int) -> Iterator[None]:
 @contextmanager
 def _locked(epoch_file: Path) -> Iterator[None]:
     # A file of its own: the epoch file is replaced by renaming, which would leave the lock on a dead inode.
-    epoch_file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(epoch_file.with_name(f"{epoch_file.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = epoch_file.with_name(f"{epoch_file.name}.lock")
+    with reporting_storage(lock):
+        epoch_file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

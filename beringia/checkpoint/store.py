@@ -35,7 +35,7 @@ from beringia.errors import BeringiaError, CheckpointDamaged, RunError
 from beringia.numerics.keyed_sum import KeyedSumKernel, open_kernel
 from beringia.numerics.state_hash import combine, hash_tensor
 from beringia.records.error_document import ErrorDocument
-from beringia.records.files import reporting_full_disk
+from beringia.records.files import reporting_storage
 from beringia.records.manifest import MANIFEST_SCHEMA, CheckpointManifest, Chunk, FileEntry, TrustMark
 from beringia.version import __version__
 
@@ -277,7 +277,7 @@ class CheckpointStore:
         self._cleaned = True
 
     def _write_files(self, writer: StagedWriter, layout: _Layout) -> None:
-        with reporting_full_disk(writer.directory):
+        with reporting_storage(writer.directory):
             writer.directory.mkdir(parents=True, exist_ok=True)
         writer.write_data(layout.plan, layout.planner).wait()
 

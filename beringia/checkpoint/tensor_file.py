@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 
 from beringia.checkpoint.directory import damaged, open_checked
-from beringia.records.files import reporting_full_disk
+from beringia.records.files import reporting_storage
 from beringia.records.manifest import FileEntry
 
 PIECE_BYTES = 1 << 20
@@ -95,7 +95,7 @@ def write_hashed(directory: Path, layout: TensorFile, content: memoryview) -> Fi
     """Write header and data, hashing in the same pass, and flush to the disk. Raises StorageFull."""
     path = directory / layout.name
     hashed = hashlib.sha256(layout.header)
-    with reporting_full_disk(path), open(path, "wb", buffering=0) as file:
+    with reporting_storage(path), open(path, "wb", buffering=0) as file:
         _write_all(file, memoryview(layout.header))
         for start in range(0, layout.data_bytes, PIECE_BYTES):
             piece = content[start : min(start + PIECE_BYTES, layout.data_bytes)]
@@ -109,7 +109,7 @@ def write_streamed(directory: Path, layout: TensorFile, content: Iterable[memory
     """Write header and data, which comes in pieces in the order of the slots, and flush to the disk. Raises
     StorageFull."""
     path = directory / layout.name
-    with reporting_full_disk(path), open(path, "wb", buffering=0) as file:
+    with reporting_storage(path), open(path, "wb", buffering=0) as file:
         _write_all(file, memoryview(layout.header))
         for piece in content:
             _write_all(file, piece)

@@ -82,13 +82,14 @@ class _Survey:
 
 
 def _find(folder: Path, settings: PackSettings, directory: Path) -> Packed | None:
-    """What is packed already and still true to its sources; without sources (another machine) it is taken as it is."""
+    """What is packed already and still true to its sources, wherever they lie now; without sources (another machine) it
+    is taken as it is."""
     for path in sorted(directory.glob(f"*/{MANIFEST}")):
         try:
             manifest = PackManifest.model_validate_json(path.read_text())
         except ValidationError:  # damaged, or of another version: packed again
             continue
-        if manifest.settings != settings or manifest.folder != str(folder):
+        if manifest.settings != settings:
             continue
         if not folder.exists():
             note = f"{folder} is not here: its packed tokens are used, as they were packed."

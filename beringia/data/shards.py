@@ -22,7 +22,7 @@ from beringia.data.counter import Booleans, Integers
 from beringia.data.documents import DataKind
 from beringia.data.tasks import Split
 from beringia.errors import DataError
-from beringia.records.files import reporting_full_disk, sha256_of_file
+from beringia.records.files import reporting_storage, sha256_of_file
 from beringia.records.manifest import FileEntry
 from beringia.records.record import Record, canonical_hash
 
@@ -141,7 +141,7 @@ class ShardWriter:
         self._open, self._tokens = {}, 0
 
     def _write(self, part: str, values: NDArray[Any]) -> None:
-        with reporting_full_disk(self._path(part)):
+        with reporting_storage(self._path(part)):
             if part not in self._open:
                 self._open[part] = (open(self._path(part), "wb"), hashlib.sha256())  # noqa: SIM115 - until close
             file, digest = self._open[part]
@@ -150,7 +150,7 @@ class ShardWriter:
 
     def _finish(self, part: str) -> FileEntry:
         file, digest = self._open[part]
-        with reporting_full_disk(self._path(part)):
+        with reporting_storage(self._path(part)):
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()

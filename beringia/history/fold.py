@@ -25,6 +25,8 @@ class Fold:
     def __init__(self, events: Iterable[AnyEvent] = ()) -> None:
         self.length = 0
         """Events so far."""
+        self.epoch = 0
+        """The latest of any event."""
         self.status: Status = "empty"
         self.message = ""
         """Why the run ended; empty while it goes on."""
@@ -56,6 +58,7 @@ class Fold:
     def add(self, event: AnyEvent) -> None:
         """Take the next event."""
         self.length += 1
+        self.epoch = max(self.epoch, event.epoch)
         self._last[type(event)] = event
         if isinstance(event, _ABOUT_ALL_ROLES):
             self._fold_for_all(event)

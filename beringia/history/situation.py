@@ -29,6 +29,7 @@ from beringia.records.events import (
     ChipOpened,
     Crossing,
     Decision,
+    Evaluated,
     Fault,
     RecipeChanged,
     Resumed,
@@ -87,6 +88,8 @@ class Situation:
     """Those of them that are trusted."""
     damaged: set[int] = field(default_factory=set)
     """Checkpoints that could not be loaded and have not been written anew."""
+    evaluated: set[int] = field(default_factory=set)
+    """Steps whose state was evaluated."""
     recent: deque[StepDone] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     """The last steps that count."""
 
@@ -178,6 +181,8 @@ class Situation:
                 self._fold_step(event)
             case CheckDone():
                 pass
+            case Evaluated():
+                self.evaluated.add(event.step)
             case CheckpointWritten() | CheckpointTrusted() | CheckpointRejected():
                 self._fold_checkpoint(event)
             case Alarm():
@@ -213,6 +218,7 @@ class Situation:
         self.step = step
         self.complete = {at: state_hash for at, state_hash in self.complete.items() if at <= step}
         self.trusted &= self.complete.keys()
+        self.evaluated = {at for at in self.evaluated if at <= step}
         while self.recent and self.recent[-1].step > step:
             self.recent.pop()
         while self.stretches and self.stretches[-1].first > step:

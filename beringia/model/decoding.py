@@ -8,7 +8,7 @@ B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,8 +34,10 @@ def sample(
     end_token: int | None,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """New tokens for each prompt, int64 on the CPU; a finished row is filled with `end_token`.
+    """New tokens for each prompt, int64 on the CPU; a finished row is filled with `end_token`. `beat` is called before
+    each token.
 
     Draws by adding Gumbel noise to the logits over `temperature`; 0 takes the most likely token.
     """
@@ -46,6 +48,7 @@ def sample(
     new: list[torch.Tensor] = []
     done_B = torch.zeros(len(prompts_BT), dtype=torch.bool)
     while len(new) < max_new_tokens and not bool(done_B.all()):
+        beat()
         next_B = _pick(decoder.logits(tokens_BT, cache)[:, -1].cpu(), temperature, generator)
         if end_token is not None:
             next_B = next_B.masked_fill(done_B, end_token)

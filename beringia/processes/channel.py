@@ -22,6 +22,8 @@ from beringia.processes.protocol import Go, Heartbeat, Job, Line, Stop, to_far_e
 from beringia.processes.words import ORPHANED_STATUS
 from beringia.records.record import Record
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Channel:
     """Messages over standard input and output. Make one per process, before anything else prints."""
@@ -52,8 +54,15 @@ class Channel:
         def note(number: int, frame: FrameType | None) -> None:
             self.stop_requested.set()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, note)
+
+    def end_on_signals(self) -> None:
+        """They end this process, as they do any; now, if one came already."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if self.stop_requested.is_set():
+            signal.raise_signal(signal.SIGTERM)
 
     def send(self, message: Record) -> None:
         """Send one message, as one line."""
@@ -61,6 +70,11 @@ class Channel:
         with self._lock:
             while line:
                 line = line[os.write(self.output, line) :]
+
+    def end_line(self) -> None:
+        """What a launch prefix has printed, and has not ended, is no part of a message."""
+        with self._lock:
+            os.write(self.output, b"\n")
 
     def line(self, record: Record) -> None:
         """Send a fact of the work. Raises ValueError for a number that JSON cannot carry."""

@@ -194,11 +194,6 @@ class Child:
         signal_group(self._process, signal.SIGKILL)
 
     @property
-    def failed(self) -> bool:
-        """Whether it ended by an error."""
-        return self._process.poll() not in (None, 0)
-
-    @property
     def pid(self) -> int:
         """Of the process that was started: the prefix's, where there is one."""
         return self._process.pid
@@ -234,13 +229,16 @@ class Child:
     def _parsed(self, line: bytes) -> FromFarEnd | None:
         # A launch prefix may print a banner (ssh does): what is not a message goes to the log.
         try:
-            return from_far_end.validate_json(line)
+            message = from_far_end.validate_json(line)
+            if self.hello is not None or isinstance(message, Hello | Ended):
+                return message
         except ValidationError:
-            if self._logged_bytes < _LOGGED_BYTES:
-                self._logged_bytes += len(line)
-                with open(self.log, "ab") as log:
-                    log.write(line + b"\n")
-            return None
+            pass
+        if line and self._logged_bytes < _LOGGED_BYTES:
+            self._logged_bytes += len(line)
+            with open(self.log, "ab") as log:
+                log.write(line + b"\n")
+        return None
 
     def _asks(self) -> bool:
         return self._last_words().endswith(_QUESTION_ENDS)
@@ -295,6 +293,7 @@ def start(
     job = Job(
         work=work.model_dump(mode="json"),
         root=command.root,
+        owner=command.owner,
         ranks=ranks,
         stacks=stacks,
         patience_seconds=patience.silence_seconds,

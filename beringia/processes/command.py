@@ -48,6 +48,8 @@ class Command:
     """A file of `launchers/`."""
     root: str | None = None
     """Where its files lie on that machine; None: it sees ours."""
+    owner: str | None = None
+    """Whose that root is: a word of the owner's own. A root belongs to whom it was first used for."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of the process there."""
 
@@ -68,6 +70,14 @@ class Command:
 
 def check_command(command: Command) -> None:
     """Refuse at once what cannot start: an unknown launcher, or what that finds wrong. Raises HandshakeError."""
+    words = {"launch": " ".join(command.launch), "python": command.python or "", "root": command.root or ""}
+    for key, word in words.items():
+        if "\0" in word:
+            raise HandshakeError(f"{command.name}.{key} holds a NUL character, which no command line can.")
+    if command.root is not None and not command.root.startswith("/"):
+        raise HandshakeError(
+            f"{command.name}.root is {command.root!r}: give its whole path on that machine, beginning with '/'."
+        )
     _launcher(command).check(command)
 
 

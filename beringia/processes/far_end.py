@@ -5,7 +5,8 @@ belongs to messages alone: what a library prints there goes to standard error. D
 wants several ranks on this machine, torchrun starts this module once for each, and this process hands lines on to them.
 
 A module of work has `work(document, far_end) -> Ended`, where `document` is its own record as JSON. A module that sets
-`READS_BYTES = True` reads standard input itself, as bytes, after its job.
+`READS_BYTES = True` reads standard input itself, as bytes, after its job. One that sets `STOPS = True` looks at
+`channel.stop_requested`; any other is ended by a signal as any program is.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from beringia.processes.channel import Channel, Watchdog
 from beringia.processes.command import Command
 from beringia.processes.endings import kill_marked
 from beringia.processes.launchers import torchrun
-from beringia.processes.patience import JOB_SECONDS, STOP_SECONDS
+from beringia.processes.patience import JOB_SECONDS, OWNER_SECONDS, STOP_SECONDS
 from beringia.processes.protocol import JOB_VARIABLE, MARK_VARIABLE, Ended, Hello, Job, Ready, schemas
 from beringia.processes.ranks import Ranks, ranks_from_environment
 from beringia.records.error_document import ErrorDocument
 from beringia.version import __version__
+
+OWNER_MARK = ".beringia-run"
+"""In a root: whose it is."""
 
 
 class FarEnd:
@@ -68,6 +72,7 @@ def main(module: str) -> NoReturn:
     """Do one job."""
     started = time.perf_counter()
     channel = Channel()
+    channel.stop_on_signals()  # at once: the starter may be told the same, and what ends is then no death
     ranks: Ranks | None = None
     far_end: FarEnd | None = None
     try:
@@ -75,6 +80,7 @@ def main(module: str) -> NoReturn:
         if ranks is not None:
             channel.rank = ranks.rank
         if ranks is None or ranks.first:
+            channel.end_line()
             channel.send(_hello())
         job = _job(channel, ranks)
         _settle_in(job)
@@ -162,6 +168,24 @@ def _settle_in(job: Job) -> None:
             f"Nothing can be written to the root {root} on {platform.node()}: {error.strerror}. "
             "Make it writable, or choose another."
         ) from None
+    _claim(root, job.owner)
+
+
+def _claim(root: Path, owner: str | None) -> None:
+    """A root belongs to the first that uses it: two runs in one would mix their states."""
+    mark = root / OWNER_MARK
+    if owner is not None:
+        with contextlib.suppress(FileExistsError), open(mark, "x") as file:
+            file.write(owner)
+    found = mark.read_text() if mark.exists() else owner
+    if found == "":  # another process is writing it
+        time.sleep(OWNER_SECONDS)
+        found = mark.read_text()
+    if found != owner:
+        raise RunError(
+            f"The root {root} on {platform.node()} holds the files of another run: give each run a root of its own, or "
+            "remove what lies there."
+        )
 
 
 def _work(module: str, far_end: FarEnd, started: float) -> Ended:
@@ -169,6 +193,8 @@ def _work(module: str, far_end: FarEnd, started: float) -> Ended:
     channel.watchdog = far_end.watchdog()
     try:
         imported = importlib.import_module(module)
+        if not getattr(imported, "STOPS", False):
+            channel.end_on_signals()
         if not getattr(imported, "READS_BYTES", False):
             channel.listen()
         if far_end.ranks.first:
@@ -190,7 +216,8 @@ def _be_parent_of_ranks(module: str, job: Job, channel: Channel) -> int:
     process = subprocess.Popen(torchrun.argv(command), stdin=subprocess.PIPE, stdout=channel.output, env=environment)
     assert process.stdin is not None
     threading.Thread(target=_hand_on, args=(channel, process.stdin, process), daemon=True).start()
-    return process.wait()
+    status = process.wait()
+    return status if status >= 0 else 128 - status  # as a shell says which signal it was
 
 
 def _hand_on(channel: Channel, ranks: IO[bytes], process: subprocess.Popen[bytes]) -> None:

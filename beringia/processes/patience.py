@@ -17,6 +17,9 @@ QUESTION_SECONDS = 2.0
 """A launch prefix whose last words look like a question, and which has said nothing for so long, waits for an answer
 that nobody gives. A banner that ends in a colon is followed by more within this time."""
 
+OWNER_SECONDS = 0.5
+"""The few bytes that say whose a root is are written within so long of their file's being there."""
+
 PEERS_SECONDS = 30.0
 """Ranks that one launcher starts come within so long of each other, before anything is loaded."""
 
@@ -28,6 +31,10 @@ STOP_SECONDS = 2.0
 
 KILLED_SECONDS = 10.0
 """A killed process is gone when the kernel has freed its memory; with hundreds of gigabytes that takes seconds."""
+
+TOGETHER_SECONDS = 1.0
+"""Whoever stops a job asks all of its processes, one after another; this one hears of it within so long of a child that
+was asked."""
 
 EXEC_SECONDS = 0.2
 """A process that has just been told to execute a program shows its environment within so long (milliseconds, on a

@@ -84,6 +84,8 @@ class Job(Record):
     """The work's own record, as JSON."""
     root: str | None = None
     """Where files of this work lie on the far end's machine; made there, where its parent is."""
+    owner: str | None = None
+    """Whose the root is; another's is refused."""
     ranks: int = 1
     """Processes to start there, one a device; a launch prefix may have started several already."""
     environment: dict[str, str] = {}

@@ -50,11 +50,11 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
         return _from_torchrun(environment)
     if "SLURM_PROCID" in environment and _slurm_tasks(environment) > 1:
         return Ranks(
-            rank=int(environment["SLURM_PROCID"]),
+            rank=_number(environment, "SLURM_PROCID"),
             count=_slurm_tasks(environment),
-            local=int(environment.get("SLURM_LOCALID", "0")),
+            local=_number(environment, "SLURM_LOCALID", "0"),
             address=environment.get("MASTER_ADDR") or _first_host(environment),
-            port=int(environment.get("MASTER_PORT") or _slurm_port(environment)),
+            port=_number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else _slurm_port(environment),
             source="Slurm (SLURM_PROCID, SLURM_NTASKS)",
             variables=("SLURM_PROCID", "SLURM_NTASKS"),
         )
@@ -67,7 +67,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Ranks | None:
     if missing and (environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")) == ("0", "1"):
         return None
     values = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    wrong = [name for name, value in values.items() if name not in missing and not value.isdigit()]
+    wrong = [name for name, value in values.items() if name not in missing and not _is_number(value)]
     if missing or wrong or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
         found = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
         unset = " ".join(f"-u {name}" for name in names if name in environment)
@@ -79,7 +79,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Ranks | None:
     return Ranks(
         rank=int(environment["RANK"]),
         count=int(environment["WORLD_SIZE"]),
-        local=int(environment.get("LOCAL_RANK", "0")),
+        local=_number(environment, "LOCAL_RANK", "0"),
         address=environment["MASTER_ADDR"],
         port=int(environment["MASTER_PORT"]),
         agent_hosts_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -89,10 +89,26 @@ def _from_torchrun(environment: Mapping[str, str]) -> Ranks | None:
 
 
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
-    """Tasks of the step that this process is in: an interactive shell's step has one, whatever its job has."""
-    if environment.get("SLURM_STEP_ID") in _NO_TASKS_OF_OURS:
+    """Tasks of the step that this process is in: a batch script is in none that `srun` has started, and an interactive
+    shell's step has one, whatever its job has."""
+    if environment.get("SLURM_STEP_ID", _NO_TASKS_OF_OURS[0]) in _NO_TASKS_OF_OURS:
         return 1
-    return int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1"))
+    name = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+    return _number(environment, name, "1")
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    value = environment.get(name, default)
+    if not _is_number(value):
+        raise InputError(
+            f"The environment has {name}={value!r}, which is no number that a launcher gives. Give the command without "
+            f"it: env -u {name} beringia ..."
+        )
+    return int(value)
+
+
+def _is_number(value: str) -> bool:
+    return value.isascii() and value.isdigit()
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
@@ -106,4 +122,4 @@ def _first_host(environment: Mapping[str, str]) -> str:
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
     # Jobs that share a node must not share a port; the job's number tells them apart.
-    return _SLURM_PORT_BASE + int(environment.get("SLURM_JOB_ID", "0")) % _SLURM_PORT_COUNT
+    return _SLURM_PORT_BASE + _number(environment, "SLURM_JOB_ID", "0") % _SLURM_PORT_COUNT

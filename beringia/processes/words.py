@@ -34,6 +34,17 @@ class Death:
     """Its prefix asked something."""
 
     @property
+    def by_stop_signal(self) -> bool:
+        """Whether it was asked to end (SIGTERM, SIGINT), itself or through its prefix."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        return self.status in {*(-number for number in numbers), *(128 + number for number in numbers)}
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether somebody ended it: no setting of the user's is to blame."""
+        return self.by_stop_signal or self.status == -signal.SIGKILL
+
+    @property
     def sentence(self) -> str:
         """Without a full stop: others add what they will do."""
         if self.question:
@@ -58,6 +69,8 @@ class Death:
 
 def how_ended(status: int) -> str:
     """A process's exit status in words."""
+    if 128 < status <= 128 + max(signal.Signals):
+        return f"status {status}, as after {how_ended(128 - status)}"
     if status >= 0:
         return f"status {status}"
     try:

@@ -34,7 +34,7 @@ from beringia.qualify.layers import Traffic
 from beringia.qualify.operators.watch import Call, Place
 from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent
 from beringia.records.certificate import ModelFingerprint
-from beringia.records.files import reporting_full_disk, sync_directory
+from beringia.records.files import reporting_storage, sync_directory
 from beringia.records.identity import ChipIdentity
 from beringia.records.record import Record
 from beringia.version import __version__
@@ -170,7 +170,7 @@ def error_key(module: str, operator: str, direction: str, ordinal: int) -> str:
 def _write_zip(path: Path, parts: Mapping[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with reporting_full_disk(path):
+    with reporting_storage(path):
         try:
             with open(aside, "wb") as file:
                 with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_FASTEST) as archive:

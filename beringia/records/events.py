@@ -18,6 +18,8 @@ from beringia.records.record import Record
 EVENTS_SCHEMA = 3
 """Lines of schema 2 are read too: they say nothing of roles, and are the learner's."""
 
+_OLDEST_SCHEMA = 2
+
 LEARNER = "learner"
 """The role that trains the run's model."""
 
@@ -33,7 +35,7 @@ TRANSFER = "transfer"
 class Event(Record):
     """What every event has. `sequence` counts lines from 0 without gaps."""
 
-    schema_version: int = EVENTS_SCHEMA
+    schema_version: int = Field(default=EVENTS_SCHEMA, ge=_OLDEST_SCHEMA, le=EVENTS_SCHEMA)
     sequence: int = -1
     time: float = 0.0
     """Seconds since 1970, UTC, on the supervisor's clock."""

@@ -1,6 +1,7 @@
 """Files that appear complete or not at all: written beside, flushed to the disk, renamed; directories likewise.
 
-A full disk becomes `StorageFull`, which names the path. Hashing is here too, since what is published is checked later.
+A full disk becomes `StorageFull`, a place that cannot be written to `NotWritable`; both name the path. Hashing is here
+too, since what is published is checked later.
 """
 
 from __future__ import annotations
@@ -9,23 +10,28 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from beringia.errors import StorageFull
+from beringia.errors import NotWritable, StorageFull
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 @contextmanager
-def reporting_full_disk(path: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" into `StorageFull`."""
+def reporting_storage(path: Path) -> Iterator[None]:
+    """Turn the operating system's "no space left" into `StorageFull`, and its refusals into `NotWritable`."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL_DISK:
             raise StorageFull(
                 f"The disk is full: could not write {path}. Free some space and run the same again."
+            ) from error
+        if error.errno in _NOT_WRITABLE:
+            raise NotWritable(
+                f"{path} cannot be written: {error.strerror}. Make it writable, or choose another."
             ) from error
         raise
 
@@ -41,9 +47,9 @@ def sync_directory(directory: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with reporting_full_disk(path):
+    with reporting_storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(aside, "wb") as file:
                 file.write(content)
@@ -51,8 +57,14 @@ def write_bytes(path: Path, content: bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(aside, path)
         finally:
-            aside.unlink(missing_ok=True)
-    sync_directory(path.parent)
+            remove(aside)
+        sync_directory(path.parent)
+
+
+def remove(aside: Path) -> None:
+    """Remove a file of ours, if it is there and can be: what went wrong before is what the user has to know."""
+    with suppress(OSError):
+        aside.unlink()
 
 
 def write_text(path: Path, content: str) -> None:
@@ -62,7 +74,7 @@ def write_text(path: Path, content: str) -> None:
 
 def publish_directory(aside: Path, final: Path) -> None:
     """Rename a completely written directory into place; its files must have been flushed already."""
-    with reporting_full_disk(final):
+    with reporting_storage(final):
         sync_directory(aside)
         os.rename(aside, final)
         sync_directory(final.parent)

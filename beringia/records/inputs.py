@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from beringia.records.files import sha256_of_file
-from beringia.records.recipe import Recipe
+from beringia.records.recipe import DataSection, ModelSection, Recipe
 from beringia.records.record import Record, canonical_hash
 
 INPUTS_SCHEMA = 1
@@ -39,6 +39,8 @@ class Input(Record):
 
     path: str
     """As the recipe has it."""
+    place: str | None = None
+    """The whole path, where it was last seen: where to look from another working directory."""
     files: tuple[InputFile, ...]
 
     @property
@@ -80,12 +82,36 @@ def look_at_inputs(recipe: Recipe, before: Inputs = NO_INPUTS) -> Inputs:
     return Inputs(inputs={key: _look(key, path, before.inputs.get(key)) for key, path in paths.items() if path})
 
 
+def placed(recipe: Recipe, inputs: Inputs) -> Recipe:
+    """The recipe with whole paths, where its inputs and fault scripts are seen: it means the same in any directory."""
+    places = {key: one.place for key, one in inputs.inputs.items() if one.place is not None}
+    model = {name: places.get(f"model.{name}", value) for name, value in recipe.model.model_dump().items()}
+    data = {name: places.get(f"data.{name}", value) for name, value in recipe.data.model_dump().items()}
+    chips = {label: chip.model_copy(update={"faults": _whole(chip.faults)}) for label, chip in recipe.chips.items()}
+    update = {"model": ModelSection(**model), "data": DataSection(**data), "chips": chips}
+    return recipe.model_copy(update=update)
+
+
+def _whole(path: str | None) -> str | None:
+    return str(Path(path).absolute()) if path is not None and Path(path).is_file() else path
+
+
 def _look(key: str, path: str, before: Input | None) -> Input:
     there = before if before is not None and before.path == path else None
     known = {file.name: file for file in there.files} if there is not None else {}
     suffixes = _MODEL_FILES if key in ("model.path", "data.tokenizer") else None
-    files = tuple(_look_at_file(name, file, known.get(name)) for name, file in _files(Path(path), suffixes))
-    return there if there is not None and not files else Input(path=path, files=files)
+    place = _place(path, there)
+    files = tuple(_look_at_file(name, file, known.get(name)) for name, file in _files(place, suffixes))
+    if there is not None and not files:
+        return there
+    return Input(path=path, place=str(place.absolute()) if files else None, files=files)
+
+
+def _place(path: str, before: Input | None) -> Path:
+    """Where a path of the recipe leads from here, or led when it was last seen."""
+    if not Path(path).exists() and before is not None and before.place is not None:
+        return Path(before.place)
+    return Path(path)
 
 
 def _look_at_file(name: str, file: Path, known: InputFile | None) -> InputFile:

@@ -12,22 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from beringia.records.files import reporting_full_disk
+from beringia.records.files import reporting_storage
 
 
 class JsonLinesWriter:
     """Appends records to a file, each flushed as a whole line. One writer per file, guarded by the caller's lock."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the writer
-        self._cut_torn_line()
+        with reporting_storage(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the writer
+            self._cut_torn_line()
 
     def append(self, record: dict[str, Any], *, durable: bool = False) -> None:
         """Append one record; `durable` waits until it is on the disk."""
         line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-        with reporting_full_disk(self.path):
+        with reporting_storage(self.path):
             self._file.write(line.encode())
             self._file.flush()
             if durable:

@@ -30,6 +30,8 @@ class Order(Record):
     epoch: int
     resume_step: int | None
     """Checkpoint to go on from; null starts from the seeded initial state."""
+    state_hashes: dict[int, str] = {}
+    """Of the checkpoints that this order names, as they were told of when they were written."""
     canary_from: int | None = None
     """Replay the steps from this checkpoint to `resume_step` first and hold them against the band; 0 is the initial
     state, null is no canary."""
@@ -41,6 +43,8 @@ class Order(Record):
     """The last steps before `resume_step`, oldest first, so that a spike is seen right after a restart too."""
     accepted_spikes: tuple[int, ...] = ()
     """Steps from which on a spike is no alarm for a while: it is known, and the training's own."""
+    evaluate: bool = False
+    """Evaluate the state that is loaded before anything else: an earlier worker did not get to the end of that."""
     greeting: bool = False
     """Say hello and whether the chip is here, and end: what is wrong with a chip that is needed later shows at once."""
 

@@ -7,6 +7,7 @@ every artefact. What may change while a run stays the same run is in `recipe_ide
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -16,6 +17,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from beringia.errors import RecipeError
 from beringia.records.certificate import PublicKey
 from beringia.records.record import Record, canonical_hash
+
+_LABEL = re.compile(r"\w[\w .+-]{0,99}")
+_LONGEST_SECONDS = 1e8
+"""Three years: what system calls take as a time-out."""
 
 
 class ModelSection(Record):
@@ -161,13 +166,13 @@ class SuperviseSection(Record):
     transient_window: int = Field(default=200, ge=1)
     rollbacks: int = Field(default=1, ge=0)
     """Rollbacks for alarms at one site on one chip before the run crosses."""
-    hang_seconds: float = Field(default=120.0, gt=0)
+    hang_seconds: float = Field(default=120.0, gt=0, le=_LONGEST_SECONDS)
     """No progress for this long is a hang: the stacks of every rank are written and the worker is ended."""
-    start_seconds: float = Field(default=300.0, gt=0)
+    start_seconds: float = Field(default=300.0, gt=0, le=_LONGEST_SECONDS)
     """Time a worker has to open its chip and load its state."""
-    restart_seconds: float = Field(default=5.0, ge=0)
+    restart_seconds: float = Field(default=5.0, ge=0, le=_LONGEST_SECONDS)
     """Pause before a machine that was in use and no longer answers is tried again; twice as long each time."""
-    grace_seconds: float = Field(default=30.0, gt=0)
+    grace_seconds: float = Field(default=30.0, gt=0, le=_LONGEST_SECONDS)
     """After SIGTERM or SIGINT, time to write a last checkpoint."""
 
 
@@ -187,6 +192,11 @@ class Recipe(Record):
 
     @model_validator(mode="after")
     def _labels_exist(self) -> Self:
+        for label in self.chips:
+            if not _LABEL.fullmatch(label):
+                raise ValueError(
+                    f"the chip's label {label!r} names files: use letters, digits, '.', '_', '-' and spaces"
+                )
         for label in self.train.prefer:
             if label not in self.chips:
                 raise ValueError(f"train.prefer names {label!r}, but the chips are {', '.join(map(repr, self.chips))}")
@@ -211,6 +221,10 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     except FileNotFoundError:
         raise RecipeError(
             f"There is no recipe at {path}. Give the path of a TOML file, e.g. recipes/r2-nano.toml."
+        ) from None
+    except OSError as error:
+        raise RecipeError(
+            f"{path} cannot be read as a recipe: {error.strerror}. Give the path of a TOML file."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}.") from None

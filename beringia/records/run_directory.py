@@ -29,6 +29,11 @@ class RunDirectory:
         return [numbered[number] for number in sorted(numbered)]
 
     @property
+    def identifier(self) -> Path:
+        """A word of this directory's own, drawn when the run began: it says whose a root on another machine is."""
+        return self.root / "run-id"
+
+    @property
     def inputs(self) -> Path:
         """The files that model, data and tokenizer are made of: size, time and hash of each."""
         return self.root / "inputs.json"

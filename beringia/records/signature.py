@@ -33,7 +33,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from beringia.errors import InputError, Refusal
 from beringia.records.certificate import PublicKey
-from beringia.records.files import reporting_full_disk, sync_directory, write_text
+from beringia.records.files import reporting_storage, sync_directory, write_text
 from beringia.records.record import Record, canonical_json
 
 T = TypeVar("T", bound=Record)
@@ -216,7 +216,7 @@ def _damaged(path: Path, record: type[Record], detail: str) -> InputError:
 def _create_key(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     content = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    with reporting_full_disk(path):
+    with reporting_storage(path):
         descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600 from the beginning
         try:
             with open(descriptor, "wb") as file:

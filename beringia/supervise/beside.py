@@ -18,15 +18,17 @@ from beringia.supervise.supervision import Supervision
 
 
 class Beside:
-    """One such role. `start` starts its process."""
+    """One such role. `start` starts its process; `over`: there is nothing left to do."""
 
-    def __init__(self, name: str, chip: str, supervision: Supervision, start: Callable[[], Child]) -> None:
+    def __init__(
+        self, name: str, chip: str, supervision: Supervision, start: Callable[[], Child], *, over: bool = False
+    ) -> None:
         self.name = name
         self._chip = chip
         self._supervision = supervision
         self._start = start
         self._child: Child | None = None
-        self._over = False
+        self._over = over
 
     @property
     def chip(self) -> str | None:

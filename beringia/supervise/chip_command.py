@@ -7,10 +7,12 @@ from pathlib import Path
 from beringia.processes.command import Command
 from beringia.processes.patience import Patience
 from beringia.records.recipe import ChipSection, SuperviseSection
+from beringia.records.run_directory import RunDirectory
 
 
-def chip_command(label: str, chip: ChipSection, module: str = "") -> Command:
-    """The command that runs a module where this chip is."""
+def chip_command(label: str, chip: ChipSection, module: str = "", run: RunDirectory | None = None) -> Command:
+    """The command that runs a module where this chip is, for a run (whose its root is then)."""
+    owner = run.identifier.read_text().strip() if run is not None and run.identifier.exists() else None
     return Command(
         name=f"chips.{label}",
         module=module,
@@ -18,6 +20,7 @@ def chip_command(label: str, chip: ChipSection, module: str = "") -> Command:
         launch=chip.launch,
         launcher=chip.launcher,
         root=chip.root,
+        owner=owner,
     )
 
 

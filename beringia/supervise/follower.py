@@ -12,25 +12,23 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beringia.errors import HandshakeError, InputError
 from beringia.processes.child import Child, Message
-from beringia.processes.patience import PEERS_SECONDS, POLL_SECONDS
-from beringia.processes.protocol import Line
+from beringia.processes.patience import END_SECONDS, POLL_SECONDS
+from beringia.processes.protocol import Line, Stop
 from beringia.processes.ranks import Ranks, ranks_from_environment
-from beringia.processes.words import last_lines
+from beringia.records.events import Fault
 from beringia.records.files import write_bytes
 from beringia.records.jsonl import JsonLinesWriter, read_lines
 from beringia.records.orders import Order
 from beringia.records.recipe import Recipe
 from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory
+from beringia.supervise.meeting import job_name, orders_file
+from beringia.supervise.stop_request import StopRequest
 from beringia.supervise.training_worker import start_worker
-
-_FOLLOWED = "followed.json"
 
 
 def rank_in(environment: Mapping[str, str] = os.environ) -> int:
@@ -39,75 +37,91 @@ def rank_in(environment: Mapping[str, str] = os.environ) -> int:
     return (ranks_from_environment(environment) or Ranks()).rank
 
 
-@contextmanager
-def meeting_other_ranks(run: RunDirectory) -> Iterator[None]:
-    """Before the first start: all ranks of the job show themselves in the run directory, while the context lasts.
-
-    Raises InputError where they do not come: variables that a launcher left in a shell look like a launcher's.
-    """
-    ranks = ranks_from_environment()
-    if ranks is None or ranks.count == 1:
-        yield
-        return
-    mine = _shown(run, ranks.rank)
-    write_bytes(mine, b"")
-    try:
-        _wait_for_others(run, ranks)
-        yield
-    finally:
-        mine.unlink(missing_ok=True)
-
-
-def _wait_for_others(run: RunDirectory, ranks: Ranks) -> None:
-    wanted = {rank for rank in range(ranks.count)} if ranks.first else {0}
-    deadline = time.monotonic() + PEERS_SECONDS
-    while missing := [rank for rank in sorted(wanted) if not _shown(run, rank).exists()]:
-        if time.monotonic() > deadline:
-            raise InputError(
-                f"{ranks.source} says that this is rank {ranks.rank} of {ranks.count}, but rank {missing[0]} has not "
-                f"come to {run.root} within {PEERS_SECONDS:g} s. Start all ranks, with a run directory that all of "
-                f"them see; or, if a launcher left its variables in this shell, give the command without them: "
-                f"env {' '.join(f'-u {name}' for name in ranks.variables)} beringia ..."
-            )
-        time.sleep(POLL_SECONDS)
-
-
-def _shown(run: RunDirectory, rank: int) -> Path:
-    return run.rank_report(0, rank).with_name(f"here-{_job()}-{rank}")
-
-
 def lead(run: RunDirectory, order: Order | None) -> None:
     """Tell the other ranks what to do; None is the end of the run."""
-    job = _job()
-    if job is not None:
-        write_bytes(
-            run.root / _FOLLOWED, canonical_json({"job": job, "order": order and order.model_dump(mode="json")})
-        )
+    if job_name() is not None:
+        write_bytes(orders_file(run), canonical_json({"order": order and order.model_dump(mode="json")}))
 
 
-def follow(recipe: Recipe, run: RunDirectory) -> None:
-    """Carry out the first rank's orders until it says that the run is over."""
-    current: Order | None = None
-    worker: Child | None = None
-    messages: Iterator[Message | None] = iter(())
+def follow(recipe: Recipe, run: RunDirectory, stop: StopRequest) -> None:
+    """Carry out the first rank's orders until it says that the run is over.
+
+    A wish to stop is handed on to the worker: all ranks save together, and the first one's supervisor, which is asked
+    too, ends the run. It is waited for as long as the recipe gives a worker.
+    """
+    following = _Following(recipe, run, stop)
     try:
-        while True:
-            told = _read(run.root / _FOLLOWED)
-            if told is not None and told["order"] is None:
-                return
-            if told is not None and (current is None or told["order"]["epoch"] != current.epoch):
-                if worker is not None:
-                    worker.end(0.0)
-                current = Order.model_validate_json(json.dumps(told["order"]))
-                worker = _start(recipe, run, current)
-                messages = _passing_on(worker, run.rank_report(current.epoch, rank_in()))
-            elif worker is not None and worker.failed:
-                raise HandshakeError(f"The worker of rank {rank_in()} failed: {last_lines(worker.log, 1)}.")
-            if next(messages, None) is None:
+        while not following.out_of_grace() and not following.over():
+            if not following.hears():
                 time.sleep(POLL_SECONDS)
     finally:
-        if worker is not None:
-            worker.end()
+        following.end()
+
+
+class _Following:
+    """One rank's worker after another, as the first rank's orders say."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest) -> None:
+        self._recipe, self._run, self._stop = recipe, run, stop
+        self._order: Order | None = None
+        self._worker: Child | None = None
+        self._messages: Iterator[Message | None] = iter(())
+        self._told_to_stop: Child | None = None
+        self._asked: float | None = None
+
+    def over(self) -> bool:
+        """Take the newest order, where there is another; whether it is that the run is over."""
+        told = _read(orders_file(self._run))
+        if told is not None and told["order"] is None:
+            return True
+        if told is not None and (self._order is None or told["order"]["epoch"] != self._order.epoch):
+            self._begin(Order.model_validate_json(json.dumps(told["order"])))
+        elif self._worker is not None and self._worker.over:
+            self._leave(self._worker)
+        return False
+
+    def _leave(self, worker: Child) -> None:
+        """A worker that has ended; why is told where it did not say so. The first rank's supervisor decides what is
+        done about it, and its next order is waited for."""
+        worker.end()
+        self._worker, self._messages = None, iter(())
+        ended = worker.ended
+        if ended is not None and ended.error is not None:
+            self._tell(Fault(step=None, code=ended.error.code, category="ours", message=ended.error.message))
+        elif ended is None and not (worker.death().by_stop_signal and self._stop.comes()):
+            self._tell(Fault(step=None, code="exit", category="transient", message=worker.death().sentence))
+
+    def _tell(self, fault: Fault) -> None:
+        assert self._order is not None
+        writer = JsonLinesWriter(self._run.rank_report(self._order.epoch, rank_in()))
+        writer.append(fault.model_copy(update={"rank": rank_in()}).model_dump(mode="json"), durable=True)
+        writer.close()
+
+    def hears(self) -> bool:
+        """Whether its worker says something, which is handed on, as is the wish to stop."""
+        if self._stop.signal is not None and self._worker is not None and self._told_to_stop is not self._worker:
+            self._worker.send(Stop())
+            self._told_to_stop = self._worker
+        return next(self._messages, None) is not None
+
+    def out_of_grace(self) -> bool:
+        """Whether the first rank had its time to end the run."""
+        if self._stop.signal is not None and self._asked is None:
+            self._asked = time.monotonic()
+        grace = self._recipe.supervise.grace_seconds + END_SECONDS
+        return self._asked is not None and time.monotonic() - self._asked > grace
+
+    def end(self) -> None:
+        """End the worker."""
+        if self._worker is not None:
+            self._worker.end()
+
+    def _begin(self, order: Order) -> None:
+        if self._worker is not None:
+            self._worker.end(0.0)
+        self._order = order
+        self._worker = _start(self._recipe, self._run, order)
+        self._messages = _passing_on(self._worker, self._run.rank_report(order.epoch, rank_in()))
 
 
 class RankReports:
@@ -115,7 +129,7 @@ class RankReports:
 
     def __init__(self, run: RunDirectory, epoch: int) -> None:
         self._directory = run.rank_report(epoch, 0).parent
-        self._pattern = f"{epoch}-*.jsonl" if _job() is not None else None
+        self._pattern = f"{epoch}-*.jsonl" if job_name() is not None else None
         self._read_to: dict[Path, int] = {}
 
     def new(self) -> Iterator[dict[str, Any]]:
@@ -145,13 +159,8 @@ def _start(recipe: Recipe, run: RunDirectory, order: Order) -> Child:
     return start_worker(order.chip, recipe, order, run, f"{order.chip}-{order.epoch}-rank{rank_in()}")
 
 
-def _job() -> str | None:
-    """What tells this job's orders from those that an earlier one left; None outside of one."""
-    return os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or os.environ.get("MASTER_PORT")
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     told: dict[str, Any] = json.loads(path.read_bytes())
-    return told if told["job"] == _job() else None
+    return told

@@ -13,18 +13,19 @@ from beringia.processes.child import lines_of
 from beringia.records.orders import Order
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
+from beringia.supervise.stop_request import StopRequest
 from beringia.supervise.training_worker import start_worker
 
 
-def greet_later_chips(recipe: Recipe, run: RunDirectory, known: Collection[str] = ()) -> None:
+def greet_later_chips(recipe: Recipe, run: RunDirectory, known: Collection[str], stop: StopRequest) -> None:
     """Start, and end, a worker of every local chip of `train.prefer` but the first and those already `known`. Raises
-    what its worker says is wrong: HandshakeError, ChipUnavailable."""
+    what its worker says is wrong (HandshakeError, ChipUnavailable), and its death where the user wants to stop."""
     for label in recipe.train.prefer[1:]:
         if label not in known and not recipe.chips[label].launch:
-            _greet(label, recipe, run)
+            _greet(label, recipe, run, stop)
 
 
-def _greet(label: str, recipe: Recipe, run: RunDirectory) -> None:
+def _greet(label: str, recipe: Recipe, run: RunDirectory, stop: StopRequest) -> None:
     order = Order(
         root=str(run.root.resolve()),
         chip=label,
@@ -34,4 +35,6 @@ def _greet(label: str, recipe: Recipe, run: RunDirectory) -> None:
         resume_step=None,
         greeting=True,
     )
-    lines_of(start_worker(label, recipe, order, run, f"{label}-greeting"))
+    worker = start_worker(label, recipe, order, run, f"{label}-greeting")
+    with stop.ending(worker.kill, 0.0):
+        lines_of(worker)

@@ -97,10 +97,8 @@ class Learner:
         step, ended = situation.step, life.ended
         if ended is not None and ended.why == "done" and situation.newest == step and situation.alarm is None:
             return self._finish("done", step, "all steps done")
-        if life.told_to_stop is not None:
-            number = self._supervision.stop.signal
-            message = f"stopped by signal {number}; the same command goes on from here"
-            return self._finish("stopped", step, message, number)
+        if life.told_to_stop is not None or (life.asked_to_end and self._supervision.stop.comes()):
+            return stopped(self._supervision)
         fault = life.unexplained
         if fault is not None:
             self._append(fault, chip=situation.chip)
@@ -123,11 +121,22 @@ class Learner:
         self._finish("given-up", step, decision.reason)
         raise Refusal(f"The run was given up at step {step}: {decision.reason}.")
 
-    def _finish(self, status: str, step: int, message: str, signal: int | None = None) -> RunFinished:
-        finished = RunFinished.model_validate({"status": status, "step": step, "message": message, "signal": signal})
-        stamped = self._append(finished, chip=self.chip)
-        assert isinstance(stamped, RunFinished)
-        return stamped
+    def _finish(self, status: str, step: int, message: str) -> RunFinished:
+        return _finished(self._supervision, status, step, message)
 
     def _append(self, event: Event, chip: str | None) -> AnyEvent:
         return self._supervision.append(event, role=LEARNER, chip=chip)
+
+
+def stopped(supervision: Supervision) -> RunFinished:
+    """The end of a run that the user has asked to stop."""
+    number, step = supervision.stop.signal, supervision.log.situation().step
+    message = f"stopped by signal {number}; the same command goes on from here"
+    return _finished(supervision, "stopped", step, message, number)
+
+
+def _finished(supervision: Supervision, status: str, step: int, message: str, signal: int | None = None) -> RunFinished:
+    finished = RunFinished.model_validate({"status": status, "step": step, "message": message, "signal": signal})
+    stamped = supervision.append(finished, role=LEARNER, chip=supervision.log.situation().chip)
+    assert isinstance(stamped, RunFinished)
+    return stamped

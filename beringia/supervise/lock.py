@@ -14,6 +14,7 @@ from typing import IO
 
 from beringia.checkpoint.epoch import advance_epoch
 from beringia.errors import RunError
+from beringia.records.files import reporting_storage
 from beringia.records.run_directory import RunDirectory
 
 
@@ -25,14 +26,15 @@ class RunLock:
     """
 
     def __init__(self, run: RunDirectory, above: int = 0) -> None:
-        run.root.mkdir(parents=True, exist_ok=True)
         self._run = run
-        self._file = _lock_or_refuse(run.lock)
-        self.epoch = advance_epoch(run.epoch, above)
+        with reporting_storage(run.root):
+            run.root.mkdir(parents=True, exist_ok=True)
+            self._file = _lock_or_refuse(run.lock)
+        self.epoch = self.advance(above)
 
-    def advance(self) -> int:
+    def advance(self, above: int = 0) -> int:
         """Begin the next epoch: whatever an earlier worker still tries to publish is refused from now on."""
-        self.epoch = advance_epoch(self._run.epoch)
+        self.epoch = advance_epoch(self._run.epoch, above)
         return self.epoch
 
     def __enter__(self) -> RunLock:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from beringia.history.situation import Situation
 from beringia.records.events import StepDone
 from beringia.records.orders import Order, StepNumbers
-from beringia.records.recipe import Recipe
+from beringia.records.recipe import Recipe, TrainSection
 
 _RECENT_STEPS = 512
 """Of which a new worker is told: what the guard's spike test remembers."""
@@ -18,6 +18,7 @@ def order_for(recipe: Recipe, situation: Situation, root: str, epoch: int) -> Or
     assert situation.chip is not None
     target = situation.resume_step
     canary = situation.canary_due and target is not None
+    steps = {target or 0, situation.canary_from if canary else 0}
     return Order(
         root=root,
         chip=situation.chip,
@@ -25,13 +26,22 @@ def order_for(recipe: Recipe, situation: Situation, root: str, epoch: int) -> Or
         recipe_hash=recipe.hash,
         epoch=epoch,
         resume_step=target,
+        state_hashes={step: situation.complete[step] for step in steps if step in situation.complete},
         canary_from=situation.canary_from if canary else None,
         canary_compute_dtype=_compute_dtype(situation, situation.came_from) if canary else None,
         ranks=recipe.chips[situation.chip].ranks - len(situation.excluded),
         excluded_devices=tuple(sorted(situation.excluded)),
+        evaluate=_evaluation_due(situation, recipe.train),
         recent=_recent(situation.steps_before(target or 0)),
         accepted_spikes=tuple(situation.accepted_spikes),
     )
+
+
+def _evaluation_due(situation: Situation, train: TrainSection) -> bool:
+    """Whether the checkpoint's step is one that is evaluated, and nobody has told what came of it."""
+    step = situation.resume_step
+    planned = step is not None and (step % train.evaluate_every == 0 or step == train.steps)
+    return planned and step not in situation.evaluated
 
 
 def _recent(steps: Sequence[StepDone]) -> tuple[StepNumbers, ...]:

@@ -82,7 +82,7 @@ class RemoteRoot:
         self._log = run.logs / f"{label}-{epoch}-transfer.log"
         # Its machine has answered before, or is about to be told that it does not: both are a matter of seconds.
         patience = Patience(start_seconds=hang, silence_seconds=hang)
-        self._files = FarFiles(chip_command(label, chip), self._log, patience)
+        self._files = FarFiles(chip_command(label, chip, run=run), self._log, patience)
         self._transfers = ThreadPoolExecutor(1, thread_name_prefix="beringia-transfer")
         self._awaited: deque[tuple[CheckpointWritten | CheckpointTrusted, Future[None]]] = deque()
         self._closed = False
@@ -117,7 +117,7 @@ class RemoteRoot:
     def receive(self, event: AnyEvent) -> list[Event]:
         """What can be told now: what is about a checkpoint waits until that is here."""
         if isinstance(event, CheckpointWritten):
-            self._awaited.append((event, self._transfers.submit(self._bring_home, event.step)))
+            self._awaited.append((event, self._transfers.submit(self._bring_home, event)))
         elif isinstance(event, CheckpointTrusted):
             self._awaited.append((event, self._transfers.submit(self._mark_trusted, event)))
         else:
@@ -170,13 +170,16 @@ class RemoteRoot:
 
     # In the thread of transfers
 
-    def _bring_home(self, step: int) -> None:
+    def _bring_home(self, told: CheckpointWritten) -> None:
         """A checkpoint from the chip's machine to ours; it is verified on arrival."""
+        step = told.step
         partial = self._home.partial(step, self._epoch)
         for attempt in range(1, _ATTEMPTS + 1):
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                _compare(self._files.fetch_directory(self._there(step), partial), partial)
+                manifest = _compare(self._files.fetch_directory(self._there(step), partial), partial)
+                if manifest.state_hash != told.state_hash:
+                    raise TransferFailed(f"Checkpoint {step} there is not the one that its worker has told of.")
                 break
             except (CheckpointDamaged, InputError, TransferFailed) as problem:
                 if attempt == _ATTEMPTS or self._closed:

@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,11 +16,10 @@ from pathlib import Path
 
 from beringia.checkpoint.directory import CheckpointDirectory, Owner
 from beringia.errors import RunError
-from beringia.history.log import EventLog
-from beringia.records.events import AnyEvent, Fallback, RecipeChanged
+from beringia.history.log import EventLog, read_events
+from beringia.records.events import AnyEvent, ChipOpened, Fallback, RecipeChanged
 from beringia.records.files import write_bytes
-from beringia.records.inputs import NO_INPUTS, Inputs, look_at_inputs
-from beringia.records.jsonl import read_lines
+from beringia.records.inputs import NO_INPUTS, Inputs, look_at_inputs, placed
 from beringia.records.recipe import Recipe
 from beringia.records.recipe_identity import (
     Rule,
@@ -35,7 +35,7 @@ from beringia.records.run_directory import RunDirectory
 from beringia.supervise.lock import RunLock
 from beringia.supervise.run_checkpoints import newest_epoch, owner_of
 
-_BEFORE_A_RUN = {"certificates", "logs", "ranks", "followed.json", "lock", "epoch", "epoch.lock"}
+_BEFORE_A_RUN = {"run-id", "certificates", "logs", "ranks", "followed.json", "lock", "epoch", "epoch.lock"}
 """What a new run's directory may hold: certificates that were put there, what a start that failed has left, and what
 other ranks of the same job write."""
 
@@ -57,6 +57,9 @@ class TakenRun:
     """A run directory whose only writer is this process."""
 
     recipe: Recipe
+    """Its paths whole."""
+    recipe_hash: str
+    """Of the recipe as the user wrote it."""
     owner: Owner
     """What its checkpoints are known by."""
     lock: RunLock
@@ -103,6 +106,8 @@ def taking_run(
             examined = replace(examined, inputs=look_at_inputs(recipe))
             _write_down(examined, recipe_text, run)
         log = EventLog(run, on_event)
+        if log.fold.epoch >= lock.epoch:
+            lock.advance(above=log.fold.epoch)
         try:
             if log.fold.length == 0 and CheckpointDirectory(run.checkpoints).steps():
                 log.append(_LOST_EVENTS, epoch=lock.epoch)
@@ -110,7 +115,8 @@ def taking_run(
             if examined.change is not None:
                 log.append(examined.change, epoch=lock.epoch)
             _write_down(examined, recipe_text, run)
-            yield TakenRun(examined.recipe, _owner(examined, run), lock, log)
+            whole = placed(examined.recipe, examined.inputs)
+            yield TakenRun(whole, examined.recipe.hash, _owner(examined, run), lock, log)
         finally:
             log.close()
 
@@ -157,6 +163,8 @@ def _write_down(examined: Examined, recipe_text: str, run: RunDirectory) -> None
         write_bytes(run.root / f"recipe-{number}.toml", run.recipe.read_bytes())
     if examined.change is not None:
         _write(run.recipe, recipe_text.encode())
+    if not run.identifier.exists():
+        _write(run.identifier, f"{uuid.uuid4().hex}\n".encode())
     _write(run.inputs, canonical_json(examined.inputs))
     recipe, identity = examined.recipe, run_identity(examined.recipe, examined.inputs)
     document = {
@@ -186,6 +194,14 @@ def _recorded(run: RunDirectory) -> Recipe:
         ) from None
 
 
+def recorded_recipe(run: RunDirectory) -> Recipe:
+    """The recipe of a run directory, its paths whole. Raises RunError."""
+    if not run.resolved_recipe.exists():
+        raise RunError(f"{run.root} is not a run directory: it has no {run.resolved_recipe.name}.")
+    recipe = _recorded(run)
+    return placed(recipe, look_at_inputs(recipe, _recorded_inputs(run)))
+
+
 def _recorded_inputs(run: RunDirectory) -> Inputs:
     if not run.inputs.exists():  # a run that was begun before there was such a file
         return NO_INPUTS
@@ -200,4 +216,4 @@ def _recorded_inputs(run: RunDirectory) -> Inputs:
 
 def _opened(run: RunDirectory) -> frozenset[str]:
     """Labels of the chips that have worked for this run."""
-    return frozenset(line["chip"] for _, line in read_lines(run.events) if line["kind"] == "chip")
+    return frozenset(event.chip for event in read_events(run.events) if isinstance(event, ChipOpened) and event.chip)

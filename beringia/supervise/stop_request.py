@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from beringia.processes.patience import POLL_SECONDS, TOGETHER_SECONDS
 
 
 class StopRequest:
     """SIGTERM or SIGINT, once it came."""
 
     signal: int | None = None
+    since: float = 0.0
+    """When it came, on the monotonic clock."""
+
+    def came(self, number: int) -> None:
+        """Note it; the first one counts."""
+        if self.signal is None:
+            self.since = time.monotonic()
+            self.signal = number
+
+    @contextmanager
+    def ending(self, action: Callable[[], None], seconds: float) -> Iterator[None]:
+        """While the context lasts, `action` is taken so long after the wish has come: it ends what this thread waits
+        for, and is called in another."""
+        left = threading.Event()
+
+        def watch() -> None:
+            while not left.wait(POLL_SECONDS):
+                if self.signal is not None and time.monotonic() - self.since >= seconds:
+                    action()
+                    return
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            left.set()
+            watcher.join()
+
+    def comes(self) -> bool:
+        """Whether it has come or comes now: a child was asked to end, and this process may be about to be."""
+        end = time.monotonic() + TOGETHER_SECONDS
+        while self.signal is None and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        return self.signal is not None
 
 
 @contextmanager
@@ -20,7 +59,7 @@ def stopping_on_signals() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal = number
+        request.came(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -18,6 +18,9 @@ class Supervision:
     """One life of a supervisor over a run."""
 
     recipe: Recipe
+    """Its paths whole."""
+    recipe_hash: str
+    """Of the recipe as the user wrote it."""
     owner: Owner
     """What the run's checkpoints are known by."""
     run: RunDirectory

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from beringia.errors import BeringiaError
 from beringia.processes.child import wait_for_any
 from beringia.processes.command import check_command
 from beringia.processes.patience import POLL_SECONDS
@@ -15,9 +16,10 @@ from beringia.records.events import LEARNER, AnyEvent, RunFinished, RunStarted
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.chip_command import chip_command
-from beringia.supervise.follower import follow, lead, meeting_other_ranks, rank_in
+from beringia.supervise.follower import follow, lead, rank_in
 from beringia.supervise.greeting import greet_later_chips
-from beringia.supervise.learner import Learner
+from beringia.supervise.learner import Learner, stopped
+from beringia.supervise.meeting import meeting_other_ranks
 from beringia.supervise.role import Role
 from beringia.supervise.run_files import taking_run
 from beringia.supervise.stop_request import StopRequest, stopping_on_signals
@@ -44,13 +46,17 @@ def supervise(
     for label in recipe.train.prefer:
         check_command(chip_command(label, recipe.chips[label]))
     if rank_in() > 0:
-        with meeting_other_ranks(run):
-            follow(recipe, run)
-        return RunFinished(status="done", step=recipe.train.steps, message="the first rank reports")
+        with meeting_other_ranks(run), stopping_on_signals() as stop:
+            follow(recipe, run, stop)
+        status = "done" if stop.signal is None else "stopped"
+        told = {"status": status, "step": 0, "message": "the first rank reports", "signal": stop.signal}
+        return RunFinished.model_validate(told)
     with taking_run(recipe, recipe_text, run, on_event) as taken, meeting_other_ranks(run):
         try:
             with stopping_on_signals() as stop:
-                supervision = Supervision(taken.recipe, taken.owner, run, taken.lock, taken.log, stop)
+                supervision = Supervision(
+                    taken.recipe, taken.recipe_hash, taken.owner, run, taken.lock, taken.log, stop
+                )
                 return _carry(supervision, beside)
         finally:
             lead(run, None)
@@ -59,36 +65,44 @@ def supervise(
 def _carry(supervision: Supervision, beside: Sequence[MakeRole]) -> RunFinished:
     """Ask the roles in turn until the learner says that the run is over."""
     recipe, log = supervision.recipe, supervision.log
+    others = [make(supervision) for make in beside]
     if log.fold.finished:
         finished = log.fold.last(RunFinished)
         assert finished is not None
-        return finished
+        return _until_over(others, supervision.stop, finished)
     before = log.fold.last(RunStarted)
-    greet_later_chips(recipe, supervision.run, () if before is None else before.prefer)
+    try:
+        greet_later_chips(recipe, supervision.run, () if before is None else before.prefer, supervision.stop)
+    except BeringiaError:
+        if supervision.stop.comes():  # the worker that greeted was asked to end, and so is this process
+            return stopped(supervision)
+        raise
     started = RunStarted(
         name=recipe.name,
-        recipe_hash=recipe.hash,
+        recipe_hash=supervision.recipe_hash,
         beringia=__version__,
         steps=recipe.train.steps,
         prefer=recipe.train.prefer,
         run_identity=supervision.owner.run_identity or "",
     )
     supervision.append(started, role=LEARNER)
-    others = [make(supervision) for make in beside]
     roles: list[Role] = [Learner(supervision, others), *others]
+    return _until_over(roles, supervision.stop)
+
+
+def _until_over(roles: Sequence[Role], stop: StopRequest, finished: RunFinished | None = None) -> RunFinished:
+    """Ask them in turn. `finished`: how the run ended, where its learner has nothing more to do."""
+    working = list(roles)
     try:
-        return _until_over(roles, supervision.stop)
+        while finished is None or (working and finished.status == "done" and stop.signal is None):
+            for role in working:
+                finished = role.advance() or finished
+            working = [role for role in working if not (role.over or (finished is not None and role.name == LEARNER))]
+            wait_for_any((role.child for role in working if role.child is not None), POLL_SECONDS)
     finally:
         for role in roles:
             role.kill()
-
-
-def _until_over(roles: Sequence[Role], stop: StopRequest) -> RunFinished:
-    finished: RunFinished | None = None
-    working = list(roles)
-    while finished is None or (working and finished.status == "done" and stop.signal is None):
-        for role in working:
-            finished = role.advance() or finished
-        working = [role for role in working if not (role.over or (finished is not None and role.name == LEARNER))]
-        wait_for_any((role.child for role in working if role.child is not None), POLL_SECONDS)
+    if working and stop.signal is not None and finished.status == "done":  # the learner is done, and others are not
+        told = f"the run is done; stopped by signal {stop.signal} before {working[0].name} was"
+        return finished.model_copy(update={"status": "stopped", "signal": stop.signal, "message": told})
     return finished

@@ -18,7 +18,7 @@ def start_worker(label: str, recipe: Recipe, order: Order, run: RunDirectory, lo
     chip = recipe.chips[label]
     stacks = f"stacks-{label}-{order.epoch}-rank{{rank}}.txt"
     return start(
-        chip_command(label, chip, WORKER),
+        chip_command(label, chip, WORKER, run),
         order,
         run.logs / f"{log}.log",
         patience=patience_of(recipe.supervise),

@@ -15,6 +15,7 @@ from beringia.records.events import (
     TRANSFER,
     UNREACHABLE,
     AnyEvent,
+    Canary,
     CheckpointTrusted,
     ChipOpened,
     Event,
@@ -65,13 +66,14 @@ class WorkerLife:
     def start(self) -> None:
         """Send what the recipe names by path, then start the process."""
         try:
-            recipe = self._root.recipe_there(self._recipe)
+            with self._stop.ending(self._root.close, self._recipe.supervise.grace_seconds):
+                recipe = self._root.recipe_there(self._recipe)
         except (TransferFailed, InputError, StorageFull) as failure:
             self._fail(failure)
             return
         order = order_for(recipe, self._situation, self._root.root, self._epoch)
         identity = self._supervision.owner.run_identity
-        self._order = order.model_copy(update={"recipe_hash": self._recipe.hash, "run_identity": identity})
+        self._order = order.model_copy(update={"recipe_hash": self._supervision.recipe_hash, "run_identity": identity})
         lead(self._run, self._order)
         try:
             self._child = start_worker(
@@ -126,6 +128,12 @@ class WorkerLife:
         return None if self._child is None else self._child.ended
 
     @property
+    def asked_to_end(self) -> bool:
+        """Whether it ended because a signal asked it to, not its supervisor."""
+        told = self.ended is not None and self.ended.why == "stopped"
+        return told or (self._child is not None and self.ended is None and self._child.death().by_stop_signal)
+
+    @property
     def unexplained(self) -> Fault | None:
         """The fault that stands for the end of a worker that did not say why; None where what went wrong is told."""
         if self._trouble:
@@ -141,7 +149,7 @@ class WorkerLife:
             return Fault(step=None, code=TRANSFER, category="transient", message=message)
         assert self._child is not None
         message = self._child.death().sentence
-        if self._child.ready is not None:
+        if self._child.ready is not None or self._child.death().from_outside:
             return Fault(step=None, code="exit", category="transient", message=message)
         return self._no_start(message)
 
@@ -197,7 +205,7 @@ class WorkerLife:
                 pass
         if self._crossing is not None:
             self._crossing.note(stamped)
-        self._trouble = self._trouble or stamped.kind in ("alarm", "fault", "rejected", "unqualified")
+        self._trouble = self._trouble or _is_trouble(stamped)
         if isinstance(stamped, ChipOpened):
             self._opened = True
             self._admit(stamped)
@@ -223,7 +231,8 @@ class WorkerLife:
         """What the worker needs, then its go; without it this worker is of no use."""
         assert self._child is not None and self._order is not None
         try:
-            rejected = self._root.send_state(self._order)
+            with self._stop.ending(self._root.close, self._recipe.supervise.grace_seconds):
+                rejected = self._root.send_state(self._order)
         except (TransferFailed, InputError, StorageFull) as failure:
             self._fail(failure)
             return
@@ -235,6 +244,10 @@ class WorkerLife:
 
     def _fail(self, failure: BeringiaError) -> None:
         """State did not get there. On a machine that never held any it is the user's to mend, where it says so."""
+        if self._stop.signal is not None:
+            self.told_to_stop = self._stop.since
+            self._unusable = True
+            return
         if not self._situation.held_state and not isinstance(failure, TransferFailed):
             self._record(Fault(step=None, code=failure.code, category="ours", message=str(failure)))
         else:
@@ -263,6 +276,12 @@ class WorkerLife:
 
     def _append(self, event: Event) -> AnyEvent:
         return self._supervision.append(event, role=LEARNER, chip=self._label)
+
+
+def _is_trouble(event: AnyEvent) -> bool:
+    """Whether an event is why a worker ends, so that its end needs no other reason."""
+    refused = isinstance(event, Canary) and not event.passed
+    return refused or event.kind in ("alarm", "fault", "rejected", "unqualified")
 
 
 def _another_chip(before: ChipIdentity, now: ChipIdentity) -> Fallback:

@@ -54,7 +54,8 @@ def evaluate(
     end_token: int,
     beat: Callable[[], None],
 ) -> Evaluated:
-    """Everything an evaluation measures, as the event that reports it. `module`: what ranks call for losses."""
+    """Everything an evaluation measures, as the event that reports it. `module`: what ranks call for losses. `beat` is
+    called again and again, equally often on every rank; what it raises ends the evaluation."""
     started = time.perf_counter()
     loss = held_out_loss(module, objective, held_out, train.evaluation_sequences, chip, beat)
     measured: dict[str, Any] = {}
@@ -68,6 +69,7 @@ def evaluate(
             end_token=end_token,
             max_new_tokens=room,
             chip=chip,
+            beat=beat,
         )
         measured = {
             "accuracy": accuracy.value,
@@ -111,13 +113,21 @@ def held_out_loss(
 
 @torch.no_grad()
 def sampled_accuracy(
-    decoder: Decoder, task: Task, questions: int, *, seed: int, end_token: int, max_new_tokens: int, chip: Chip
+    decoder: Decoder,
+    task: Task,
+    questions: int,
+    *,
+    seed: int,
+    end_token: int,
+    max_new_tokens: int,
+    chip: Chip,
+    beat: Callable[[], None],
 ) -> Accuracy:
     """Sample one answer to each of the first held-out questions at temperature 1 and check it."""
     prompts_BT = task.questions(0, questions, "held-out")
     generator = torch.Generator().manual_seed(seed)
     decoder.eval()
-    answers_BT = sample(decoder, prompts_BT.to(chip.device), max_new_tokens, end_token, 1.0, generator).cpu()
+    answers_BT = sample(decoder, prompts_BT.to(chip.device), max_new_tokens, end_token, 1.0, generator, beat).cpu()
     decoder.train()
     right = sum(task.check(prompt, answer) for prompt, answer in zip(prompts_BT, answers_BT, strict=True))
     low, high = wilson_interval(right, questions)

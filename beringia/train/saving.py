@@ -28,12 +28,15 @@ class Saving:
         self._channel = channel
         self._agree = agree
         self._writing: tuple[int, PendingSave] | None = None
+        self.newest: int | None = None
+        """Step of the last state that was saved, or loaded."""
         self.pending: dict[int, str] = {}
         """State hash of each complete checkpoint of this session that is not trusted yet, by step."""
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
         """Copy the live state and write it in the background; waits for the save before."""
         self.finish()
+        self.newest = step
         self._writing = (step, self._store.save(step, tensors, progress))
 
     def collect(self) -> None:

@@ -61,6 +61,10 @@ class UnusableCheckpoint(Exception):
         self.file = file
 
 
+class StopRequested(Exception):
+    """Training was asked to stop in the middle of what is no step. The state is whole."""
+
+
 class CanaryRefused(Exception):
     """The replay on this chip left its band: the crossing must not happen. The `canary` event has the figures."""
 
@@ -99,6 +103,7 @@ class Session:
         if self.order.canary_from is not None:
             self._replay_canary()
         self.resume(self.order.resume_step)
+        self.saving.newest = self.order.resume_step
         self._initial.clear()
         self._arm_guard()
         self._compile()
@@ -259,6 +264,7 @@ class Session:
         trainer = self.trainer
         try:
             manifest = self.store.manifest(step)
+            self._check_told(step, manifest)
             progress = self.store.load(step, self.tensors())
             place = str(self.store.directory.path(step))
             check_progress(
@@ -271,6 +277,14 @@ class Session:
         adopt_progress(progress, trainer.optimizer)
         trainer.step, trainer.cursor = progress["step"], progress["cursor"]
         return manifest
+
+    def _check_told(self, step: int, manifest: CheckpointManifest) -> None:
+        told = self.order.state_hashes.get(step, manifest.state_hash)
+        if manifest.state_hash != told:
+            raise RunError(
+                f"The checkpoint of step {step} holds the state {manifest.state_hash[:12]}, and the run's events say "
+                f"{told[:12]}: another run's was put in its place."
+            )
 
     def _start_over(self) -> None:
         """The seeded initial state in the live tensors."""
@@ -313,12 +327,20 @@ class Session:
 
     def train(self) -> End:
         """Steps until the last one, a request to stop, or an alarm."""
-        trainer = self.trainer
-        while trainer.step < self.recipe.train.steps:
-            if self._agree(self.channel.stop_requested.is_set()):
+        try:
+            return self._train()
+        except StopRequested:
+            if self.saving.newest != self.trainer.step:
                 self._save()
-                self.saving.finish()
-                return "stopped"
+            self.saving.finish()
+            return "stopped"
+
+    def _train(self) -> End:
+        trainer = self.trainer
+        if self.order.evaluate:
+            self._evaluate()
+        while trainer.step < self.recipe.train.steps:
+            self._check_stop()
             self._report(trainer)
             if self._alarmed():
                 return "alarm"
@@ -326,6 +348,10 @@ class Session:
             self.saving.collect()
             self._on_schedule()
         return self._close_run()
+
+    def _check_stop(self) -> None:
+        if self._agree(self.channel.stop_requested.is_set()):
+            raise StopRequested
 
     def _report(self, trainer: Trainer) -> None:
         result = trainer.train_step()
@@ -408,10 +434,15 @@ class Session:
             step=trainer.step,
             seed=self.recipe.seed,
             end_token=self.tokenizer.end,
-            beat=self.channel.beat,
+            beat=self._beat_or_stop,
         )
         if self.ranks.first:
             self.channel.event(event)
+
+    def _beat_or_stop(self) -> None:
+        self.channel.beat()
+        self.saving.collect()  # a checkpoint is told of when it is complete, however long this takes
+        self._check_stop()
 
     def _fall_back(self, what: str, asked: str, used: str, reason: str) -> None:
         self.channel.event(Fallback(what=what, asked=asked, used=used, reason=reason))

@@ -25,6 +25,8 @@ from beringia.train import sharding
 from beringia.train.reporting import Reporting
 from beringia.train.session import CanaryRefused, Session, UnusableCheckpoint
 
+STOPS = True
+
 
 def work(document: dict[str, Any], far_end: FarEnd) -> Ended:
     """Carry out one order."""
@@ -37,7 +39,6 @@ def work(document: dict[str, Any], far_end: FarEnd) -> Ended:
     if far_end.root is not None:  # files of its own, which the supervisor does not see
         owner = Owner(order.run_identity, frozenset({order.recipe_hash}))
         CheckpointDirectory(RunDirectory(far_end.root).checkpoints).refuse_foreign(owner)
-    far_end.channel.stop_on_signals()
     reporting = Reporting(far_end.channel)
     chip = _open(order, far_end.ranks)
     session = Session(order, chip, far_end.ranks, reporting)

@@ -8,6 +8,7 @@ receiver -> sender: one line of JSON, `{"damaged": null}`, or the name of a file
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 
 from beringia.errors import TransferFailed
 from beringia.processes.files.index import INDEX, HashIndex
-from beringia.records.files import publish_directory, reporting_full_disk, sha256_of_file
+from beringia.records.files import publish_directory, remove, reporting_storage, sha256_of_file
 from beringia.records.record import Record
 
 _PIECE_BYTES = 1 << 20
@@ -58,18 +59,21 @@ class Offered(Record):
     sha256: str
 
 
-def listing(root: Path, names: Sequence[str], *, remember: bool) -> list[Offered]:
-    """What a sender offers: these files below `root`, hashed. `remember`: in a file of the root, so that files that
-    have not changed are not read again."""
-    index = HashIndex(root)
-    digests = {name: index.sha256(name) if remember else sha256_of_file(root / name) for name in names}
-    index.save()
+def listing(root: Path, names: Sequence[str], *, memory: Path | None = None) -> list[Offered]:
+    """What a sender offers: these files below `root`, hashed. `memory`: a file that remembers hashes, so that what has
+    not changed is not read again."""
+    if memory is None:
+        digests = {name: sha256_of_file(root / name) for name in names}
+    else:
+        index = HashIndex(root, memory)
+        digests = {name: index.sha256(name) for name in names}
+        index.save()
     return [Offered(name=name, bytes=(root / name).stat().st_size, sha256=digests[name]) for name in names]
 
 
 def offer_directory(directory: Path) -> list[Offered]:
     """Everything in a directory that is sent whole; nothing is added to it."""
-    return listing(directory, files_below(directory), remember=False)
+    return listing(directory, files_below(directory))
 
 
 def files_below(root: Path, directory: str = "") -> list[str]:
@@ -95,7 +99,7 @@ def receive(root: Path, came: Readable, answers: Writable) -> list[Offered]:
     """Receive into `root`, each file complete or not at all; returns everything that was offered. Raises TransferFailed
     and StorageFull."""
     offered = _offered(came)
-    index = HashIndex(root)
+    index = HashIndex(root, root / INDEX)
     lacks = [number for number, one in enumerate(offered) if not _has(root, one, index)]
     index.save()
     answers.write(json.dumps({"lacks": lacks}).encode() + b"\n")
@@ -115,7 +119,7 @@ def receive_directory(final: Path, came: Readable, answers: Writable) -> list[Of
     aside = final.with_name(f".{final.name.removeprefix('.')}.received")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        with reporting_full_disk(final):
+        with reporting_storage(final):
             aside.mkdir(parents=True)
         answers.write(json.dumps({"lacks": list(range(len(offered)))}).encode() + b"\n")
         for one in offered:
@@ -143,8 +147,10 @@ def _receive_one(path: Path, one: Offered, came: Readable, answers: Writable) ->
     hashed, left = hashlib.sha256(), one.bytes
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with reporting_full_disk(path):
+        with reporting_storage(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a receiver that was killed
+                remove(abandoned)
             with open(aside, "wb") as file:
                 while left:
                     piece = came.read(min(_PIECE_BYTES, left))
@@ -160,7 +166,7 @@ def _receive_one(path: Path, one: Offered, came: Readable, answers: Writable) ->
                 raise TransferFailed(f"{one.name} did not arrive as it was announced. Send it again.")
             os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        remove(aside)
 
 
 def _offered(came: Readable) -> list[Offered]:

@@ -1,29 +1,33 @@
 """SHA-256 of files, remembered: a file is read again only where its size or one of its times changed.
 
-The memory is a file of its own in the root. An entry counts only for a file that had rested when it was hashed: one
-written within the clock's coarseness of being read could change again and keep its times.
+The memory is a file of ours, never in a place of the user's. An entry counts only for a file that had rested when it
+was hashed: one written within the clock's coarseness of being read could change again and keep its times.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
-from beringia.records.files import sha256_of_file, write_bytes
+from beringia.records.files import remove, sha256_of_file, write_bytes
 from beringia.records.record import canonical_json
 
 INDEX = ".hashes.json"
 _RESTED_SECONDS = 2.0
 """FAT counts modification times in two seconds, the coarsest of file systems in use."""
+_SETTLED_SECONDS = 86_400.0
+"""On a file system where nothing of ours is written its clock is not known: no clock is a day off."""
 
 
 class HashIndex:
-    """What is known of the files below `root`."""
+    """What is known of the files below `root`; `memory` is the file that it is kept in."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, memory: Path) -> None:
         self._root = root
-        self._known: dict[str, list[int | str]] = _read(root / INDEX)
+        self._memory = memory
+        self._known: dict[str, list[int | str]] = _read(memory)
         self._changed = False
 
     def sha256(self, name: str) -> str:
@@ -35,8 +39,7 @@ class HashIndex:
         if known is not None and known[:-1] == state:
             return str(known[-1])
         digest = sha256_of_file(path)
-        # Both times are the file system's: this machine's clock may differ from its by an hour.
-        if _rested(self._root, found.st_ctime_ns):
+        if self._rested(found):
             self._known[name] = [*state, digest]
             self._changed = True
         return digest
@@ -44,20 +47,22 @@ class HashIndex:
     def save(self) -> None:
         """Write what was learnt; what cannot be written is learnt again."""
         if self._changed:
-            write_bytes(self._root / INDEX, canonical_json(self._known))
+            write_bytes(self._memory, canonical_json(self._known))
 
-
-def _rested(root: Path, changed_ns: int) -> bool:
-    """Whether a file changed long enough ago, by the clock that its file system uses."""
-    probe = root / f"{INDEX}.{time.monotonic_ns()}.tmp"
-    try:
-        probe.write_bytes(b"")
-        now_ns = probe.stat().st_ctime_ns
-    except OSError:
-        return False
-    finally:
-        probe.unlink(missing_ok=True)
-    return now_ns - changed_ns > _RESTED_SECONDS * 1e9
+    def _rested(self, found: os.stat_result) -> bool:
+        """Whether a file changed long enough ago, by the clock that its file system uses: this machine's may differ
+        from that by an hour."""
+        probe = self._memory.with_name(f".{self._memory.name}.{time.monotonic_ns()}.tmp")
+        try:
+            probe.write_bytes(b"")
+            now = probe.stat()
+        except OSError:
+            return False
+        finally:
+            remove(probe)
+        if now.st_dev != found.st_dev:
+            return time.time() - found.st_ctime > _SETTLED_SECONDS
+        return now.st_ctime_ns - found.st_ctime_ns > _RESTED_SECONDS * 1e9
 
 
 def _read(path: Path) -> dict[str, list[int | str]]:

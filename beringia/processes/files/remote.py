@@ -47,7 +47,7 @@ class FarFiles:
     def send(self, root: Path, names: Sequence[str], into: str = "") -> int:
         """Send files below `root` to where they are below that one (or `into` of it), those that it lacks; returns how
         many bytes travelled."""
-        offered = listing(root, names, remember=True)
+        offered = listing(root, names, memory=self._log.parent / f"hashes-{into.replace('/', '-') or 'run'}.json")
         with self._exchange(FilesWork(task="receive", directory=into)) as (goes, came):
             return send(root, offered, goes, came)
 
@@ -83,6 +83,8 @@ class FarFiles:
         if self._closed:
             raise TransferFailed("Files are not moved any more.")
         child = self._under_way = start(self._command, work, self._log, patience=self._patience)
+        if self._closed:  # meanwhile: whoever closes saw no process yet
+            child.kill()
         problem: TransferFailed | SomethingElse | BrokenPipeError | None = None
         try:
             _wait_until_ready(child)
