@@ -9,7 +9,12 @@ A module of work has `work(document, far_end) -> Ended`, where `document` is its
 `channel.stop_requested`; any other is ended by a signal as any program is.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import time
+
+_STARTED = time.perf_counter()  # before the imports, which it measures, whichever of them come first
 
 import contextlib
 import importlib
@@ -19,7 +24,6 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import uuid
 from collections.abc import Callable
@@ -70,7 +74,6 @@ class FarEnd:
 
 def main(module: str) -> NoReturn:
     """Do one job."""
-    started = time.perf_counter()
     channel = Channel()
     channel.stop_on_signals()  # at once: the starter may be told the same, and what ends is then no death
     ranks: Ranks | None = None
@@ -87,7 +90,7 @@ def main(module: str) -> NoReturn:
         if ranks is None and job.ranks > 1:
             _exit(_be_parent_of_ranks(module, job, channel), settled_in=True)
         far_end = FarEnd(channel, ranks or Ranks(), job)
-        ended = _work(module, far_end, started)
+        ended = _work(module, far_end)
     except BeringiaError as problem:
         ended = _error(problem)
     except Exception as problem:  # the process boundary: the traceback goes to the log, the rest to the starter
@@ -188,7 +191,7 @@ def _claim(root: Path, owner: str | None) -> None:
         )
 
 
-def _work(module: str, far_end: FarEnd, started: float) -> Ended:
+def _work(module: str, far_end: FarEnd) -> Ended:
     channel = far_end.channel
     channel.watchdog = far_end.watchdog()
     try:
@@ -198,7 +201,7 @@ def _work(module: str, far_end: FarEnd, started: float) -> Ended:
         if not getattr(imported, "READS_BYTES", False):
             channel.listen()
         if far_end.ranks.first:
-            channel.send(Ready(imports_seconds=time.perf_counter() - started))
+            channel.send(Ready(imports_seconds=time.perf_counter() - _STARTED))
         ended: Ended = imported.work(far_end.job.work, far_end)
         return ended
     finally:

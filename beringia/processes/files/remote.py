@@ -4,6 +4,7 @@ for each move."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class FarFiles:
         self._log = log
         self._patience = patience
         self._under_way: Child | None = None
-        self._closed = False
+        self._closed = threading.Event()
 
     def send(self, root: Path, names: Sequence[str], into: str = "") -> int:
         """Send files below `root` to where they are below that one (or `into` of it), those that it lacks; returns how
@@ -73,17 +74,17 @@ class FarFiles:
 
     def close(self) -> None:
         """End what is under way, from another thread; nothing is moved any more."""
-        self._closed = True
+        self._closed.set()
         if (child := self._under_way) is not None:
             child.kill()
 
     @contextlib.contextmanager
     def _exchange(self, work: FilesWork) -> Iterator[tuple[PatientPipe, BytesAfter]]:
         """The streams of a process on that machine, and its end."""
-        if self._closed:
+        if self._closed.is_set():
             raise TransferFailed("Files are not moved any more.")
         child = self._under_way = start(self._command, work, self._log, patience=self._patience)
-        if self._closed:  # meanwhile: whoever closes saw no process yet
+        if self._closed.is_set():  # meanwhile: whoever closes saw no process yet
             child.kill()
         problem: TransferFailed | SomethingElse | BrokenPipeError | None = None
         try:
