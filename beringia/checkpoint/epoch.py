@@ -14,20 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from beringia.errors import RunError, StaleEpoch
+from beringia.errors import StaleEpoch
 from beringia.records.files import reporting_storage, write_text
 
 
 def read_epoch(epoch_file: Path) -> int:
-    """The epoch in force; 0 where there is no file yet. Raises RunError if the file does not hold a number."""
+    """The epoch in force; 0 where there is no file yet. Raises StaleEpoch if the file does not hold a number."""
     try:
         content = epoch_file.read_text()
     except FileNotFoundError:
         return 0
     if not content.strip().isdecimal():
-        raise RunError(
-            f"{epoch_file} does not hold the number of an epoch but {content[:20]!r}: it was altered or damaged. "
-            "Remove it and give the same command again: the number goes on from events and checkpoints."
+        raise StaleEpoch(
+            f"{epoch_file} does not hold the number of an epoch but {content[:20]!r}; nothing is published."
         )
     return int(content)
 

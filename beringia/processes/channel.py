@@ -71,11 +71,6 @@ class Channel:
             while line:
                 line = line[os.write(self.output, line) :]
 
-    def end_line(self) -> None:
-        """What a launch prefix has printed, and has not ended, is no part of a message."""
-        with self._lock:
-            os.write(self.output, b"\n")
-
     def line(self, record: Record) -> None:
         """Send a fact of the work. Raises ValueError for a number that JSON cannot carry."""
         document = record.model_dump(mode="json")

@@ -48,6 +48,9 @@ _QUESTION_ENDS = (":", "?", "]", ")")
 _LOGGED_BYTES = 1 << 20
 """Of what a prefix prints between messages: a far end's own words go to standard error."""
 
+_HELLO = b'{"kind":"hello"'
+"""How every far end's first message begins."""
+
 Message = Ready | Heartbeat | Line | Ended
 
 
@@ -227,18 +230,18 @@ class Child:
         self.hello = hello
 
     def _parsed(self, line: bytes) -> FromFarEnd | None:
-        # A launch prefix may print a banner (ssh does): what is not a message goes to the log.
-        try:
-            message = from_far_end.validate_json(line)
-            if self.hello is not None or isinstance(message, Hello | Ended):
-                return message
-        except ValidationError:
-            pass
-        if line and self._logged_bytes < _LOGGED_BYTES:
-            self._logged_bytes += len(line)
+        # A launch prefix may print a banner (ssh does), and need not end its line before the far end's hello: what is
+        # no message goes to the log.
+        begin = max(0, line.rfind(_HELLO)) if self.hello is None else 0
+        message = _message(line[begin:])
+        if message is not None and self.hello is None and not isinstance(message, Hello | Ended):
+            message = None
+        printed = line[:begin] if message is not None else line
+        if printed and self._logged_bytes < _LOGGED_BYTES:
+            self._logged_bytes += len(printed)
             with open(self.log, "ab") as log:
-                log.write(line + b"\n")
-        return None
+                log.write(printed + b"\n")
+        return message
 
     def _asks(self) -> bool:
         return self._last_words().endswith(_QUESTION_ENDS)
@@ -250,6 +253,13 @@ class Child:
             return asked
         content = self.log.read_bytes()[-_READ_BYTES:].decode(errors="replace")
         return content.splitlines()[-1].strip() if content and not content.endswith("\n") else ""
+
+
+def _message(line: bytes) -> FromFarEnd | None:
+    try:
+        return from_far_end.validate_json(line)
+    except ValidationError:
+        return None
 
 
 class BytesAfter:

@@ -83,7 +83,6 @@ def main(module: str) -> NoReturn:
         if ranks is not None:
             channel.rank = ranks.rank
         if ranks is None or ranks.first:
-            channel.end_line()
             channel.send(_hello())
         job = _job(channel, ranks)
         _settle_in(job)

@@ -91,7 +91,8 @@ def _from_torchrun(environment: Mapping[str, str]) -> Ranks | None:
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
     """Tasks of the step that this process is in: a batch script is in none that `srun` has started, and an interactive
     shell's step has one, whatever its job has."""
-    if environment.get("SLURM_STEP_ID", _NO_TASKS_OF_OURS[0]) in _NO_TASKS_OF_OURS:
+    step = environment.get("SLURM_STEP_ID")
+    if step in _NO_TASKS_OF_OURS or (step is None and environment["SLURM_PROCID"] == "0"):
         return 1
     name = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     return _number(environment, name, "1")

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import IO
 
 from beringia.checkpoint.epoch import advance_epoch
-from beringia.errors import RunError
+from beringia.errors import RunError, StaleEpoch
 from beringia.records.files import reporting_storage
 from beringia.records.run_directory import RunDirectory
 
@@ -34,7 +34,13 @@ class RunLock:
 
     def advance(self, above: int = 0) -> int:
         """Begin the next epoch: whatever an earlier worker still tries to publish is refused from now on."""
-        self.epoch = advance_epoch(self._run.epoch, above)
+        try:
+            self.epoch = advance_epoch(self._run.epoch, above)
+        except StaleEpoch as problem:
+            raise RunError(
+                f"{str(problem).partition(';')[0]}: it was altered or damaged. Remove it and give the same command "
+                "again: the number goes on from events and checkpoints."
+            ) from None
         return self.epoch
 
     def __enter__(self) -> RunLock:

@@ -17,8 +17,8 @@ from beringia.records.record import canonical_json
 INDEX = ".hashes.json"
 _RESTED_SECONDS = 2.0
 """FAT counts modification times in two seconds, the coarsest of file systems in use."""
-_SETTLED_SECONDS = 86_400.0
-"""On a file system where nothing of ours is written its clock is not known: no clock is a day off."""
+_DAY = 86_400.0
+"""Seconds. On a file system where nothing of ours is written its clock is not known: no clock is a day off."""
 
 
 class HashIndex:
@@ -61,7 +61,7 @@ class HashIndex:
         finally:
             remove(probe)
         if now.st_dev != found.st_dev:
-            return time.time() - found.st_ctime > _SETTLED_SECONDS
+            return time.time() - found.st_ctime > _DAY
         return now.st_ctime_ns - found.st_ctime_ns > _RESTED_SECONDS * 1e9
 
 
