@@ -10,6 +10,8 @@ from pathlib import Path
 
 import guarded
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_runs import beringia, events, of_kind, small_recipe, write_recipe
 from waiting import GIVE_UP_SECONDS
 
@@ -20,6 +22,7 @@ from beringia.records.events import Fault
 from beringia.records.jsonl import JsonLinesWriter
 from beringia.records.recipe import parse_recipe
 from beringia.records.run_directory import RunDirectory
+from beringia.supervise.next_order import ranks_for
 from beringia.supervise.supervisor import supervise
 
 # One rank and two add the same float32 terms in another order: a few roundoffs a step, amplified by AdamW's division
@@ -89,6 +92,40 @@ def test_a_lost_device_of_two_is_left_out_and_the_state_goes_to_the_remaining_on
     assert [event.ranks for event in of_kind(tmp_path / "run", "chip")] == [2, 1]
     resumed = of_kind(tmp_path / "run", "resume")[-1]
     assert resumed.step == 4 and resumed.state_hash == resumed.state_hash_expected
+
+
+@given(st.integers(1, 64), st.integers(1, 4), st.integers(2, 16), st.data())
+def test_where_devices_are_left_out_the_others_share_the_batch_evenly(
+    shares: int, accumulate: int, ranks: int, data: st.DataObject
+) -> None:
+    left_out = data.draw(st.integers(1, ranks - 1))
+    batch = shares * accumulate
+    document = small_recipe(
+        chips={"first": {"use": "cpu", "ranks": ranks}}, train={"batch": batch, "accumulate": accumulate}
+    )
+    recipe = parse_recipe(document, "test")
+    assert ranks_for(recipe, "first", 0) == ranks
+    used = ranks_for(recipe, "first", left_out)
+    more = range(used + 1, ranks - left_out + 1)
+    assert batch % (accumulate * used) == 0 and all(batch % (accumulate * count) for count in more)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_of_four_devices_without_one_as_many_go_on_as_share_the_batch(tmp_path: Path) -> None:
+    script = tmp_path / "lost.toml"
+    script.write_text(
+        'summary = "the second device is lost at step 6"\n'
+        '[[faults]]\nkind = "exception"\nat_step = 6\nonce = true\ncode = "HBM MULTI BIT ECC ERROR"\ndevice = 1\n'
+    )
+    chips = {"first": {"use": "emulated:ascend-910b", "ranks": 4, "faults": str(script)}}
+    document = small_recipe(chips=chips, train=STEPS | {"compute": "float32", "batch": 8})
+    done = beringia("train", str(write_recipe(tmp_path, document)), "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert [event.ranks for event in of_kind(tmp_path / "run", "chip")] == [4, 2]
+    (told,) = [event for event in of_kind(tmp_path / "run", "fallback") if event.what == "ranks"]
+    assert (told.asked, told.used) == ("3 devices that are left", "2")
+    assert {event.tokens for event in of_kind(tmp_path / "run", "step")} == {8 * 24}
 
 
 @pytest.mark.slow

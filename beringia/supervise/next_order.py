@@ -29,12 +29,22 @@ def order_for(recipe: Recipe, situation: Situation, root: str, epoch: int) -> Or
         state_hashes={step: situation.complete[step] for step in steps if step in situation.complete},
         canary_from=situation.canary_from if canary else None,
         canary_compute_dtype=_compute_dtype(situation, situation.came_from) if canary else None,
-        ranks=recipe.chips[situation.chip].ranks - len(situation.excluded),
+        ranks=ranks_for(recipe, situation.chip, len(situation.excluded)),
         excluded_devices=tuple(sorted(situation.excluded)),
         evaluate=_evaluation_due(situation, recipe.train),
         recent=_recent(situation.steps_before(target or 0)),
         accepted_spikes=tuple(situation.accepted_spikes),
     )
+
+
+def ranks_for(recipe: Recipe, label: str, left_out: int) -> int:
+    """As many ranks as the recipe says; where devices are left out, as many of the others as share the batch evenly: it,
+    and what its loss is a mean over, stay the same."""
+    ranks, train = recipe.chips[label].ranks, recipe.train
+    if left_out == 0:
+        return ranks
+    even = (count for count in range(ranks - left_out, 0, -1) if train.batch % (train.accumulate * count) == 0)
+    return next(even, 1)
 
 
 def _evaluation_due(situation: Situation, train: TrainSection) -> bool:

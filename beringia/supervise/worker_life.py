@@ -74,6 +74,7 @@ class WorkerLife:
         order = order_for(recipe, self._situation, self._root.root, self._epoch)
         identity = self._supervision.owner.run_identity
         self._order = order.model_copy(update={"recipe_hash": self._supervision.recipe_hash, "run_identity": identity})
+        self._tell_idle_devices(self._order.ranks)
         lead(self._run, self._order)
         try:
             self._child = start_worker(
@@ -121,6 +122,13 @@ class WorkerLife:
         if self._child is not None:
             self._child.end(0.0)
         self._root.close()
+
+    def _tell_idle_devices(self, used: int) -> None:
+        excluded, batch = self._situation.excluded, self._recipe.train.batch
+        left = self._recipe.chips[self._label].ranks - len(excluded)
+        if excluded and used < left:
+            reason = f"no more of them share a batch of {batch} evenly; the others stand idle"
+            self._append(Fallback(what="ranks", asked=f"{left} devices that are left", used=str(used), reason=reason))
 
     @property
     def ended(self) -> Ended | None:
