@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -673,3 +674,56 @@ def test_an_element_of_a_product_beyond_its_bound_is_found_where_it_is(call: Cal
     wrong = judged(with_result(call, found))
     assert wrong.worst_element == place and wrong.wrong_from == wrong.wrong_to == place
     assert {m.name for m in wrong.measures if m.used > 1.0} >= {"worst element"}
+
+
+# ---- numbers beside tensors
+
+NUMBERS = st.one_of(
+    st.floats(-1e4, 1e4, allow_subnormal=False), st.integers(-1000, 1000), st.sampled_from([0, -1, 1.0, -1e-3, 0.5])
+)
+drawn = functools.cache(random)
+
+
+WITH_NUMBERS: dict[str, Callable[[Any, Any], torch.Tensor]] = {
+    "addmm": lambda a, b: torch.addmm(drawn(6, 5), drawn(6, 8, seed=1), drawn(8, 5, seed=2), alpha=a, beta=b),
+    "baddbmm": lambda a, b: torch.baddbmm(
+        drawn(2, 6, 5), drawn(2, 6, 8, seed=1), drawn(2, 8, 5, seed=2), alpha=a, beta=b
+    ),
+    "addbmm": lambda a, b: torch.addbmm(drawn(6, 5), drawn(9, 6, 8, seed=1), drawn(9, 8, 5, seed=2), alpha=a, beta=b),
+    "addmv": lambda a, b: torch.addmv(drawn(6), drawn(6, 8, seed=1), drawn(8, seed=2), alpha=a, beta=b),
+    "add": lambda a, b: torch.add(drawn(6, 5), drawn(6, 5, seed=1), alpha=a),
+    "sub": lambda a, b: torch.sub(drawn(6, 5), drawn(6, 5, seed=1), alpha=a),
+    "rsub": lambda a, b: torch.rsub(drawn(6, 5), drawn(6, 5, seed=1), alpha=a),
+    "addcmul": lambda a, b: torch.addcmul(drawn(6, 5), drawn(6, 5, seed=1), drawn(6, 5, seed=2), value=a),
+    "addcdiv": lambda a, b: torch.addcdiv(drawn(6, 5), drawn(6, 5, seed=1), drawn(6, 5, seed=2), value=a),
+    "lerp": lambda a, b: torch.lerp(drawn(6, 5), drawn(6, 5, seed=1), a),
+    "mul": lambda a, b: drawn(6, 5) * a,
+    "index_add": lambda a, b: torch.index_add(drawn(6, 5), 0, torch.tensor([0, 0, 3, 0]), drawn(4, 5, seed=1), alpha=a),
+    "_foreach_add": lambda a, b: torch._foreach_add([drawn(3), drawn(4)], [a, b])[0],
+    "_foreach_lerp": lambda a, b: torch._foreach_lerp([drawn(30), drawn(4)], [drawn(30, seed=1), drawn(4)], a)[0],
+}
+
+
+@pytest.mark.parametrize("operator", WITH_NUMBERS)
+@given(NUMBERS, NUMBERS)
+@settings(max_examples=40, deadline=None)
+def test_no_number_beside_the_tensors_makes_a_sound_chip_wrong(operator: str, alpha: float, beta: float) -> None:
+    """Whatever its sign and size, and a wrong product is found whatever they are."""
+    if operator in ("index_add",) and isinstance(alpha, int):
+        alpha = float(alpha)
+    WITH_NUMBERS[operator](alpha, beta)  # draws its tensors: no call to be judged
+    calls = [call for call in calls_of(lambda: WITH_NUMBERS[operator](alpha, beta)) if check(call) is not None]
+    for call in calls:
+        assert not broken(call), (call.place.operator, [(one.name, one.used) for one in judged(call).measures])
+    last = calls[-1]
+    size = max(float(result.abs().max()) for result in last.results)
+    wrong = with_result(last, *(result + 0.01 * size for result in last.results))
+    assert size == 0 or broken(wrong)
+
+
+@pytest.mark.parametrize("scale", [-3.0, -0.25, 0.0, 3.0])
+def test_attention_with_any_scale_is_judged_alike(scale: float) -> None:
+    q, k, v = (random(1, 2, 16, 8, seed=seed).requires_grad_() for seed in range(3))
+    calls = calls_of(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale).sum().backward())
+    judgements = [found for call in calls if (found := check(call)) is not None]
+    assert all(measure.used <= 1.0 for found in judgements for measure in found.measures)

@@ -38,8 +38,8 @@ def order_for(recipe: Recipe, situation: Situation, root: str, epoch: int) -> Or
 
 
 def ranks_for(recipe: Recipe, label: str, left_out: int) -> int:
-    """As many ranks as the recipe says; where devices are left out, as many of the others as share the batch evenly: it,
-    and what its loss is a mean over, stay the same."""
+    """As many ranks as the recipe says. Where devices are left out, as many of the others as share the batch evenly:
+    the batch stays, and what its loss is a mean over."""
     ranks, train = recipe.chips[label].ranks, recipe.train
     if left_out == 0:
         return ranks

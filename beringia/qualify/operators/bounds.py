@@ -71,9 +71,18 @@ class Operation:
         name: str = self.call.func.overloadpacket.__name__
         return name.removeprefix("_foreach_").rstrip("_")
 
+    def magnitudes(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments' magnitudes: floating tensors', and those of the numbers that an operator multiplies with or
+        adds (`alpha`, `beta`, `value`; by its schema they are numbers, and sizes and dimensions are not)."""
+        declared = self.call.func._schema.arguments
+        kinds = {argument.name: str(argument.type) for argument in declared}
+        args = zip(self.args, kinds.values(), strict=False)
+        kwargs = {name: _magnitude(value, kinds.get(name, "")) for name, value in self.kwargs.items()}
+        return tuple(_magnitude(value, kind) for value, kind in args), kwargs
+
     def on_magnitudes(self) -> tuple[torch.Tensor, ...]:
-        """The operator applied to the magnitudes of its floating arguments."""
-        args, kwargs = (changed(value, _magnitude) for value in (self.args, self.kwargs))
+        """The operator applied to the magnitudes of its arguments."""
+        args, kwargs = self.magnitudes()
         return evaluate(self.call.func, args, kwargs)
 
     def wide(self, place: int) -> torch.Tensor:
@@ -133,8 +142,13 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _magnitude(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.abs() if tensor.is_floating_point() else tensor
+def _magnitude(value: Any, kind: str) -> Any:
+    """Of an argument whose type in the operator's schema is `kind`."""
+    if isinstance(value, list | tuple):
+        return type(value)([_magnitude(item, kind) for item in value])
+    if isinstance(value, torch.Tensor):
+        return value.abs() if value.is_floating_point() else value
+    return abs(value) if "number" in kind and isinstance(value, int | float) else value
 
 
 # ---- rules
@@ -142,26 +156,31 @@ def _magnitude(tensor: torch.Tensor) -> torch.Tensor:
 
 def _arithmetic(operation: Operation) -> Allowed:
     """Sums and products of a few numbers: roundings of each relative to the magnitudes that meet."""
-    if operation.name in ("sub", "rsub"):
-        first, second = operation.args[:2]
-        factor = abs(operation.kwargs.get("alpha", 1))
-        return _pairwise(first, second, lambda a, b: _abs(a) + factor * _abs(b), operation.exact)
-    args = [_abs(value) if isinstance(value, int | float) else changed(value, _magnitude) for value in operation.args]
-    kwargs = {name: _abs(value) for name, value in operation.kwargs.items() if name in ("alpha", "value")}
-    sizes = evaluate(operation.call.func, tuple(args), kwargs)
+    args, kwargs = operation.magnitudes()
+    combine = _DIFFERENCES.get(operation.name)
+    if combine is None:
+        sizes = evaluate(operation.call.func, args, {name: kwargs[name] for name in kwargs.keys() & _FACTORS_NAMED})
+    else:
+        factor = args[2] if len(args) > 2 else kwargs.get("alpha", kwargs.get("weight", 1))
+        sizes = tuple(combine(*one) for one in _matched(args[0], args[1], factor))
     return [ARITHMETIC_ROUNDINGS * _F32 * size for size in sizes]
 
 
-def _pairwise(first: Any, second: Any, combine: Callable[[Any, Any], Any], exact: tuple[torch.Tensor, ...]) -> Allowed:
-    """For tensors, or lists of them."""
-    if isinstance(first, list | tuple):
-        seconds = second if isinstance(second, list | tuple) else [second] * len(first)
-        return [ARITHMETIC_ROUNDINGS * _F32 * combine(a, b) for a, b in zip(first, seconds, strict=True)]
-    return [ARITHMETIC_ROUNDINGS * _F32 * combine(first, second)] * len(exact)
+_FACTORS_NAMED = {"alpha", "value"}
+_DIFFERENCES: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "sub": lambda a, b, alpha: a + alpha * b,
+    "rsub": lambda a, b, alpha: alpha * a + b,
+    "lerp": lambda a, b, weight: a + weight * (a + b),
+}
+"""What meets in an operator that subtracts, whose own value on magnitudes would cancel."""
 
 
-def _abs(value: Any) -> Any:
-    return value.abs() if isinstance(value, torch.Tensor) else abs(value)
+def _matched(first: Any, *others: Any) -> list[tuple[Any, ...]]:
+    """Arguments of one call each; of an operator on lists, element by element."""
+    if not isinstance(first, list | tuple):
+        return [(first, *others)]
+    spread = [other if isinstance(other, list | tuple) else [other] * len(first) for other in others]
+    return list(zip(first, *spread, strict=True))
 
 
 def _relative(operation: Operation) -> Allowed:
@@ -206,8 +225,9 @@ def _product(operation: Operation) -> Allowed:
     """The matrix unit: every term may be cut, and every block's sum truncated."""
     roundings = TERMS_AT_WORST * TRUNCATION * terms_of(operation) + ARITHMETIC_ROUNDINGS
     # float64 magnitudes would cost as much as the product itself; float32 ones are good to seven digits.
-    args = changed(operation.args, lambda tensor: tensor.abs().float() if tensor.is_floating_point() else tensor)
-    kwargs = {name: value for name, value in operation.kwargs.items() if not isinstance(value, torch.dtype)}
+    wide, named = operation.magnitudes()
+    args = changed(wide, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    kwargs = {name: value for name, value in named.items() if not isinstance(value, torch.dtype)}
     func = operation.call.func
     packet = func.overloadpacket
     sizes = getattr(packet, "default", func)(*args[: _FACTORS.get(operation.name, len(args))], **kwargs)
@@ -264,7 +284,7 @@ def _adamw(operation: Operation) -> Allowed:
         square_size = (beta2 * square).abs() + (1 - beta2) * gradient.square()
         denominator = (square_size / (1 - beta2**number)).sqrt() + options["eps"]
         update = rate / (1 - beta1**number) * moment_size / denominator
-        size = parameter.abs() * (1 + rate * options["weight_decay"]) + ELEMENTARY_ULPS * update
+        size = parameter.abs() * (1 + abs(rate * options["weight_decay"])) + ELEMENTARY_ULPS * update.abs()
         allowed[0].append(ARITHMETIC_ROUNDINGS * _F32 * size)
         allowed[2].append(ARITHMETIC_ROUNDINGS * _F32 * moment_size)
         allowed[3].append(ARITHMETIC_ROUNDINGS * _F32 * square_size)
@@ -305,8 +325,10 @@ def _measured(operation: Operation) -> Allowed:
 def terms_of(operation: Operation) -> int:
     """Terms in an operator's longest sum."""
     name, args = operation.name, operation.args
+    if name == "addbmm":
+        return int(args[1].shape[0] * args[1].shape[-1])
     if name in _PRODUCTS:
-        return int(args[1].shape[-1] if name in ("addmm", "baddbmm", "addmv", "addbmm") else args[0].shape[-1])
+        return int(args[1].shape[-1] if name in ("addmm", "baddbmm", "addmv") else args[0].shape[-1])
     if name in ("sum", "mean", "linalg_vector_norm", "norm"):
         sizes = [tensor.numel() for tensor in tensors_in(args)]
         results = [max(1, tensor.numel()) for tensor in operation.exact]

@@ -187,13 +187,13 @@ class Attention:
         relative = storing + 2 * self._score_error(computing) + computing * (8 + weights.shape[-1] ** 0.5)
         # The centre is made from the stored output, rounded; what is subtracted may be larger than what is left.
         dscores = weights * (products + centre) * (relative + computing * self.v_BHSV.shape[-1])
-        dq = dscores @ self.k_BHSD.abs() * self.scale
-        dk = dscores.mT @ self.q_BHTD.abs() * self.scale
+        dq = dscores @ self.k_BHSD.abs() * abs(self.scale)
+        dk = dscores.mT @ self.q_BHTD.abs() * abs(self.scale)
         return dq, self.joined(dk), self.joined((weights * relative).mT @ grad)
 
     def _score_error(self, computing: float) -> torch.Tensor:
         terms = self.q_BHTD.shape[-1] + 4
-        size = self.q_BHTD.abs() @ self.k_BHSD.abs().mT * self.scale
+        size = self.q_BHTD.abs() @ self.k_BHSD.abs().mT * abs(self.scale)
         return computing * terms * size
 
 
