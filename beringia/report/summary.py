@@ -121,6 +121,8 @@ class Summary(Record):
     """Chips without a certificate, in the order in which they were opened, each once."""
     lost_steps: int
     """Steps that were done and thrown away, over all decisions."""
+    redone_steps: int
+    """Steps that were done and do not count: they were done again, or the run went back behind them."""
     lost: str
     """All that was lost, in words."""
     unusable_checkpoints: int
@@ -153,6 +155,7 @@ def summarise(history: History) -> Summary:
         decisions=_decisions(history),
         unqualified=_unqualified(history),
         lost_steps=toll.steps,
+        redone_steps=sum(not step.kept for step in history.steps),
         lost=toll.short(),
         unusable_checkpoints=toll.unusable,
         restarts_from_0=toll.from_the_start,
