@@ -413,6 +413,16 @@ def test_a_death_between_the_renames_of_a_replacement_loses_nothing(tmp_path: Pa
     directory.verify(400)
 
 
+def test_a_step_that_was_pruned_before_its_mark_is_not_marked(store: CheckpointStore) -> None:
+    """The thread that writes prunes while the loop finds checks clean: the mark is for what is still there."""
+    manifest = store.save(400, {"w": torch.zeros(3)}, {"step": 400}).result()
+    mark = TrustMark(step=400, state_hash=manifest.state_hash, checks=())
+    assert store.trust_if_kept(400, mark) and store.trusted_steps() == [400]
+    store.directory.discard(400)
+    assert not store.trust_if_kept(400, mark)
+    store.close()
+
+
 def test_a_discarded_checkpoint_is_gone(store: CheckpointStore) -> None:
     store.save(400, {"w": torch.zeros(3)}, {}).result()
     store.directory.discard(400)

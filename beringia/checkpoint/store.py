@@ -202,6 +202,15 @@ class CheckpointStore:
         with self._publishing():
             self.directory.mark_trusted(step, mark)
 
+    def trust_if_kept(self, step: int, mark: TrustMark) -> bool:
+        """`mark_trusted`, unless the step was pruned: the thread that writes may do so at any moment but under this
+        lock. Returns whether it is marked."""
+        with self._publishing():
+            if step not in self.directory.steps():
+                return False
+            self.directory.mark_trusted(step, mark)
+            return True
+
     def prune(self) -> list[int]:
         """Delete all but the last `keep` and the last two trusted; done after each save too. Raises StaleEpoch."""
         with self._publishing():

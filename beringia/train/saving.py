@@ -70,6 +70,6 @@ class Saving:
             if checks is None:
                 return
             state_hash = self.pending.pop(step)
-            if self._ranks.first and step in self._store.steps():
-                self._store.mark_trusted(step, TrustMark(step=step, state_hash=state_hash, checks=checks))
+            mark = TrustMark(step=step, state_hash=state_hash, checks=checks)
+            if self._ranks.first and self._store.trust_if_kept(step, mark):
                 self._channel.event(CheckpointTrusted(step=step, state_hash=state_hash, checks=checks))
