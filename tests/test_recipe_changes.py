@@ -286,3 +286,20 @@ def test_the_state_that_is_loaded_is_the_one_that_the_events_tell_of(here: Path)
     assert train("stopped", "train.steps=64").returncode == 0
     (rejected,) = of_kind(run, "rejected")
     assert "the run's events say" in rejected.message and list((run / "set-aside").glob(f"{newest.name}-*"))
+
+
+def test_data_that_is_read_in_another_way_costs_no_checkpoint(here: Path) -> None:
+    """What is due next is part of a checkpoint. Where it is not what comes, no other checkpoint would help."""
+    assert train("stopped").returncode == 0
+    run = here / "stopped"
+    newest = max((run / "checkpoints").glob("step-*"))
+    document = json.loads((newest / "manifest.json").read_text())
+    document["progress"]["data"] = "read by another version"
+    content = canonical_json(document)
+    (newest / "manifest.json").write_bytes(content)
+    (newest / "manifest.json.sha256").write_bytes(digest_line(content))
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    refused = train("stopped", "train.steps=64")
+    assert refused.returncode == 2 and "its data is not what it was" in refused.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
+    assert of_kind(run, "rejected") == []
