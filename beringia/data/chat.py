@@ -4,7 +4,8 @@ The tokens agree with transformers' `apply_chat_template` one by one (tested). A
 runs in Jinja's immutable sandbox and sees plain data only. `strftime_now` is left undefined on purpose: with a date in
 the prompt, tomorrow's data would be other data; templates that use it carry a fixed date for this case.
 
-A message is what the JSON line holds: `role`, `content`, and whatever else the template reads.
+A message is what the JSON line holds: `role`, `content`, and whatever else the template reads. Content may be a list of
+text parts; a template that cannot read lists is given their texts, joined.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, TypeGuard
 
 import jinja2
 import jinja2.ext
@@ -24,36 +25,99 @@ from beringia.data.tokenizer import Tokenizer
 from beringia.errors import DataError
 
 Message = dict[str, Any]
+Extras = list[dict[str, Any]] | None
+"""Tools or documents that a template may show beside the messages."""
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+class Given(TypedDict):
+    """What a template is given beside the messages."""
+
+    tools: Extras
+    documents: Extras
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Extras = None,
+    documents: Extras = None,
+    add_generation_prompt: bool = False,
+) -> str:
     """The chat as one text. Raises DataError where there is no template, or it refuses these messages."""
-    if tokenizer.chat_template is None:
+    template = tokenizer.chat_template if tools is None else tokenizer.tool_template or tokenizer.chat_template
+    if template is None:
         raise DataError(f"The tokenizer of {tokenizer.source} has no chat template: add one as chat_template.jinja.")
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        text: str = _compile(tokenizer.chat_template).render(
+        text: str = _compile(template).render(
             messages=present,
-            tools=None,
-            documents=None,
+            tools=tools,
+            documents=documents,
             add_generation_prompt=add_generation_prompt,
             **tokenizer.specials,
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # code from elsewhere: a text added to a missing one is a TypeError, and so on
         raise DataError(f"The chat template of {tokenizer.source} refuses this chat: {error}.") from None
     return text
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Extras = None, documents: Extras = None
+) -> tuple[list[int], list[bool]]:
     """Tokens of a chat, and which of them the assistant said (its end mark included, white space after it not)."""
-    text = render_chat(tokenizer, messages)
-    spans = assistant_spans(tokenizer, messages, text)
+    given: Given = {"tools": tools, "documents": documents}
+    messages = readable(tokenizer, messages, given)
+    text = render_chat(tokenizer, messages, **given)
+    spans = assistant_spans(tokenizer, messages, text, given)
     tokens, offsets = tokenizer.encode_with_offsets(text)
-    said = [any(start <= first and last <= end for start, end in spans) for first, last in offsets]
-    return tokens, said
+    return tokens, [any(_overlap(token, span) for span in spans) for token in offsets]
 
 
-def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+def _overlap(token: tuple[int, int], span: tuple[int, int]) -> bool:
+    """A token may begin with the prompt's last space or end with a newline: what it has of the answer is learned."""
+    first, last = max(token[0], span[0]), min(token[1], span[1])
+    return first < last or (first == last and token[0] == token[1])  # some tokens cover no character
+
+
+def readable(tokenizer: Tokenizer, messages: Sequence[Message], given: Given) -> Sequence[Message]:
+    """The messages, with text parts joined where the template does not read lists of them.
+
+    A template that reads lists shows each part's text; another fails, shows nothing, or shows the list as Python does.
+    """
+    lists = [message["content"] for message in messages if _is_parts(message.get("content"))]
+    if not lists:
+        return messages
+    joined = [
+        {**message, "content": content_text(message)} if _is_parts(message.get("content")) else message
+        for message in messages
+    ]
+    try:
+        text = render_chat(tokenizer, messages, **given)
+    except DataError:
+        return joined
+    read = all(part["text"].strip() in text for parts in lists for part in parts)
+    return messages if read and not any(str(parts) in text for parts in lists) else joined
+
+
+def content_text(message: Message) -> str:
+    """What a message says, its text parts joined; empty where it says nothing."""
+    content = message.get("content")
+    return "".join(part["text"] for part in content) if _is_parts(content) else str(content or "")
+
+
+def _is_parts(content: object) -> TypeGuard[list[Message]]:
+    return isinstance(content, list) and all(is_text_part(part) for part in content)
+
+
+def is_text_part(part: object) -> bool:
+    """Whether this is `{"type": "text", "text": "..."}`."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def assistant_spans(
+    tokenizer: Tokenizer, messages: Sequence[Message], text: str, given: Given
+) -> list[tuple[int, int]]:
     """Characters (start, end) of `text` that are the assistant's turns.
 
     A turn is what the template adds to the generation prompt when the message is there. Raises DataError for a template
@@ -63,8 +127,8 @@ def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message], text: str
     for number, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = render_chat(tokenizer, messages[:number], add_generation_prompt=True) if number else ""
-        after = render_chat(tokenizer, messages[: number + 1])
+        before = render_chat(tokenizer, messages[:number], add_generation_prompt=True, **given) if number else ""
+        after = render_chat(tokenizer, messages[: number + 1], **given)
         if not (text.startswith(after) and after.startswith(before)):
             raise DataError(
                 f"The chat template of {tokenizer.source} rewrites earlier turns, so turn {number + 1} cannot be told "

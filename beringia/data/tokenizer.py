@@ -54,6 +54,8 @@ class Tokenizer:
     """Special tokens by role: `bos_token`, `eos_token`, `pad_token`, ...; roles without a token are absent."""
     chat_template: str | None
     """Jinja source, or None."""
+    tool_template: str | None = None
+    """The template for chats with tools, where it is another one."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -81,7 +83,8 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over everything that determines tokens: the serialized tokenizer, special tokens, template."""
+        """SHA-256 over what determines tokens: the serialized tokenizer, special tokens, template."""
+        # Not the tool template: packed data of runs that never had a tool would become other data.
         return canonical_hash([json.loads(self.backend.to_str()), self.specials, self.chat_template])
 
     @cached_property
@@ -232,7 +235,8 @@ def _read(directory: Path) -> Tokenizer:
     configuration_path = directory / "tokenizer_config.json"
     configuration = _json_object(configuration_path) if configuration_path.is_file() else {}
     specials = {role: name for role in _SPECIAL_ROLES if (name := _name(configuration.get(role))) is not None}
-    return Tokenizer(str(directory), backend, specials, _template(directory, configuration))
+    templates = _templates(directory, configuration)
+    return Tokenizer(str(directory), backend, specials, templates.get("default"), templates.get("tool_use"))
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -252,11 +256,15 @@ def _name(entry: object) -> str | None:
     return entry if isinstance(entry, str) else None
 
 
-def _template(directory: Path, configuration: dict[str, Any]) -> str | None:
+def _templates(directory: Path, configuration: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        others = (directory / "additional_chat_templates").glob("*.jinja")
+        return {"default": path.read_text(encoding="utf-8")} | {
+            other.stem: other.read_text(encoding="utf-8") for other in others
+        }
     template = configuration.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return {"default": template} if isinstance(template, str) else {}
