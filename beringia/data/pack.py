@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pydantic import ValidationError
 from beringia.data.chat import encode_chat
 from beringia.data.documents import PASSAGE_CHARACTERS, DataKind, Document, UnreadableFile, list_files, read_documents
 from beringia.data.shards import SHARD_TOKENS, PackManifest, PackSettings, ShardWriter, Source
+from beringia.data.template_gaps import TemplateGaps
 from beringia.data.tokenizer import Tokenizer
 from beringia.errors import DataError
 from beringia.records.files import publish_directory, sha256_of_file, write_text
@@ -109,8 +111,8 @@ def _unchanged(folder: Path, manifest: PackManifest) -> bool:
 
 def _same(path: Path, source: Source) -> bool:
     """Size and time of change say "unchanged" for sure; a copy has another time and is compared by hash."""
-    if not path.is_file():
-        return source.sha256 == _NO_HASH
+    if source.sha256 == _NO_HASH or not os.path.isfile(path):
+        return source.sha256 == _NO_HASH and _why_unreadable(path) is not None
     status = path.stat()
     if status.st_size != source.bytes:
         return False
@@ -146,17 +148,16 @@ def _survey(folder: Path, settings: PackSettings) -> _Survey:
 
 
 def _survey_file(folder: Path, path: Path, kind: DataKind, places: _Places) -> Source:
-    found, skipped = _Places(), None
+    found = _Places()
     size, modified, digest = 0, 0, _NO_HASH
-    if not path.is_file():
-        skipped = "is not a regular file"
-    else:
+    skipped = _why_unreadable(path)
+    if skipped is None:
         try:
             size, modified, digest = path.stat().st_size, path.stat().st_mtime_ns, sha256_of_file(path)
             for document in read_documents(path, kind):
                 found.add(document.place, document.place)
         except OSError as error:
-            skipped = error.strerror or "cannot be read"
+            raise DataError(f"{path} cannot be read to its end ({error.strerror}): mend it or take it away.") from None
         except UnreadableFile as error:
             skipped = str(error)
     if skipped is None:
@@ -164,16 +165,32 @@ def _survey_file(folder: Path, path: Path, kind: DataKind, places: _Places) -> S
     return Source(path=_relative(folder, path), bytes=size, modified_ns=modified, sha256=digest, skipped=skipped)
 
 
+def _why_unreadable(path: Path) -> str | None:
+    """Why there is nothing to read at a path that was listed as a file; None where there is."""
+    if os.path.isdir(path):
+        link = os.path.islink(path) and os.access(path, os.R_OK | os.X_OK)
+        return "is a link to a folder that is read already or lies above" if link else "is a folder that cannot be read"
+    if not os.path.isfile(path):
+        return "is not a regular file"
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
 def _write(
     folder: Path, tokenizer: Tokenizer, survey: _Survey, settings: PackSettings, aside: Path, shard_tokens: int
 ) -> PackManifest:
     """Second pass: documents to tokens, into `aside`."""
+    gaps = TemplateGaps(tokenizer)
     dtype = "uint16" if tokenizer.vocabulary_size <= 1 << 16 else "uint32"
     with (
         ShardWriter(aside, "train", dtype, shard_tokens) as train,
         ShardWriter(aside, "held-out", dtype, shard_tokens) as held_out,
     ):
-        for document, tokens, said in _encoded(_documents(folder, survey, settings.kind), tokenizer):
+        for document, tokens, said in _encoded(_documents(folder, survey, settings.kind), tokenizer, gaps):
             (held_out if document.place <= survey.threshold else train).append(tokens, said)
     if any(not _same(_path(folder, source), source) for source in survey.sources):
         raise DataError(f"Files under {folder} changed while they were being packed: run the same again.")
@@ -185,6 +202,7 @@ def _write(
         hidden=survey.hidden,
         documents={"train": train.documents, "held-out": held_out.documents},
         shards={"train": tuple(train.shards), "held-out": tuple(held_out.shards)},
+        template_notes=gaps.notes,
     )
 
 
@@ -195,14 +213,15 @@ def _documents(folder: Path, survey: _Survey, kind: DataKind) -> Iterator[Docume
 
 
 def _encoded(
-    documents: Iterator[Document], tokenizer: Tokenizer
+    documents: Iterator[Document], tokenizer: Tokenizer, gaps: TemplateGaps
 ) -> Iterator[tuple[Document, list[int], list[bool] | None]]:
     """Each document with its tokens; a text is followed by the end token, a chat has its own end."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
         if document.messages:
-            yield document, *encode_chat(tokenizer, document.messages)
+            yield document, *_encoded_chat(document, tokenizer)
+            gaps.add(document)
             continue
         batch.append(document)
         characters += len(document.text)
@@ -210,6 +229,13 @@ def _encoded(
             yield from _encoded_texts(batch, tokenizer)
             batch, characters = [], 0
     yield from _encoded_texts(batch, tokenizer)
+
+
+def _encoded_chat(chat: Document, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    try:
+        return encode_chat(tokenizer, chat.messages, **chat.given)
+    except DataError as error:
+        raise DataError(f"{chat.place_in_file}: {error}") from None
 
 
 def _encoded_texts(batch: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int], None]]:

@@ -93,6 +93,19 @@ def plan_rows(shards: list[OpenShard], kind: DataKind, targets: int) -> tuple[Ro
     return table, tuple(notes)
 
 
+def rows_without_targets(shards: list[OpenShard], plan: RowPlan) -> list[int]:
+    """Numbers of the rows on which nothing is learned: chats in which the assistant says nothing (texts have none)."""
+    if not isinstance(plan, Table):
+        return []
+    rows = zip(plan.all.shards_B.tolist(), plan.all.starts_B.tolist(), plan.all.lengths_B.tolist(), strict=True)
+    return [number for number, row in enumerate(rows) if not _has_target(shards[row[0]], *row[1:])]
+
+
+def _has_target(shard: OpenShard, start: int, length: int) -> bool:
+    assert shard.said is not None, "a shard packed as chats"
+    return bool(shard.said[start + 1 : start + length].any())  # the first token of a row is no target
+
+
 @dataclass(frozen=True)
 class _Chats:
     """Where the chats of one shard lie, cut to the width of a row."""
@@ -110,8 +123,7 @@ class _Chats:
         pieces = [
             (start, min(length, width))
             for start, length in whole
-            # The first token of a row is no target: what the assistant said must reach beyond it.
-            if length <= width or shard.said[start + 1 : start + width].any()
+            if length <= width or _has_target(shard, start, width)
         ]
         return cls(pieces, sum(length > width for _, length in whole), len(whole) - len(pieces))
 

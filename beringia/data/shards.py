@@ -72,6 +72,8 @@ class PackManifest(Record):
     """Files and directories passed over because their names begin with a dot."""
     documents: dict[Split, int]
     shards: dict[Split, tuple[Shard, ...]]
+    template_notes: tuple[str, ...] = ()
+    """What the chat template does not show of the chats, one sentence each."""
 
     @property
     def identity(self) -> str:
@@ -91,7 +93,7 @@ class PackManifest(Record):
             notes.append(f"{len(skipped)} of {len(self.sources)} files were left out: {shown}.")
         if self.hidden:
             notes.append(f"{self.hidden} hidden files or directories were left out.")
-        return tuple(notes)
+        return (*notes, *self.template_notes)
 
 
 class ShardWriter:

@@ -20,7 +20,7 @@ from beringia.data.alphabet import PAD_TOKEN
 from beringia.data.counter import Booleans, Integers, Permutation, chance, derive_key, random_words
 from beringia.data.documents import DataKind
 from beringia.data.pack import Packed, pack
-from beringia.data.row_plan import RowPlan, plan_rows
+from beringia.data.row_plan import RowPlan, plan_rows, rows_without_targets
 from beringia.data.shards import OpenShard, gather, open_shards
 from beringia.data.tasks import Split, Task, make_task
 from beringia.data.tokenizer import Tokenizer, load_tokenizer
@@ -80,6 +80,7 @@ def open_stream(data: DataSection, *, seed: int, directory: Path, split: Split, 
     if data.task is not None:
         return _open_task(data, data.task, seed, split, tokenizer)
     kind: DataKind = "text" if data.text is not None else "chat"
+    _ = tokenizer.end  # an evaluation needs one: refused before packing and training, not after
     folder = Path(data.text or data.chat or "")  # the recipe lets exactly one source through
     packed = pack(folder, tokenizer, directory, kind=kind, held_out_fraction=data.held_out_fraction)
     return open_packed(packed, data.sequence_length, seed=seed, split=split, pad=tokenizer.pad)
@@ -89,11 +90,16 @@ def open_packed(packed: Packed, sequence_length: int, *, seed: int, split: Split
     """The stream over packed data: every epoch is another permutation of the same rows. Raises DataError."""
     shards = open_shards(packed.directory, packed.manifest, split)
     plan, notes = plan_rows(shards, packed.manifest.settings.kind, sequence_length)
-    if plan.rows == 0:
+    silent = rows_without_targets(shards, plan)
+    if len(silent) == plan.rows:
         raise DataError(
             f"The {split} part of {packed.manifest.folder} holds nothing to learn within data.sequence_length = "
             f"{sequence_length} tokens: raise it or add data."
         )
+    if silent:
+        notes += (f"{len(silent)} of {plan.rows} rows hold nothing to learn (the first: row {silent[0]}, from 0).",)
+    if split == "held-out":  # the same sentence with another number is said of what is trained on
+        notes = tuple(f"Held out: {note}" for note in notes)
     rows = PackedRows(shards, plan, derive_key(seed, split), sequence_length, pad)
     identity = _identity((packed.manifest.identity, sequence_length, seed, split))
     return Stream(rows, None, identity, plan.rows, (*packed.notes, *notes))

@@ -96,6 +96,9 @@ class Session:
         self._wait_for_go()
         tokenizer = choose_tokenizer(self.recipe.data, self.recipe.model)
         self.stream, self.held_out = (self._open_stream(split, tokenizer) for split in ("train", "held-out"))
+        if self.ranks.first:
+            for note in dict.fromkeys((*self.stream.notes, *self.held_out.notes)):
+                self._fall_back("data", self.recipe.data.text or self.recipe.data.chat or "", "a part of it", note)
         self.tokenizer = tokenizer
         self._trainer = self._make_trainer(tokenizer)
         self.store = self._open_store()
@@ -177,9 +180,6 @@ class Session:
         )
         if self.ranks.first and self.ranks.count > 1:
             dist.barrier()
-        if self.ranks.first and split == "train":
-            for note in stream.notes:
-                self._fall_back("data", self.recipe.data.text or self.recipe.data.chat or "", "a part of it", note)
         return stream
 
     def _make_trainer(self, tokenizer: Tokenizer) -> Trainer:
@@ -187,6 +187,10 @@ class Session:
         size = tokenizer.vocabulary_size if model.preset is not None else None
         decoder = load_model(model.path or model.preset or "", seed=self.recipe.seed, vocabulary_size=size)
         check_vocabulary(tokenizer, decoder.config.vocab_size)
+        length, room = self.recipe.data.sequence_length, decoder.config.max_position_embeddings
+        if length > room and self.ranks.first:
+            reason = f"the model says that it has {room} positions: whoever runs it elsewhere may use no more of them"
+            self._fall_back("sequence length", f"at most {room}", f"data.sequence_length = {length}", reason)
         decoder.set_compute_dtype(self.compute_dtype)
         self._initial = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
         decoder.to(self.chip.device)
