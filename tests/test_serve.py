@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import itertools
 import json
 import math
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from beringia.chips.open import open_chip
 from beringia.data.tokenizer import load_tokenizer
 from beringia.engine import Engine, Sampling
 from beringia.errors import InputError
+from beringia.serve.protocol import ChatMessage
 from beringia.serve.server import check_proof
 
 QUESTION = "+3141592653"
@@ -287,7 +290,7 @@ def test_a_client_that_sends_its_request_byte_by_byte_does_not_keep_its_connecti
     with serving("r2-nano", "--chip", "cpu", program=(str(patched),)) as running:
         with _connected(running) as connection:
             letters = itertools.cycle(b"GET /health HTTP/1.1\r\nHost: a\r\n")
-            until(lambda: not _takes(connection, next(letters)), "it is closed on")
+            until(lambda: not _takes(connection, bytes([next(letters)])), "it is closed on")
         assert running.get("/health").status_code == 200
 
 
@@ -311,6 +314,57 @@ def test_with_keys_only_their_holders_are_served(locked: Server) -> None:
     assert missing.status_code == 401 and missing.json()["error"]["code"] == "invalid_api_key"
     assert missing.headers["WWW-Authenticate"] == "Bearer"
     assert locked.get("/health").status_code == 200, "probes have no key"
+
+
+def test_a_scheme_s_name_may_be_written_in_any_case(locked: Server) -> None:
+    for scheme in ("bearer ", "BEARER ", "Bearer  "):
+        assert locked.get("/v1/models", headers={"Authorization": f"{scheme}first-key"}).status_code == 200
+    for wrong in ("bearer", "basic first-key", "bearer FIRST-KEY", "bearerfirst-key"):
+        assert locked.get("/v1/models", headers={"Authorization": wrong}).status_code == 401
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+ENDLESS = {
+    "header": HEAD + b"X-Long: ",
+    "headers": HEAD,
+    "path": b"GET /",
+    "chunk's extension": HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;name=",
+    "trailer": HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX-Long: ",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_who_has_no_key_cannot_fill_the_server_s_memory_with_a_head(locked: Server, kind: str) -> None:
+    piece = b"".join(b"X-%d: 1\r\n" % number for number in range(100)) if kind == "headers" else b"a" * 1000
+    with _connected(locked) as connection:
+        connection.sendall(ENDLESS[kind])
+        sent = 0
+        while sent < 4 << 20 and _takes(connection, piece):
+            sent += len(piece)
+        assert sent < 4 << 20, "it is closed"
+    assert locked.get("/health").status_code == 200
+
+
+def test_a_head_that_is_too_large_is_told(locked: Server) -> None:
+    for headers in ({"X-Long": "a" * 40_000}, {f"X-{number}": "a" * 100 for number in range(400)}):
+        refused = locked.get("/v1/models", headers=headers)
+        assert refused.status_code == 431 and refused.json()["error"]["code"] == "head_too_large"
+    fits = locked.get("/v1/models", headers=with_key("first-key") | {"X-Long": "a" * 30_000})
+    assert fits.status_code == 200
+
+
+def test_what_is_open_to_all_keeps_no_body(locked: Server) -> None:
+    before = _memory(locked)
+    pieces = [b"a" * (1 << 20)] * 4
+    with ExitStack() as stack:
+        for _ in range(30):
+            connection = stack.enter_context(_connected(locked))
+            head = b"POST /health HTTP/1.1\r\nHost: a\r\nContent-Length: 4194305\r\n\r\n"
+            connection.sendall(head)
+            assert b"405" in connection.recv(100), "it is answered before its body comes"
+            for piece in pieces:
+                connection.sendall(piece)
+        assert _memory(locked) - before < 60 << 20, "half of what was sent"
 
 
 def test_sigterm_lets_what_runs_come_to_its_end(locked: Server) -> None:
@@ -376,10 +430,10 @@ def _connected(server: Server) -> socket.socket:
     return socket.create_connection((host, int(port)))
 
 
-def _takes(connection: socket.socket, byte: int) -> bool:
-    """Whether the other side of a connection still takes a byte."""
+def _takes(connection: socket.socket, content: bytes) -> bool:
+    """Whether the other side of a connection still takes something."""
     try:
-        connection.sendall(bytes([byte]))
+        connection.sendall(content)
     except OSError:
         return False
     return True
@@ -392,3 +446,136 @@ def test_log_probabilities_of_nothing_likely_are_finite(client: openai.OpenAI) -
     )
     assert answer.choices[0].logprobs is not None
     assert all(math.isfinite(value) for value in answer.choices[0].logprobs.token_logprobs or [])
+
+
+def test_an_answer_s_message_may_come_back_as_history_whole_and_streamed(server: Server, client: openai.OpenAI) -> None:
+    body = {"model": "r2-nano", "messages": TURNS, "temperature": 0, "max_tokens": 12}
+    said = server.post(body).json()["choices"][0]["message"]
+    assert server.post(body | {"messages": [*TURNS, said, *TURNS]}).status_code == 200
+    whole = client.chat.completions.create(**body).choices[0].message  # type: ignore[call-overload]
+    with client.chat.completions.stream(**body) as stream:
+        stream.until_done()
+        streamed = stream.current_completion_snapshot.choices[0].message
+    for message in (whole, streamed, whole.model_dump(), whole.model_dump(exclude_unset=True)):
+        answer = client.chat.completions.create(
+            model="r2-nano", messages=[*TURNS, message, *TURNS], temperature=0, max_tokens=1
+        )
+        length = len(QUESTION) * 2 + len(said["content"]) + 1
+        assert answer.usage is not None and answer.usage.prompt_tokens == length, "the answer and its end mark are in"
+
+
+def test_earlier_reasoning_reaches_the_template_under_the_name_that_templates_read() -> None:
+    for names in (("reasoning",), ("reasoning_content",), ("reasoning", "reasoning_content")):
+        message = ChatMessage(role="assistant", content="four", **dict.fromkeys(names, "two and two"))
+        assert message.for_template() == {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"role": "user", "reasoning": "hm"}, "reasoning is for messages of the assistant"),
+        ({"reasoning": "hm", "reasoning_content": "ah"}, "differ"),
+        ({"refusal": "no"}, "refusal"),
+        ({"tool_calls": []}, "tool_calls"),
+        ({"colour": "red"}, "Unknown field: messages.0.colour"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_a_message_has_and_the_server_would_ignore_is_refused(
+    server: Server, more: dict[str, Any], words: str
+) -> None:
+    refused = server.post({"model": "r2-nano", "messages": [{"role": "assistant", "content": "1"} | more]})
+    assert refused.status_code == 400 and words in refused.json()["error"]["message"], refused.text
+
+
+HALF = r"\ud83d"
+HALVES: list[tuple[str, str]] = [
+    ("chat/completions", f'"messages": [{{"role": "user", "content": "cut {HALF}"}}]'),
+    ("chat/completions", f'"messages": [{{"role": "user", "content": "1", "name": "{HALF}"}}]'),
+    ("chat/completions", f'"messages": [{{"role": "{HALF}", "content": "1"}}]'),
+    ("chat/completions", f'"messages": [{{"role": "user", "content": "1"}}], "{HALF}": 1'),
+    ("chat/completions", f'"messages": [{{"role": "user", "content": "1"}}], "stop": ["{HALF}"]'),
+    ("completions", f'"prompt": "cut {HALF}"'),
+    ("completions", f'"prompt": ["1", "{HALF}"]'),
+    ("completions", f'"prompt": "1", "logit_bias": {{"{HALF}": 1}}'),
+    ("completions", f'"prompt": "1", "user": "{HALF}"'),
+    ("completions", f'"prompt": "1", "model": "{HALF}"'),
+    ("completions", '"prompt": "1", "user": "\ud83d"'),
+]
+
+
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands_and_the_connection_goes_on(server: Server) -> None:
+    with _kept(server) as connection:
+        for path, fields in HALVES:
+            body = f'{{"model": "r2-nano", {fields}}}'.encode(errors="surrogatepass")
+            status, error = _asked(connection, f"/v1/{path}", body)
+            assert status == 400 and "surrogate" in error["error"]["message"], (fields, error)
+        whole = rb'{"model": "r2-nano", "prompt": "1", "max_tokens": 1, "user": "\ud83d\ude00"}'
+        assert _asked(connection, "/v1/completions", whole)[0] == 200, "a whole pair is a character"
+
+
+def test_an_error_that_nobody_foresaw_is_told_and_counted_and_the_connection_goes_on(tmp_path: Path) -> None:
+    patched = tmp_path / "broken.py"
+    patched.write_text(
+        "import sys\nfrom beringia.serve import app\ndel app.room_for\n"
+        "from beringia.cli import main\nmain(sys.argv[1:])\n"
+    )
+    with serving("r2-nano", "--chip", "cpu", program=(str(patched),)) as running, _kept(running) as connection:
+        for asked in (1, 2):
+            status, error = _asked(connection, "/v1/completions", b'{"model": "r2-nano", "prompt": "1"}')
+            assert status == 500 and "NameError" in error["error"]["message"]
+            assert running.metric('beringia_requests_refused_total{status="500"}') == asked
+
+
+def test_more_answers_than_there_are_places_are_refused_for_good_not_for_now(server: Server) -> None:
+    for prompts, n in ((25, 1), (13, 2), (2, 16)):
+        body = {"model": "r2-nano", "prompt": ["1"] * prompts, "n": n, "max_tokens": 1}
+        refused = server.post(body, path="/v1/completions")
+        assert refused.status_code == 400 and "Retry-After" not in refused.headers
+        assert f"{prompts * n} answers" in refused.json()["error"]["message"] and "24" in refused.text
+    fits = server.post({"model": "r2-nano", "prompt": ["1"] * 24, "max_tokens": 1}, path="/v1/completions")
+    assert len(fits.json()["choices"]) == 24
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("completions", {"prompt": "1", "max_tokens": 0, "echo": True, "logprobs": 0}),
+        ("completions", {"prompt": ["1", "23"], "max_tokens": 5, "echo": True, "n": 2}),
+        ("completions", {"prompt": "1", "max_tokens": 40, "stop": ["4", "5"]}),
+        ("chat/completions", {"messages": TURNS, "max_tokens": 40, "stop": "7"}),
+        ("chat/completions", {"messages": TURNS, "max_tokens": 9, "n": 3, "logprobs": True}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_stream_s_usage_is_the_whole_answer_s(server: Server, path: str, asked: dict[str, Any]) -> None:
+    body = {"model": "r2-nano", "seed": 3} | asked
+    whole = server.post(body, path=f"/v1/{path}").json()["usage"]
+    streamed = server.post(body | {"stream": True, "stream_options": {"include_usage": True}}, path=f"/v1/{path}")
+    *_, last, done = [line for line in streamed.text.splitlines() if line]
+    assert done == "data: [DONE]" and json.loads(last.removeprefix("data: "))["usage"] == whole
+
+
+@contextmanager
+def _kept(server: Server) -> Iterator[http.client.HTTPConnection]:
+    """A connection that is not opened again where the server closes it."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=GIVE_UP_SECONDS)
+    connection.connect()
+    connection.auto_open = 0
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _asked(connection: http.client.HTTPConnection, path: str, body: bytes) -> tuple[int, Any]:
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def _memory(server: Server) -> int:
+    """Bytes that the server's process holds."""
+    lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))

@@ -1,19 +1,18 @@
-"""From a request to tokens for the engine, and from the engine's news to an answer's pieces."""
+"""From tokens to the engine, and from the engine's news to an answer's pieces."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from beringia.data.chat import render_chat
 from beringia.data.tokenizer import Tokenizer
 from beringia.engine import Sampling
 from beringia.engine.sampling import TokenLogprobs
-from beringia.errors import DataError, InputError
+from beringia.errors import InputError
 from beringia.serve.answers import Scored
 from beringia.serve.engine_thread import Draining, EngineThread, Full, News, Ticket
-from beringia.serve.failures import Failure, refused
-from beringia.serve.protocol import ChatRequest, CompletionRequest
+from beringia.serve.failures import Failure, full, refused
+from beringia.serve.prompts import ReadPrompt, no_room
 from beringia.serve.text import AnswerText, Piece
 
 
@@ -26,15 +25,6 @@ class RequestLimits:
 
 
 @dataclass(frozen=True)
-class ReadPrompt:
-    """What an answer goes on from."""
-
-    tokens: list[int]
-    chat_text: str | None = None
-    """The chat as text; None for a plain completion."""
-
-
-@dataclass(frozen=True)
 class Part:
     """What one or several tokens added to one answer."""
 
@@ -44,25 +34,6 @@ class Part:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def chat_prompt(tokenizer: Tokenizer, request: ChatRequest) -> ReadPrompt:
-    """The chat through the model's own template. Raises Failure where it refuses the turns."""
-    try:
-        text = render_chat(
-            tokenizer, [message.for_template() for message in request.messages], add_generation_prompt=True
-        )
-    except DataError as problem:
-        raise refused(str(problem), "messages") from None
-    return ReadPrompt(tokenizer.encode(text), text)
-
-
-def completion_prompts(tokenizer: Tokenizer, request: CompletionRequest) -> list[ReadPrompt]:
-    """Tokens as they are, texts with what the tokenizer puts before a text."""
-    return [
-        ReadPrompt(tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt)
-        for prompt in request.prompts
-    ]
-
-
 def room_for(engine: EngineThread, prompt: ReadPrompt, asked: int | None, limits: RequestLimits) -> int:
     """New tokens at most. Raises Failure where the model has no room for them."""
     context = engine.engine.config.max_position_embeddings
@@ -70,13 +41,8 @@ def room_for(engine: EngineThread, prompt: ReadPrompt, asked: int | None, limits
         raise refused("The prompt has no token.", "prompt")
     left = context - len(prompt.tokens)
     if left < 1 or (asked is not None and asked > left):
-        wanted = "" if asked is None else f" and {asked} new ones were asked for"
-        raise refused(
-            f"The model has room for {context} tokens. The prompt has {len(prompt.tokens)}{wanted}: "
-            "shorten the prompt, or ask for fewer new tokens.",
-            "messages" if prompt.chat_text is not None else "prompt",
-            "context_length_exceeded",
-        )
+        field = "messages" if prompt.chat_text is not None else "prompt"
+        raise no_room(context, str(len(prompt.tokens)), asked, field)
     if asked is not None and asked > limits.new_tokens:
         raise refused(f"{asked} new tokens were asked for; this server gives up to {limits.new_tokens}.", "max_tokens")
     return min(left, limits.new_tokens) if asked is None else asked
@@ -89,7 +55,7 @@ def submit(engine: EngineThread, requests: list[tuple[list[int], Sampling]]) -> 
     except InputError as problem:
         raise refused(str(problem)) from None
     except Full:
-        raise _full() from None
+        raise full() from None
     except Draining:
         raise _draining() from None
 
@@ -99,12 +65,7 @@ def check_room(engine: EngineThread) -> None:
     if not engine.ready:
         raise _draining()
     if engine.full:
-        raise _full()
-
-
-def _full() -> Failure:
-    sentence = "The server has as many requests as it takes: try again later."
-    return Failure(429, sentence, code="queue_full", retry_after=1)
+        raise full()
 
 
 def _draining() -> Failure:

@@ -98,19 +98,15 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Scored], *, numbers: bo
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[Scored], offset: int, *, numbers: bool
+    tokenizer: Tokenizer, tokens: Sequence[Scored], offsets: Sequence[int], *, numbers: bool
 ) -> dict[str, Any]:
-    """`logprobs` of a choice in a completion; `offset`: characters before the first token; `numbers`: with tokens as
+    """`logprobs` of a choice in a completion; `offsets`: where in the text its tokens begin; `numbers`: with tokens as
     numbers."""
-    offsets = []
-    for one in tokens:
-        offsets.append(offset)
-        offset += len(_name(tokenizer, one.token, numbers=False))
     return {
         "tokens": [_name(tokenizer, one.token, numbers) for one in tokens],
         "token_logprobs": [None if one.logprobs is None else one.logprobs.chosen for one in tokens],
         "top_logprobs": [None if one.logprobs is None else _top(tokenizer, one, numbers) for one in tokens],
-        "text_offset": offsets,
+        "text_offset": list(offsets),
     }
 
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,20 @@ from beringia.data.tokenizer import Tokenizer
 from beringia.serve import answers
 from beringia.serve.answering import (
     Part,
-    ReadPrompt,
     RequestLimits,
-    chat_prompt,
     check_room,
-    completion_prompts,
     parts_of,
     room_for,
     submit,
 )
 from beringia.serve.answers import Choice, Scored
 from beringia.serve.engine_thread import EngineThread, Ticket
-from beringia.serve.failures import Failure
+from beringia.serve.failures import Failure, refused
 from beringia.serve.gate import Gate
 from beringia.serve.metrics import Metrics
+from beringia.serve.prompts import PromptReader, ReadPrompt
 from beringia.serve.protocol import ChatRequest, CompletionRequest
+from beringia.serve.text import TextOffsets
 from beringia.version import __version__
 
 
@@ -56,6 +56,12 @@ class Served:
     body_bytes: int = 4 << 20
     body_seconds: float = 30.0
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def prompts(self) -> PromptReader:
+        """Reads the prompts of all requests."""
+        context = self.engine.engine.config.max_position_embeddings
+        return PromptReader(self.tokenizer, context=context, most_waiting=self.engine.most_open)
 
 
 def make_app(served: Served) -> FastAPI:
@@ -103,13 +109,9 @@ def _add_failures(app: FastAPI) -> None:
     async def http(_: Request, problem: Any) -> JSONResponse:
         return Failure(problem.status_code, f"{problem.detail}.").response()
 
-    async def unexpected(_: Request, problem: Exception) -> JSONResponse:
-        return Failure(500, f"An error that nobody foresaw: {type(problem).__name__}.").response()
-
     app.add_exception_handler(Failure, failed)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, unexpected)
 
 
 def _add_state(app: FastAPI, served: Served) -> None:
@@ -191,7 +193,8 @@ class _Answering(ABC):
 
     async def respond(self, request: Request) -> Response:
         """The answer. A client that goes away takes its requests with it."""
-        self._tickets = self._submit()
+        self._check_number()
+        self._tickets = await self._submit()
         self._served.metrics.prompt_tokens.inc(sum(len(prompt.tokens) for prompt in self._prompts))
         if self._body.stream:
             return StreamingResponse(
@@ -204,6 +207,17 @@ class _Answering(ABC):
         # Nobody reads what is sent to a client that has gone.
         return Response(status_code=499) if document is None else JSONResponse(document)
 
+    def _check_number(self) -> None:
+        """Raise Failure for more answers than there will ever be places for."""
+        most, number = self._served.engine.most_open, self._body.num_prompts * self._body.choices
+        if number > most:
+            raise refused(
+                f"The request asks for {number} answers, and this server has places for {most} at a time: "
+                "send the prompts in several requests.",
+                "n" if self._body.num_prompts == 1 else "prompt",
+                "too_many_answers",
+            )
+
     async def _whole(self) -> dict[str, Any]:
         choices = [Choice() for _ in self._tickets]
         prompt_logprobs: list[tuple[Any, ...]] = [()] * len(choices)
@@ -211,12 +225,11 @@ class _Answering(ABC):
             for number, part in parts:
                 choices[number].add(part.piece, part.tokens, part.finish)
                 prompt_logprobs[number] = prompt_logprobs[number] or part.prompt_logprobs
-        new_tokens = 0 if self._body.max_tokens == 0 else sum(len(choice.tokens) for choice in choices)
         return {
             **self._head,
             "object": self.kind,
             "choices": [self._choice(number, choice, prompt_logprobs[number]) for number, choice in enumerate(choices)],
-            "usage": answers.usage(self._num_prompt_tokens, new_tokens),
+            "usage": self._usage(sum(len(choice.tokens) for choice in choices)),
             "system_fingerprint": self._served.about["weights"],
         }
 
@@ -229,8 +242,7 @@ class _Answering(ABC):
                 if chunks:
                     yield b"".join([answers.event(self._chunk([chunk])) for chunk in chunks])
             if self._body.include_usage:
-                counts = answers.usage(self._num_prompt_tokens, new_tokens)
-                yield answers.event(self._chunk([]) | {"usage": counts})
+                yield answers.event(self._chunk([]) | {"usage": self._usage(new_tokens)})
             yield answers.DONE
         except Failure as failure:
             yield answers.event(failure.document)
@@ -244,9 +256,10 @@ class _Answering(ABC):
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": choices}
 
-    @property
-    def _num_prompt_tokens(self) -> int:
-        return sum(len(prompt.tokens) for prompt in self._prompts)
+    def _usage(self, new_tokens: int) -> dict[str, int]:
+        asked_for_none = self._body.max_tokens == 0  # then the one that the engine brings with the prompt is not told
+        num_prompt_tokens = sum(len(prompt.tokens) for prompt in self._prompts)
+        return answers.usage(num_prompt_tokens, 0 if asked_for_none else new_tokens)
 
     def _give_up(self) -> None:
         for ticket in self._tickets:
@@ -258,7 +271,7 @@ class _Answering(ABC):
     # What the two kinds of request do in their own ways
 
     @abstractmethod
-    def _submit(self) -> list[Ticket]:
+    async def _submit(self) -> list[Ticket]:
         """Hand the request over to the engine."""
 
     @abstractmethod
@@ -276,9 +289,9 @@ class Chat(_Answering):
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
     _body: ChatRequest
 
-    def _submit(self) -> list[Ticket]:
+    async def _submit(self) -> list[Ticket]:
         body, served = self._body, self._served
-        prompt = chat_prompt(served.tokenizer, body)
+        prompt = await served.prompts.chat(body)
         self._prompts = [prompt]
         self._begun: set[int] = set()
         most = room_for(served.engine, prompt, body.most_tokens, served.limits)
@@ -327,10 +340,10 @@ class Completion(_Answering):
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
     _body: CompletionRequest
 
-    def _submit(self) -> list[Ticket]:
+    async def _submit(self) -> list[Ticket]:
         body, served = self._body, self._served
-        self._prompts = completion_prompts(served.tokenizer, body)
-        self._lengths: dict[int, int] = {}
+        self._prompts = await served.prompts.completion(body)
+        self._begun: dict[int, TextOffsets] = {}
         requests = []
         for prompt in self._prompts:
             # With max_tokens of 0 only the prompt's log-probabilities count; the engine brings one token with them.
@@ -343,12 +356,10 @@ class Completion(_Answering):
         return submit(served.engine, requests)
 
     def _choice(self, number: int, choice: Choice, prompt_logprobs: tuple[Any, ...]) -> dict[str, Any]:
-        return self._text(number, choice.content, choice.tokens, choice.finish, prompt_logprobs, first=True)
+        return self._text(number, choice.content, choice.tokens, choice.finish, prompt_logprobs)
 
     def _chunks(self, number: int, part: Part) -> list[dict[str, Any]]:
-        first = number not in self._lengths
-        chunk = self._text(number, part.piece.content, part.tokens, part.finish, part.prompt_logprobs, first=first)
-        self._lengths[number] = self._lengths.get(number, 0) + len(chunk["text"])
+        chunk = self._text(number, part.piece.content, part.tokens, part.finish, part.prompt_logprobs)
         asked = self._body.logprobs is not None or self._body.return_token_ids
         return [chunk] if chunk["text"] or part.finish is not None or asked else []
 
@@ -359,28 +370,31 @@ class Completion(_Answering):
         tokens: list[Scored] | tuple[Scored, ...],
         finish: str | None,
         prompt_logprobs: tuple[Any, ...],
-        *,
-        first: bool,
     ) -> dict[str, Any]:
         body, tokenizer = self._body, self._served.tokenizer
         if body.max_tokens == 0:
             text, tokens, finish = "", (), "length"
-        offset = self._lengths.get(number, 0)
-        if body.echo and first:
-            prompt = self._prompts[number // body.choices].tokens
-            text = tokenizer.decode(prompt) + text
-            before = [Scored(prompt[0], None), *map(Scored, prompt[1:], prompt_logprobs or [None] * len(prompt))]
-            tokens = [*before, *tokens]
+        echoed: list[Scored] = []
+        offsets: list[int] = []
+        if number not in self._begun:
+            written = TextOffsets(tokenizer, with_specials=True)
+            if body.echo:
+                prompt = self._prompts[number // body.choices].tokens
+                text = tokenizer.decode(prompt) + text
+                echoed = [Scored(prompt[0], None), *map(Scored, prompt[1:], prompt_logprobs or [None] * len(prompt))]
+                offsets = [written.push(token) for token in prompt]
+            self._begun[number] = TextOffsets(tokenizer, written.end(), with_specials=False)
         logprobs = None
         if body.logprobs is not None:
+            offsets += [self._begun[number].push(one.token) for one in tokens]
             numbers = body.return_tokens_as_token_ids
-            logprobs = answers.completion_logprobs(tokenizer, tokens, offset, numbers=numbers)
+            logprobs = answers.completion_logprobs(tokenizer, [*echoed, *tokens], offsets, numbers=numbers)
         return {
             "index": number,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": finish,
-            **self._token_ids(list(tokens)),
+            **self._token_ids([*echoed, *tokens]),
         }
 
 

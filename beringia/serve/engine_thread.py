@@ -89,7 +89,7 @@ class EngineThread:
         self.engine = engine
         self._metrics = metrics
         metrics.cache_use.set_function(lambda: engine.cache_use)
-        self._most_open = most_open
+        self.most_open = most_open
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: set[Ticket] = set()
         self._running: dict[Request, Ticket] = {}
@@ -106,7 +106,7 @@ class EngineThread:
     @property
     def full(self) -> bool:
         """Whether not even one more would be taken."""
-        return len(self._open) >= self._most_open
+        return len(self._open) >= self.most_open
 
     @property
     def ready(self) -> bool:
@@ -120,7 +120,7 @@ class EngineThread:
             raise Draining
         for prompt, sampling in requests:
             self.engine.check(prompt, sampling)
-        if len(self._open) + len(requests) > self._most_open:
+        if len(self._open) + len(requests) > self.most_open:
             raise Full
         mail = Mail()
         tickets = [Ticket(number, *request, mail) for number, request in enumerate(requests)]

@@ -39,6 +39,12 @@ class Failure(Exception):
 _KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
+def full() -> Failure:
+    """There is no place now."""
+    sentence = "The server has as many requests as it takes: try again later."
+    return Failure(429, sentence, code="queue_full", retry_after=1)
+
+
 def refused(sentence: str, field: str | None = None, code: str | None = None) -> Failure:
     """The request is wrong."""
     return Failure(400, sentence, code=code, field=field)

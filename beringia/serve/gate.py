@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from beringia.serve.failures import Failure
 from beringia.serve.metrics import Metrics
 
+_LOG = logging.getLogger("uvicorn.error")
+
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 """Without a key: the page asks for one itself, and probes have none."""
 
+HEAD_BYTES = 32 << 10
+"""Of a request before its body: path and headers."""
 
 _READ_ANYWAY_BYTES = 64 << 20
 """Of a body that is too large so much is read, and thrown away: a client that is still sending when the connection is
@@ -58,23 +63,29 @@ class Gate:
             await send(message)
 
         try:
+            _check_head(scope)
             self._check_key(scope)
             if scope["method"] == "POST":
                 self._check_room()
             body = await self._read(scope, receive)
             await self._app(scope, body, noting)
-        except Failure as failure:
+        except Exception as problem:
+            failure = problem if isinstance(problem, Failure) else _unforeseen(problem)
             if started:
+                self._metrics.refused.labels(str(failure.status)).inc()
                 raise
             response = failure.response()
-            if failure.status in (408, 413):
+            if failure.status in (408, 413, 431):
                 response.headers["Connection"] = "close"  # the rest of the body is not read
             await response(scope, receive, noting)
 
     def _check_key(self, scope: Scope) -> None:
         if not self._keys or scope["path"] in OPEN_PATHS:
             return
-        given = _header(scope, b"authorization").removeprefix(b"Bearer ")
+        given = _header(scope, b"authorization")
+        scheme, _, key = given.partition(b" ")
+        if scheme.lower() == b"bearer":  # RFC 9110: the case of a scheme's name means nothing, nor how many spaces
+            given = key.lstrip(b" ")
         # Every key is compared, each in constant time: how long this takes says nothing about them.
         if not any([hmac.compare_digest(given, key) for key in self._keys]):
             raise Failure(
@@ -87,7 +98,8 @@ class Gate:
         if length.isdigit() and int(length) > _READ_ANYWAY_BYTES:
             raise self._too_large()
         parts: list[bytes] = []
-        size, more = 0, scope["method"] in ("POST", "PUT", "PATCH")
+        # What is open to all takes no body: who has no key has none kept.
+        size, more = 0, scope["method"] in ("POST", "PUT", "PATCH") and scope["path"] not in OPEN_PATHS
         try:
             async with asyncio.timeout(self._body_seconds):
                 while more:
@@ -114,6 +126,22 @@ class Gate:
 
     def _too_large(self) -> Failure:
         return Failure(413, f"The body has more than {self._body_bytes} bytes.", code="body_too_large")
+
+
+def _check_head(scope: Scope) -> None:
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    if size + sum(len(name) + len(value) for name, value in scope["headers"]) > HEAD_BYTES:
+        raise head_too_large()
+
+
+def head_too_large() -> Failure:
+    """The failure of a request with too much before its body."""
+    return Failure(431, f"The request's head has more than {HEAD_BYTES} bytes.", code="head_too_large")
+
+
+def _unforeseen(problem: Exception) -> Failure:
+    _LOG.error("A request met an error that nobody foresaw.", exc_info=problem)
+    return Failure(500, f"An error that nobody foresaw: {type(problem).__name__}.")
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

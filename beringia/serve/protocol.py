@@ -7,6 +7,7 @@ return_tokens_as_token_ids are known.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -36,6 +37,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "default"),
 }
 """OpenAI's fields that this server does not compute: values that change nothing are taken, others are refused."""
+
+
+def _check_text(given: dict[str, Any]) -> None:
+    """JSON can write half of a surrogate pair; in the text of a request it can be neither read nor said back."""
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("A string has half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
 
 
 class StreamOptions(BaseModel):
@@ -76,6 +85,7 @@ class _Request(BaseModel):
     def _refuse_what_would_be_ignored(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        _check_text(given)
         for name, harmless in _ONLY.items():
             if name in given and not any(given[name] == value for value in harmless):
                 raise ValueError(f"{name} is not supported by this server")
@@ -139,12 +149,36 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
+    # What an answer's message has beside these: it may come back as it was given.
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    # OpenAI's client adds these to it where it writes a message out whole, or puts a stream together.
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+    parsed: None = None
+
+    @model_validator(mode="after")
+    def _reasoning_is_the_assistant_s_and_one(self) -> ChatMessage:
+        both = {self.reasoning, self.reasoning_content} - {None}
+        if both and self.role != "assistant":
+            raise ValueError("reasoning is for messages of the assistant")
+        if len(both) > 1:
+            raise ValueError("reasoning and reasoning_content are names for the same, but differ")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content's."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates read it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """As chat templates read it; which of them say earlier reasoning again, and when, is theirs."""
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+        more = {"name": self.name, "reasoning_content": self.reasoning_content or self.reasoning}
+        return {"role": role, "content": self.text} | {key: value for key, value in more.items() if value is not None}
 
 
 class ChatRequest(_Request):
@@ -161,6 +195,16 @@ class ChatRequest(_Request):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is for requests with logprobs: true")
         return self
+
+    @property
+    def num_prompts(self) -> int:
+        """A chat is one."""
+        return 1
+
+    @property
+    def characters(self) -> int:
+        """About as long as what the tokenizer will read; a template writes some around each turn."""
+        return sum(len(message.text) + len(message.reasoning_content or "") + 32 for message in self.messages)
 
     @property
     def most_tokens(self) -> int | None:
@@ -191,6 +235,16 @@ class CompletionRequest(_Request):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens of 0 is for requests with echo: true")
         return self
+
+    @property
+    def num_prompts(self) -> int:
+        """How many of them."""
+        return len(self.prompts)
+
+    @property
+    def characters(self) -> int:
+        """That the tokenizer will read."""
+        return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

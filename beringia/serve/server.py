@@ -29,6 +29,7 @@ from beringia.model.presets import PRESETS
 from beringia.serve.answering import RequestLimits
 from beringia.serve.app import Served, make_app, page_text
 from beringia.serve.engine_thread import EngineThread
+from beringia.serve.gate import HEAD_BYTES, head_too_large
 from beringia.serve.metrics import Metrics
 
 HEADER_SECONDS = 20.0
@@ -182,20 +183,34 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 class _Patience(HttpToolsProtocol):
-    """A connection that is closed where the head of its request does not arrive in time."""
+    """A connection that is closed where the head of its request does not arrive in time, or has no end."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _beside_bodies = 0
+    """Bytes since the last that belonged to a body or ended a head: the parser keeps them all, whoever sends them."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._arm()
 
     def data_received(self, data: bytes) -> None:
+        self._beside_bodies += len(data)
         super().data_received(data)
+        if self._beside_bodies > HEAD_BYTES and not self.transport.is_closing():
+            self._refuse_head()
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             self._disarm()
         elif self._deadline is None:
             self._arm()
+
+    def on_headers_complete(self) -> None:
+        self._beside_bodies = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._beside_bodies = 0
+        super().on_body(body)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -214,6 +229,17 @@ class _Patience(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _refuse_head(self) -> None:
+        """Told only where no answer is on its way that this would fall into."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.close()
+            return
+        failure = head_too_large()
+        body = failure.response().body
+        head = f"HTTP/1.1 {failure.status} \r\nContent-Type: application/json\r\nConnection: close\r\n"
+        self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + bytes(body))
+        self.transport.close()
 
     def _too_slow(self) -> None:
         self._deadline = None

@@ -6,6 +6,7 @@ the pieces of a stream, joined, are the text that is answered without streaming.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,3 +102,32 @@ class AnswerText:
 
     def _split(self, text: str) -> Piece:
         return Piece(content=text) if self._reasoning is None else self._reasoning.push(text)
+
+
+class TextOffsets:
+    """Where tokens, given one at a time, begin in their text: the character that a token has its first byte in. What
+    becomes of a stop string is not known then: a token that is cut off with it begins where it would have stood."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, *, with_specials: bool) -> None:
+        """`start`: characters before the first token; `with_specials`: the names of special tokens are text."""
+        self._tokenizer = tokenizer
+        self._with_specials = with_specials
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._characters = start
+        self._begun = False
+
+    def push(self, token: int) -> int:
+        """Of one more token."""
+        offset = self._characters
+        shown = self._tokenizer.decode([token])
+        if self._with_specials or not shown or self._tokenizer.decode([token], skip_special_tokens=True):
+            text = self._decoder.decode(self._tokenizer.bytes_of(token))
+            # SentencePiece's decoders leave out the space that a text begins with.
+            stripped = not self._begun and text.startswith(" ") and not shown.startswith(" ")
+            self._characters += len(text) - stripped
+            self._begun = True
+        return offset
+
+    def end(self) -> int:
+        """Characters of it all; a last one that is unfinished is shown as one."""
+        return self._characters + len(self._decoder.decode(b"", final=True))
