@@ -514,6 +514,13 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands_and_the_connection_
         assert _asked(connection, "/v1/completions", whole)[0] == 200, "a whole pair is a character"
 
 
+def test_a_body_is_refused_however_deep_it_is_nested(server: Server) -> None:
+    with _kept(server) as connection:
+        for depth in (200, *range(880, 1000, 2), 100_000):
+            body = '{"model": "r2-nano", "prompt": "1", "user": ' + "[" * depth + "]" * depth + "}"
+            assert _asked(connection, "/v1/completions", body.encode())[0] == 400, depth
+
+
 def test_an_error_that_nobody_foresaw_is_told_and_counted_and_the_connection_goes_on(tmp_path: Path) -> None:
     patched = tmp_path / "broken.py"
     patched.write_text(

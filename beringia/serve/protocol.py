@@ -45,6 +45,8 @@ def _check_text(given: dict[str, Any]) -> None:
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("A string has half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+    except RecursionError:  # what was just deep enough to be read is not to be written again
+        raise ValueError("The body is nested too deep") from None
 
 
 class StreamOptions(BaseModel):
