@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,8 +54,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+WHILE_IT_IS_SENT = 200
+"""Pieces of a stream: some 50 come while a prompt of 3.8 MB is sent, and 800 while it is read."""
+
+
 def test_a_long_prompt_is_refused_and_meanwhile_other_streams_go_on(server: Server) -> None:
-    times: list[float] = []
+    heard: list[str] = []
     begun, enough = threading.Event(), threading.Event()
 
     def listen() -> None:
@@ -65,8 +67,8 @@ def test_a_long_prompt_is_refused_and_meanwhile_other_streams_go_on(server: Serv
         while not enough.is_set():
             with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=GIVE_UP_SECONDS) as answer:
                 for line in answer.iter_lines():
-                    times.append(time.monotonic())
                     if line:
+                        heard.append(line)
                         begun.set()
                     if enough.is_set():
                         break
@@ -75,15 +77,14 @@ def test_a_long_prompt_is_refused_and_meanwhile_other_streams_go_on(server: Serv
     thread.start()
     assert begun.wait(GIVE_UP_SECONDS)
     content = "The quick brown fox, " * 180_000
-    start = time.monotonic()
+    before = len(heard)
     refused = server.post({"model": "small", "messages": [{"role": "user", "content": content}]})
-    end = time.monotonic()
+    meanwhile = len(heard) - before
     enough.set()
     thread.join()
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
     assert f"{len(content)}"[:3] in refused.json()["error"]["message"], "every token was counted"
-    told = [start, *[moment for moment in times if start < moment < end], end]
-    assert max(after - before for before, after in itertools.pairwise(told)) < (end - start) / 2
+    assert meanwhile > WHILE_IT_IS_SENT, "the stream's pieces came while the prompt was read"
 
 
 def test_what_is_certainly_too_long_is_refused_before_it_is_read() -> None:
