@@ -295,7 +295,9 @@ def test_a_root_that_is_no_whole_path_is_refused(tmp_path: Path, root: str) -> N
     assert f"chips.first.root is {root!r}" in sentence and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("seconds", ["inf", "1e10", "-1", "nan"])
+@pytest.mark.parametrize(
+    "seconds", ["inf", *(pytest.param(one, marks=pytest.mark.slow) for one in ("1e10", "-1", "nan"))]
+)
 def test_a_time_that_no_system_call_takes_is_refused(tmp_path: Path, seconds: str) -> None:
     sentence = refused(tmp_path, small_recipe(), "--set", f"supervise.hang_seconds={seconds}")
     assert "supervise.hang_seconds" in sentence
@@ -315,7 +317,7 @@ def test_an_out_that_is_a_file_or_below_one_is_one_sentence(tmp_path: Path) -> N
     assert (tmp_path / "file").read_text() == "a user's"
 
 
-@pytest.mark.parametrize("content", ["", "seven", "-1"])
+@pytest.mark.parametrize("content", ["", *(pytest.param(one, marks=pytest.mark.slow) for one in ("seven", "-1"))])
 def test_an_epoch_that_is_no_number_says_what_to_do_and_that_helps(tmp_path: Path, content: str) -> None:
     recipe, run = str(write_recipe(tmp_path, small_recipe(train={"steps": 4}))), tmp_path / "run"
     assert beringia("train", recipe, "--out", str(run)).returncode == 0
@@ -366,7 +368,10 @@ def test_a_banner_that_does_not_end_its_line_hides_nothing(tmp_path: Path) -> No
     assert any("Welcome" in log.read_text() for log in (tmp_path / "run" / "logs").glob("*.log"))
 
 
-@pytest.mark.parametrize("closed", ["2>&1 | head -n 1", ">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed",
+    ["2>&1 | head -n 1", *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-", ">&- 2>&-"))],
+)
 def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path, closed: str) -> None:
     recipe, run = str(write_recipe(tmp_path, small_recipe(train={"steps": 8}))), tmp_path / "run"
     line = f"set -o pipefail; {sys.executable} -m beringia train {recipe} --out {run} {closed}"

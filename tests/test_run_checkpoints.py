@@ -173,7 +173,7 @@ def copied(stopped: Path, tmp_path: Path) -> tuple[Path, int]:
     return tmp_path / "run", max(CheckpointDirectory(tmp_path / "run" / "checkpoints").steps())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, pytest.param(0.6, marks=pytest.mark.slow), 0.9])
+@pytest.mark.parametrize("share", [0.3, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.0, 0.6, 0.9))])
 def test_a_run_whose_last_events_were_lost_goes_on_from_its_newest_checkpoint(
     stopped: Path, undisturbed: str, tmp_path: Path, share: float
 ) -> None:

@@ -80,7 +80,7 @@ def test_a_stop_at_a_saved_step_writes_no_second_checkpoint_and_takes_no_trust_b
     assert len(written) == len(set(written))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("delay", ["at once", "while it imports"])
 def test_a_stop_that_reaches_every_process_before_the_first_step_is_a_stop(
     evaluated: Path, tmp_path: Path, number: signal.Signals, delay: str
