@@ -234,8 +234,6 @@ class Child:
         # no message goes to the log.
         begin = max(0, line.rfind(_HELLO)) if self.hello is None else 0
         message = _message(line[begin:])
-        if message is not None and self.hello is None and not isinstance(message, Hello | Ended):
-            message = None
         printed = line[:begin] if message is not None else line
         if printed and self._logged_bytes < _LOGGED_BYTES:
             self._logged_bytes += len(printed)

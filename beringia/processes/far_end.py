@@ -165,12 +165,12 @@ def _settle_in(job: Job) -> None:
         aside = root / f".{os.getpid()}.tmp"
         aside.write_bytes(b"")
         aside.unlink()
+        _claim(root, job.owner)
     except OSError as error:
         raise RunError(
             f"Nothing can be written to the root {root} on {platform.node()}: {error.strerror}. "
             "Make it writable, or choose another."
         ) from None
-    _claim(root, job.owner)
 
 
 def _claim(root: Path, owner: str | None) -> None:

@@ -58,6 +58,9 @@ def follow(recipe: Recipe, run: RunDirectory, stop: StopRequest) -> None:
         following.end()
 
 
+_NOTHING_MORE = object()
+
+
 class _Following:
     """One rank's worker after another, as the first rank's orders say."""
 
@@ -66,6 +69,8 @@ class _Following:
         self._order: Order | None = None
         self._worker: Child | None = None
         self._messages: Iterator[Message | None] = iter(())
+        self._heard_out = False
+        """The worker has ended, and all that it said was handed on."""
         self._told_to_stop: Child | None = None
         self._asked: float | None = None
 
@@ -76,7 +81,7 @@ class _Following:
             return True
         if told is not None and (self._order is None or told["order"]["epoch"] != self._order.epoch):
             self._begin(Order.model_validate_json(json.dumps(told["order"])))
-        elif self._worker is not None and self._worker.over:
+        elif self._worker is not None and self._heard_out:
             self._leave(self._worker)
         return False
 
@@ -102,7 +107,9 @@ class _Following:
         if self._stop.signal is not None and self._worker is not None and self._told_to_stop is not self._worker:
             self._worker.send(Stop())
             self._told_to_stop = self._worker
-        return next(self._messages, None) is not None
+        message = next(self._messages, _NOTHING_MORE)
+        self._heard_out = message is _NOTHING_MORE
+        return message is not None and not self._heard_out
 
     def out_of_grace(self) -> bool:
         """Whether the first rank had its time to end the run."""
@@ -119,7 +126,7 @@ class _Following:
     def _begin(self, order: Order) -> None:
         if self._worker is not None:
             self._worker.end(0.0)
-        self._order = order
+        self._order, self._heard_out = order, False
         self._worker = _start(self._recipe, self._run, order)
         self._messages = _passing_on(self._worker, self._run.rank_report(order.epoch, rank_in()))
 

@@ -270,12 +270,15 @@ class Session:
             manifest = self.store.manifest(step)
             self._check_told(step, manifest)
             progress = self.store.load(step, self.tensors())
+            place = str(self.store.directory.path(step))
+            # Raises a DataError as it is: no other checkpoint would bring the data back.
+            check_progress(
+                progress, seed=self.recipe.seed, stream=self.stream, batch=self.recipe.train.batch, place=place
+            )
         except CheckpointDamaged as damage:
             raise UnusableCheckpoint(step, damage.path, str(damage)) from damage
         except RunError as mismatch:
             raise UnusableCheckpoint(step, None, str(mismatch)) from mismatch
-        # Raised as it is: another checkpoint would not bring the data back.
-        check_progress(progress, seed=self.recipe.seed, stream=self.stream, batch=self.recipe.train.batch)
         adopt_progress(progress, trainer.optimizer)
         trainer.step, trainer.cursor = progress["step"], progress["cursor"]
         return manifest

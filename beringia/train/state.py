@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from beringia.data import Stream
-from beringia.errors import DataError
+from beringia.errors import CheckpointDamaged, DataError
 from beringia.model import Decoder
 from beringia.train.optimizer import moments, set_step
 
@@ -37,17 +37,24 @@ def progress_of(*, step: int, cursor: int, seed: int, stream: Stream, batch: int
     }
 
 
-def check_progress(progress: dict[str, Any], *, seed: int, stream: Stream, batch: int) -> None:
-    """The data that comes next is the data that was due. Raises DataError saying what differs."""
-    cursor = progress["cursor"]
-    found = {"seed": seed, "data": stream.identity, "next_samples": stream.fingerprint(cursor, batch)}
-    for what, value in found.items():
+def check_progress(progress: dict[str, Any], *, seed: int, stream: Stream, batch: int, place: str) -> None:
+    """The data that comes next is the data that was due. Raises DataError where the data is another, CheckpointDamaged
+    where the cursor is."""
+    due = {"seed": seed, "data": stream.identity}
+    for what, value in due.items():
         if progress[what] != value:
             raise DataError(
                 f"After step {progress['step']} the run was due to go on with {what} {progress[what]}, and here it is "
-                f"{value}: its data is not what it was, or is read in another way. Put it back (or go on with "
-                "the version of Beringia that read it so), and the run goes on from where it is."
+                f"{value}: its data is not what it was, or is read in another way. Put it back (or go on with the "
+                "version of Beringia that read it so), and the run goes on from where it is."
             )
+    cursor, following = progress["cursor"], progress["next_samples"]
+    if (found := stream.fingerprint(cursor, batch)) != following:
+        raise CheckpointDamaged(
+            f"{place}: the checkpoint was due to go on with next_samples {following}, here it is {found} (cursor "
+            f"{cursor}). The cursor is not the one that was saved.",
+            place,
+        )
 
 
 def adopt_progress(progress: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
