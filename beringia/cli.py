@@ -10,8 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from beringia.chips.arithmetic.profile import MatrixUnit
     from beringia.records.recipe import Recipe
     from beringia.records.run_directory import RunDirectory
+    from beringia.report.summary import Summary
 
 _LOG_COLUMNS = 100
 
@@ -68,15 +68,10 @@ def campaign(
     """All of it: train with crossings as needed, export, compare with transformers, report."""
     parsed, run = _read(recipe, change, out)
     from beringia.campaign.story import run_campaign
-    from beringia.report.summary import print_table
 
     with _progress(parsed) as on_event:
         summary = run_campaign(parsed, recipe.read_text(), run, on_event=on_event)
-    with _whether_or_not_read():
-        if as_json:
-            print(summary.model_dump_json())
-        else:
-            print_table(summary, _console())
+    _print_summary(summary, as_json)
     _exit_if_stopped(summary.status, summary.signal)
 
 
@@ -96,7 +91,7 @@ def train(
     from beringia.campaign.candidate_role import candidates
     from beringia.report.history import read_history
     from beringia.report.page import write_report
-    from beringia.report.summary import print_table, summarise
+    from beringia.report.summary import summarise
     from beringia.supervise.supervisor import supervise
 
     try:
@@ -107,11 +102,7 @@ def train(
         if run.events.exists():
             write_report(run.root)
     summary = summarise(read_history(run.root))
-    with _whether_or_not_read():
-        if as_json:
-            print(summary.model_dump_json())
-        else:
-            print_table(summary, _console())
+    _print_summary(summary, as_json)
     _exit_if_stopped(finished.status, finished.signal)
 
 
@@ -512,11 +503,15 @@ def _explain(sentence: str, kind: str, as_json: bool) -> None:
             print(f"beringia: {sentence}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _whether_or_not_read() -> Iterator[None]:
-    """What is printed last may find no reader (`| head`); the exit code says how the run ended all the same."""
+def _print_summary(summary: Summary, as_json: bool) -> None:
+    """It may find no reader (`| head`); the exit code says how the run ended all the same."""
+    from beringia.report.summary import print_table
+
     try:
-        yield
+        if as_json:
+            print(summary.model_dump_json())
+        else:
+            print_table(summary, _console())
         sys.stdout.flush()
     except BrokenPipeError:
         _read_no_more()

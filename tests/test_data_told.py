@@ -278,7 +278,10 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pyt
     assert packed.notes == ("1 of 3 files were left out: shut is a folder that cannot be read.",)
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that nobody can read")
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(),
+    reason="only Linux's /proc has what root cannot read",
+)
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for number in range(2):
