@@ -232,6 +232,7 @@ def test_a_prefix_that_hands_on_late_still_hands_on_why_nothing_was_done(tmp_pat
         lines_of(errand(tmp_path, ["say", "one"], launch=(prefix,)))
 
 
+@pytest.mark.slow
 def test_a_prefix_that_loses_standard_input_is_told_what_it_must_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

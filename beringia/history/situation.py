@@ -104,6 +104,8 @@ class Situation:
     """Steps of spikes for which the run was rolled back on the chip in use."""
     accepted_spikes: list[int] = field(default_factory=list)
     """Steps of spikes that are the training's own."""
+    doubted: set[int] = field(default_factory=set)
+    """Steps of alarms on the chip in use that may be the training's own, and for which the run was rolled back."""
     rollbacks: dict[str, int] = field(default_factory=dict)
     """Rollbacks on the chip in use, by site of the alarm."""
     rollbacks_in_vain: int = 0
@@ -305,12 +307,14 @@ class Situation:
         self.tried.append(to_chip)
         self.held_state = False
         self.excluded, self.transient_steps, self.rollbacks = set(), [], {}
-        self.spikes = set()
+        self.spikes, self.doubted = set(), set()
         self.rollbacks_in_vain = self.alarm_step = self.unanswered = 0
 
     def _count_rollback(self, alarm: Alarm) -> None:
         self.rollbacks_in_vain += 1
         self.alarm_step = max(self.alarm_step, alarm.step)
+        if alarm.unexplained:
+            self.doubted.add(alarm.step)
         if alarm.detector == SPIKE:
             self.spikes.add(alarm.step)
         else:

@@ -5,6 +5,7 @@ models without a directory, `hugging_face.py` reads and writes checkpoints, `fil
 `decoding.py` generates.
 """
 
+from beringia.model.attention import fusing_attention
 from beringia.model.cache import KeyValueCache
 from beringia.model.config import DecoderConfig, RopeConfig
 from beringia.model.decoder import (
@@ -37,6 +38,7 @@ __all__ = [
     "cross_entropy_sum",
     "filled",
     "forcing_routes",
+    "fusing_attention",
     "greedy",
     "initialise",
     "load_model",

@@ -25,6 +25,8 @@ LEARNER = "learner"
 
 SPIKE = "spike"
 """The detector whose alarms say that something is unusual, not that it is wrong: training has spikes of its own."""
+DIVERGENCE = "divergence"
+"""The detector whose alarms say that the training is at fault, and not the chip."""
 
 UNREACHABLE = "unreachable"
 """Code of the fault that a worker did not start on a chip whose worker has started before."""
@@ -185,6 +187,14 @@ class Alarm(Event):
     """Measured; null when it was not finite."""
     bound: float
     message: str
+    doubtful: bool = False
+    """Whether a number of the step is not finite, or a loss many times what guessing costs: then the training may be
+    at fault as well."""
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether it may be the training's own: doubtful, or of a value that was not finite."""
+        return self.doubtful or self.value is None
 
 
 class Fault(Event):

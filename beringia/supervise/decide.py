@@ -11,6 +11,10 @@ The rules, in order:
 - a spike of the loss or of gradients is no proof of a fault: training has its own. One that comes again at the very
   step, while no layer computes wrongly, is the training's, and the run goes through it; another one, with no trusted
   checkpoint past the first in between, crosses
+- an alarm of a step whose numbers are not finite, or whose loss is far worse than guessing, may be the training's own.
+  The run goes back once, whatever `supervise.rollbacks` says, and before the step is taken again its worker finds out
+  (`train/divergence.py`): if it is as bad on the CPU, the training diverges, the run is given up, and no chip is
+  crossed from
 - a transient fault, a hang, a lost worker, a machine that no longer answers: try again from the newest complete
   checkpoint; after `supervise.transient_retries` within `supervise.transient_window` steps, cross
 - a lost device: leave it out where other devices of the chip remain, else cross
@@ -28,7 +32,16 @@ The rules, in order:
 from __future__ import annotations
 
 from beringia.history.situation import Situation
-from beringia.records.events import SPIKE, Alarm, Canary, CheckpointRejected, Decision, Fault, Unqualified
+from beringia.records.events import (
+    DIVERGENCE,
+    SPIKE,
+    Alarm,
+    Canary,
+    CheckpointRejected,
+    Decision,
+    Fault,
+    Unqualified,
+)
 from beringia.records.recipe import Recipe
 
 
@@ -90,15 +103,27 @@ def _after_unqualified(situation: Situation, recipe: Recipe, unqualified: Unqual
 
 def _after_alarm(situation: Situation, recipe: Recipe, alarm: Alarm) -> Decision:
     what = f"{alarm.detector}: {alarm.message}"
+    if alarm.detector == DIVERGENCE:
+        return Decision(action="stop", reason=_advice(alarm, recipe))
     spike = alarm.detector == SPIKE
     if spike and alarm.step in situation.spikes and alarm.step not in situation.accepted_spikes:
         own = f"{what} (again at the same step, and every layer computes rightly there: the training's own)"
         decision = _go_back(situation, "rollback", own, situation.newest_trusted)
         return decision.model_copy(update={"accepted_spike": alarm.step})
     earlier = max(0 if spike else situation.rollbacks.get(alarm.site, 0), situation.rollbacks_in_vain)
-    if earlier < recipe.supervise.rollbacks:
+    unexplained = alarm.unexplained and alarm.step not in situation.doubted
+    if earlier < recipe.supervise.rollbacks + unexplained:
         return _go_back(situation, "rollback", what, situation.newest_trusted)
     return _cross(situation, recipe, f"{what} (again, after {_times(earlier, 'rollback')})")
+
+
+def _advice(alarm: Alarm, recipe: Recipe) -> str:
+    train = recipe.train
+    return (
+        f"{alarm.message} No chip is at fault, and none is crossed from. Begin another run with a smaller "
+        f"train.learning_rate ({train.learning_rate:g}) or weight_decay ({train.weight_decay:g}), or more warmup_steps "
+        f"({train.warmup_steps}), and look at the samples of step {alarm.step}"
+    )
 
 
 def _after_fault(situation: Situation, recipe: Recipe, fault: Fault) -> Decision:
