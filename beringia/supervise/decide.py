@@ -142,8 +142,8 @@ def _after_fault(situation: Situation, recipe: Recipe, fault: Fault) -> Decision
 
 
 def _without_device(situation: Situation, recipe: Recipe, fault: Fault, what: str) -> Decision:
-    assert situation.chip is not None
-    ranks = recipe.chips[situation.chip].ranks
+    section = recipe.chips.get(situation.chip or "")  # work that no decision began may bear another name
+    ranks = section.ranks if section is not None else 1
     device = _device_of(fault.rank or 0, ranks, situation.excluded)
     if ranks - len(situation.excluded) <= 1:
         return _cross(situation, recipe, f"{what} (no device of {situation.chip} is left)")
