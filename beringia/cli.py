@@ -130,6 +130,16 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
     _answer(as_json, {"report": str(path)}, str(path))
 
 
+@app.command()
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    """How a run stands, in a line: step, loss, tokens a second, time left, or why it ended."""
+    from beringia.records.run_directory import RunDirectory
+    from beringia.report.status import status_of
+
+    found = status_of(RunDirectory(run))
+    _answer(as_json, found.model_dump(mode="json"), found.line())
+
+
 ChipArgument = Annotated[str, typer.Argument(help="A chip, as `beringia chips` calls it.", show_default=False)]
 ModelOption = Annotated[str, typer.Option("--model", help="A preset or a Hugging Face directory.", show_default=False)]
 LayersOption = Annotated[
