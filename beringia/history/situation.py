@@ -330,7 +330,7 @@ class Situation:
 
     def _fold_finish(self, finish: RunFinished) -> None:
         """What went wrong before a stop is decided about when the run goes on, but for what the user was told to mend:
-        a fault of ours, and certificates that were wanting."""
+        a fault of ours, a device that a launcher must leave out, and certificates that were wanting."""
         self.finished = finish.status != "stopped"
         self.given_up = finish.status == "given-up"
         if self.finished:
@@ -338,7 +338,7 @@ class Situation:
         if isinstance(self.setback, Unqualified):
             self._ask_again()
             self.setback = None
-        elif isinstance(self.setback, Fault) and self.setback.category == "ours":
+        elif isinstance(self.setback, Fault) and (self.setback.category == "ours" or finish.told):
             self.setback = None
 
     def _ask_again(self) -> None:

@@ -361,6 +361,8 @@ class RunFinished(Event):
     message: str
     signal: int | None = None
     """Number of the signal that stopped it; null where none did."""
+    told: bool = False
+    """Whether the user was told to mend what went wrong: then it is not decided about again."""
 
 
 AnyEvent = Annotated[

@@ -17,7 +17,8 @@ The rules, in order:
   crossed from
 - a transient fault, a hang, a lost worker, a machine that no longer answers: try again from the newest complete
   checkpoint; after `supervise.transient_retries` within `supervise.transient_window` steps, cross
-- a lost device: leave it out where other devices of the chip remain, else cross
+- a lost device: leave it out where other devices of the chip remain, else cross; where a launcher has started the
+  ranks it is its user who leaves it out, so cross, or stop and say so
 - a persistent fault, or a canary beyond its band: cross
 - a chip that may not train (`supervise/admission.py`): on to the next one, with no crossing from a chip that never
   held the state; with no chip left the run stops, and when it is started again every such chip is asked again
@@ -45,8 +46,9 @@ from beringia.records.events import (
 from beringia.records.recipe import Recipe
 
 
-def decide(situation: Situation, recipe: Recipe) -> Decision | None:
-    """The next decision, or None when the run is over."""
+def decide(situation: Situation, recipe: Recipe, *, launched: bool = False) -> Decision | None:
+    """The next decision, or None when the run is over. `launched`: torchrun or Slurm has started the ranks, and starts
+    no fewer."""
     if situation.finished:
         return None
     if situation.chip is None:
@@ -57,7 +59,7 @@ def decide(situation: Situation, recipe: Recipe) -> Decision | None:
     if isinstance(trouble, Alarm):
         return _after_alarm(situation, recipe, trouble)
     if isinstance(trouble, Fault):
-        return _after_fault(situation, recipe, trouble)
+        return _after_fault(situation, recipe, trouble, launched=launched)
     if isinstance(trouble, Unqualified):
         return _after_unqualified(situation, recipe, trouble)
     if isinstance(trouble, Canary):
@@ -126,12 +128,12 @@ def _advice(alarm: Alarm, recipe: Recipe) -> str:
     )
 
 
-def _after_fault(situation: Situation, recipe: Recipe, fault: Fault) -> Decision:
+def _after_fault(situation: Situation, recipe: Recipe, fault: Fault, *, launched: bool) -> Decision:
     what = f"{fault.code}: {fault.message.splitlines()[0] if fault.message else 'no message'}"
     if fault.category == "ours":
         return Decision(action="stop", reason=what, lost_steps=0)
     if fault.category == "device-lost":
-        return _without_device(situation, recipe, fault, what)
+        return (_without_rank if launched else _without_device)(situation, recipe, fault, what)
     if fault.category == "persistent":
         return _cross(situation, recipe, what)
     window = recipe.supervise.transient_window
@@ -149,6 +151,12 @@ def _without_device(situation: Situation, recipe: Recipe, fault: Fault, what: st
         return _cross(situation, recipe, f"{what} (no device of {situation.chip} is left)")
     decision = _go_back(situation, "exclude", f"{what} (device {device} is left out)", situation.newest)
     return decision.model_copy(update={"excluded_device": device})
+
+
+def _without_rank(situation: Situation, recipe: Recipe, fault: Fault, what: str) -> Decision:
+    left_out = f"{what} (rank {fault.rank or 0}; the launcher starts all ranks or none)"
+    decision = _cross(situation, recipe, left_out)
+    return decision if decision.action == "cross" else decision.model_copy(update={"reason": left_out})
 
 
 def _device_of(rank: int, ranks: int, excluded: set[int]) -> int:
