@@ -25,8 +25,8 @@ test-slow: $(VENV)/installed           ## the tests that take longer
 	$(BIN)/pytest -m slow $(PARALLEL)
 
 check: $(VENV)/installed               ## format, lint, types, architecture
-	$(BIN)/ruff format --check beringia tests benchmarks recipes
-	$(BIN)/ruff check beringia tests benchmarks recipes
+	$(BIN)/ruff format --check beringia tests benchmarks
+	$(BIN)/ruff check beringia tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_architecture.py
 

@@ -31,11 +31,15 @@ _LOG_COLUMNS = 100
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (TOML).", show_default=False)]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe: the path of a TOML file, or a name that `beringia recipes` lists.", show_default=False
+    ),
+]
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 SetOption = Annotated[
@@ -66,11 +70,11 @@ def campaign(
     recipe: RecipeArgument, change: SetOption = None, out: OutOption = None, as_json: JsonOption = False
 ) -> None:
     """All of it: train with crossings as needed, export, compare with transformers, report."""
-    parsed, run = _read(recipe, change, out)
+    parsed, text, run = _read(recipe, change, out)
     from beringia.campaign.story import run_campaign
 
     with _progress(parsed) as on_event:
-        summary = run_campaign(parsed, recipe.read_text(), run, on_event=on_event)
+        summary = run_campaign(parsed, text, run, on_event=on_event)
     _print_summary(summary, as_json)
     _exit_if_stopped(summary.status, summary.signal)
 
@@ -87,7 +91,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """One supervised training run."""
-    parsed, run = _read(recipe, change, out)
+    parsed, text, run = _read(recipe, change, out)
     from beringia.campaign.candidate_role import candidates
     from beringia.report.history import read_history
     from beringia.report.page import write_report
@@ -97,7 +101,7 @@ def train(
     try:
         with _progress(parsed) as on_event:
             beside = candidates(parsed, candidate or [])
-            finished = supervise(parsed, recipe.read_text(), run, on_event=on_event, beside=beside)
+            finished = supervise(parsed, text, run, on_event=on_event, beside=beside)
     finally:
         if run.events.exists():
             write_report(run.root)
@@ -378,6 +382,24 @@ def _show_certificate(says: Mapping[str, Any]) -> None:
         print(f"           {reason}")
 
 
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one, to copy and change.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The recipes that ship."""
+    from beringia.recipes import DIRECTORY, find_recipe, shipped
+
+    if name is not None:
+        text = find_recipe(name).read_text()
+        _answer(as_json, {"name": name, "text": text}, text.rstrip())
+        return
+    about = {name: path.read_text().split("\n", 1)[0].removeprefix("# ") for name, path in shipped().items()}
+    width = max(map(len, about))
+    listed = "\n".join(f"{name:<{width}}  {sentence}" for name, sentence in about.items())
+    _answer(as_json, {"directory": str(DIRECTORY), "recipes": about}, f"{listed}\n{DIRECTORY}")
+
+
 chips_app = typer.Typer(help="Which chips are here, and what their arithmetic is.")
 app.add_typer(chips_app, name="chips")
 
@@ -442,7 +464,7 @@ def main(arguments: list[str] | None = None) -> None:
     _open_closed_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments, standalone_mode=False, prog_name="beringia")
         sys.exit(status if isinstance(status, int) else 0)
     except typer.Exit as done:
         sys.exit(done.exit_code)
@@ -462,15 +484,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _read(recipe: Path, change: list[str] | None, out: Path | None) -> tuple[Recipe, RunDirectory]:
+def _read(asked: str, change: list[str] | None, out: Path | None) -> tuple[Recipe, str, RunDirectory]:
+    """The recipe with its changes, its text as it stands in the file, and the run's directory."""
+    from beringia.recipes import find_recipe
     from beringia.records.recipe import read_recipe
     from beringia.records.run_directory import RunDirectory
     from beringia.supervise.run_files import examine_run
 
-    parsed = read_recipe(recipe, dict(_change(one) for one in change or []))
+    path = find_recipe(asked)
+    parsed = read_recipe(path, dict(_change(one) for one in change or []))
     run = RunDirectory(out or Path("runs") / parsed.name)
     examine_run(parsed, run)  # before anything there is touched
-    return parsed, run
+    return parsed, path.read_text(), run
 
 
 def _change(text: str) -> tuple[str, Any]:

@@ -272,6 +272,34 @@ def test_a_launcher_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert texts(child) == ["blue"]
 
 
+@pytest.mark.parametrize("launch", [{}, {"launch": ("env",)}])
+def test_a_folder_named_beringia_where_work_is_started_is_not_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: dict[str, Any]
+) -> None:
+    """As in a home directory that holds the repository, or in the repository beside an installed wheel."""
+    monkeypatch.chdir(another_package(tmp_path))
+    assert texts(errand(tmp_path, ["say", "one"], **launch)) == ["one"]
+
+
+@pytest.mark.slow
+def test_nor_is_it_where_torchrun_starts_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(another_package(tmp_path))
+    assert texts(errand(tmp_path, ["say", "one"], launcher="torchrun", launch=("1",))) == ["one"]
+
+
+def test_a_package_that_is_run_from_its_folder_is_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert "-P" not in Command("chips.first").argv()
+    assert "-P" in Command("chips.first", launch=("env",)).argv(), "on another machine that folder is another"
+
+
+def another_package(directory: Path) -> Path:
+    """A directory that holds a folder named as the package is."""
+    (directory / "beringia").mkdir()
+    (directory / "beringia" / "__init__.py").write_text('raise ImportError("this is not the package")\n')
+    return directory
+
+
 def test_torchrun_is_told_how_many() -> None:
     with pytest.raises(HandshakeError, match=r'one number, of its processes: launch = \["8"\]'):
         check_command(Command("chips.first", launcher="torchrun", launch=("eight",)))

@@ -82,6 +82,8 @@ class Child:
     def _start(self, command: Command, shared_input: bool) -> subprocess.Popen[bytes]:
         environment = {name: value for name, value in os.environ.items() if name != JOB_VARIABLE}
         environment[MARK_VARIABLE] = self.mark
+        if command.safe_path:
+            environment["PYTHONSAFEPATH"] = "1"  # for the interpreters that its launcher starts
         if shared_input:
             environment[JOB_VARIABLE] = self._job.model_dump_json()
         self.log.parent.mkdir(parents=True, exist_ok=True)

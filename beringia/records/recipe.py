@@ -220,7 +220,7 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         document = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise RecipeError(
-            f"There is no recipe at {path}. Give the path of a TOML file, e.g. recipes/r2-nano.toml."
+            f"There is no recipe at {path}. Give the path of a TOML file, or a name that `beringia recipes` lists."
         ) from None
     except OSError as error:
         raise RecipeError(
