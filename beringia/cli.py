@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +21,7 @@ from beringia.errors import BeringiaError, Inconclusive, InputError, RecipeError
 from beringia.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from beringia.chips.arithmetic.profile import MatrixUnit
     from beringia.records.recipe import Recipe
@@ -74,7 +75,7 @@ def campaign(
     from beringia.campaign.story import run_campaign
 
     with _progress(parsed) as on_event:
-        summary = run_campaign(parsed, text, run, on_event=on_event)
+        summary = run_campaign(parsed, text, run, on_event=on_event, say=_stages())
     _print_summary(summary, as_json)
     _exit_if_stopped(summary.status, summary.signal)
 
@@ -162,7 +163,7 @@ def reference(
     from beringia.qualify.qualification import Request, record_reference
 
     request = Request(chip, model, seed=seed, layers=layers, compute_dtype=dtype, batches=batches, steps=batches)
-    manifest = record_reference(request, out, limit * 2**20, _say)
+    manifest = record_reference(request, out, limit * 2**20, _stages())
     document = {
         "bundle": str(out),
         "bytes": out.stat().st_size,
@@ -215,7 +216,7 @@ def qualify(
         memory_bytes=memory * 2**20,
         speed=speed,
     )
-    certificate = make_certificate(request, against, _say)
+    certificate = make_certificate(request, against, _stages())
     written = issue(certificate, out, key)
     from beringia.report.certificate import print_certificate, write_certificate_page, write_junit
 
@@ -510,10 +511,17 @@ def _change(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()  # a bare word is a string
 
 
-def _say(text: str) -> None:
-    """Progress for who watches."""
-    if sys.stderr.isatty():
-        print(f"  {text}", file=sys.stderr, flush=True)
+def _stages() -> Callable[[str], None]:
+    """Says each stage as it begins, with the time since the command did, on a terminal and in a log alike."""
+    from beringia.report.words import clock
+
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        with suppress(BrokenPipeError):
+            print(f"[{clock(time.monotonic() - began)}] {text}", file=sys.stderr, flush=True)
+
+    return say
 
 
 def _answer(as_json: bool, document: dict[str, Any], sentence: str) -> None:

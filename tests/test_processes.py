@@ -216,8 +216,12 @@ def test_a_prefix_that_asks_on_standard_error_is_told_as_such(tmp_path: Path) ->
 
 
 def test_a_prefix_that_ends_at_once_with_0_is_told(tmp_path: Path) -> None:
-    words = death(errand(tmp_path, ["say", "one"], launch=(script(tmp_path, "exit 0"),)))
-    assert words == "the process of chips.first did not start (status 0): it said nothing"
+    prefix = script(tmp_path, "exit 0")
+    words = death(errand(tmp_path, ["say", "one"], launch=(prefix, "node 7")))
+    assert words == (
+        "the process of chips.first did not start (status 0): it said nothing; the command was "
+        f"{prefix} 'node 7' {sys.executable} -P -m beringia.processes.far_end work_for_tests"
+    )
 
 
 def test_a_prefix_that_closes_standard_input_is_told_what_it_must_do(tmp_path: Path) -> None:

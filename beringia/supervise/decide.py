@@ -28,7 +28,7 @@ The rules, in order:
 from __future__ import annotations
 
 from beringia.history.situation import Situation
-from beringia.records.events import SPIKE, Alarm, Canary, CheckpointRejected, Decision, Fault, Unqualified
+from beringia.records.events import SPIKE, Alarm, Canary, CheckpointRejected, Decision, Fault, Unqualified, going_on
 from beringia.records.recipe import Recipe
 
 
@@ -53,7 +53,7 @@ def decide(situation: Situation, recipe: Recipe) -> Decision | None:
         return _go_back(
             situation, "retry", f"checkpoint {trouble.step} cannot be used: {trouble.message}", situation.newest
         )
-    reason = "the supervisor was restarted" if situation.restarted else "the worker ended before its work"
+    reason = going_on(situation.newest) if situation.restarted else "the worker ended before its work"
     return _go_back(situation, "retry", reason, situation.newest)
 
 
@@ -61,7 +61,7 @@ def decide_beside(situation: Situation, recipe: Recipe, chip: str) -> Decision:
     """The next decision about a role beside the learner: start it, try it again, or leave it. Never the run's end."""
     trouble = situation.trouble
     if trouble is None:
-        reason = "the supervisor was restarted" if situation.decided else "beside the learner"
+        reason = "the run goes on" if situation.decided else "beside the learner"
         return Decision(action="start", reason=reason, to_chip=chip)
     what = f"{trouble.code}: {trouble.message}" if isinstance(trouble, Fault) else trouble.kind
     transient = isinstance(trouble, Fault) and trouble.category == "transient"
