@@ -44,6 +44,7 @@ peers: $(VENV)-peers/installed         ## other runtimes and lm-eval, for benchm
 
 docs: $(VENV)/installed                ## the generated pages of docs/
 	$(BIN)/python -m beringia.records.events_document > docs/events.md
+	$(BIN)/python -m beringia.records.recipe_document > docs/recipe.md
 	PYTHONPATH=. $(BIN)/python tests/chip_tables.py
 
 size: $(VENV)/installed                ## how large files and functions are
