@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from small_runs import beringia
+
+from beringia.cli import _stages
 
 
 def test_the_version_is_the_installed_packages() -> None:
@@ -41,6 +44,12 @@ def test_the_recipes_that_ship_are_listed_and_printed() -> None:
 def test_train_takes_a_recipe_by_its_name(tmp_path: Path) -> None:
     said = beringia("train", "r2-nano", "--set", "train.stepz=1", "--out", str(tmp_path / "run"))
     assert said.returncode == 2 and "r2-nano.toml: unknown key 'train.stepz'. Did you mean 'steps'?" in said.stderr
+
+
+def test_a_stage_is_told_as_it_begins_with_the_time_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    say = _stages()
+    say("probing the chip")
+    assert re.fullmatch(r"\[0:\d\d\] probing the chip\n", capsys.readouterr().err)
 
 
 COMPLETION = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,8 @@ def test_a_campaign_by_its_name_runs_to_its_page_beside_a_folder_named_beringia(
     summary = json.loads(done.stdout)
     assert (summary["status"], summary["steps"]) == ("done", 4)
     assert [chip["label"] for chip in summary["chips"]] == ["first-lot", "second-lot"]
+    for stage in ("first-lot: qualification", "training", "exporting", "first-lot: answering 4 held-out questions"):
+        assert re.search(rf"^\[\d+:\d\d\] {stage}", done.stderr, re.MULTILINE), stage
     page = installed.elsewhere / summary["report"]
     assert "r2-nano" in page.read_text()
     assert (installed.elsewhere / "runs/r2-nano/export/model.safetensors").is_file()
