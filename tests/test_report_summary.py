@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from report_story import EMULATED, PROCESSOR, Story, write_story
 from rich.console import Console
 
-from beringia.records.events import AnyEvent, CheckpointRejected, Fallback, Fault, StepDone, Unqualified
+from beringia.records.events import Alarm, AnyEvent, CheckpointRejected, Fallback, Fault, StepDone, Unqualified
+from beringia.report.curves import guard_checks
 from beringia.report.history import read_history
 from beringia.report.page import render_report
 from beringia.report.summary import Summary, print_table, summarise
@@ -119,6 +120,27 @@ def test_a_chip_that_never_opened_has_its_faults_counted_and_told(tmp_path: Path
     assert [(one.label, one.faults) for one in summary.unopened] == [("preferred", 2)]
     assert "unopened  preferred: 2 faults, and it never opened" in printed(summary)
     assert "preferred never opened</b>: 2 faults" in render_report(history)
+
+
+def test_the_page_draws_as_many_alarms_as_the_summary_counts(tmp_path: Path) -> None:
+    """Also where the alarm names another tensor than the check beside it, and another chip takes the step again."""
+    story = Story(tmp_path / "run", steps=60)
+    story.begin()
+    story.open_preferred()
+    story.check(3, "layers.0", share=4.6)
+    alarm = Alarm(
+        step=3, detector="layer-shadow", site="layers.0", tensor="self_attn", value=2.0, bound=1.0, message=""
+    )
+    story.tell(alarm)
+    story.epoch += 1
+    story.open("fallback")
+    story.check(3, "layers.0", share=0.1)
+    history = read_history(story.end())
+    drawn = guard_checks(history)
+    assert [check.share for check in drawn if check.share > 1] == [2.0]
+    assert sum(check.share <= 1 for check in drawn) == len(history.checks) - 1
+    assert len(summarise(history).alarms) == sum(chip.alarms for chip in summarise(history).chips) == 1
+    assert f"Triangles went beyond their bound: 1 of {len(drawn)} checks." in render_report(history)
 
 
 def test_what_is_told_again_at_every_opening_stands_once_on_the_page(tmp_path: Path) -> None:

@@ -194,9 +194,11 @@ def _guard_caption(history: History) -> str:
     checks = guard_checks(history)
     spent = sum(step.event.guard_seconds for step in history.steps)
     total = sum(step.event.seconds for step in history.steps)
+    beyond, alarms = sum(check.share > 1 for check in checks), len(history.alarms)
+    raised = "" if beyond == alarms else f"; {count(alarms, 'alarm')} came of it"
     words = (
         f"What to see: how far below the dashed line the checks stay. Triangles went beyond their bound: "
-        f"{sum(check.share > 1 for check in checks)} of {count(len(checks), 'check')}. "
+        f"{beyond} of {count(len(checks), 'check')}{raised}. "
         f"The guard took {percent(spent / total if total else 0.0, 2)} of the step time."
     )
     floor = lowest_power(history)
