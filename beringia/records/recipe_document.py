@@ -83,7 +83,7 @@ def _inner(annotation: Any) -> tuple[Any, type[BaseModel]] | None:
 
 def document() -> str:
     """The whole of docs/recipe.md."""
-    lines = [INTRODUCTION + "| | |\n|---|---|"]
+    lines = [INTRODUCTION + "| change | the run |\n|---|---|"]
     lines += [f"| {word} | {sentence} |" for word, sentence in CHANGES.values()]
     for section in sections():
         heading = f"`[{section.heading}]`" if section.heading else "At the top"
