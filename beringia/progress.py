@@ -131,6 +131,9 @@ def describe(event: AnyEvent) -> str | None:
         case ChipOpened():
             who = f"{event.used}, {event.identity.truth}, {event.compute_dtype} ({event.identity_hash[:12]})"
             return f"{event.chip}: {who}"
+        case Decision() if event.only_goes_on:
+            lost = f"; {event.lost_steps:,} steps after it were lost" if event.lost_steps else ""
+            return f"{event.reason}{lost}"
         case Decision():
             where = "" if event.to_step is None else f" from step {event.to_step}"
             return f"{event.action}{where}: {_first_line(event.reason)}"

@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 from histories import CANDIDATE, alarm, fault, opened, recipe, step
 
-from beringia.progress import Pace, showing_progress
-from beringia.records.events import Decision, Fallback, RunFinished, StepDone
+from beringia.progress import Pace, describe, showing_progress
+from beringia.records.events import Decision, Fallback, RunFinished, StepDone, going_on
 
 
 def test_a_line_about_another_role_than_the_learner_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,3 +70,14 @@ def test_what_the_error_at_the_end_says_is_not_told_before_it(capsys: pytest.Cap
         show(RunFinished(status="given-up", step=3, message="no chip is left", signal=None))
         show(given_up.model_copy(update={"role": CANDIDATE}))
     assert capsys.readouterr().err.splitlines() == ["candidate:second: stop: no chip is left"]
+
+
+def test_a_run_that_was_interrupted_and_nothing_more_goes_on() -> None:
+    def said(to_step: int | None, **more: int) -> str | None:
+        return describe(Decision(action="retry", reason=going_on(to_step), to_chip="first", to_step=to_step, **more))
+
+    assert said(88) == "goes on from step 88"
+    assert said(80, lost_steps=8) == "goes on from step 80; 8 steps after it were lost"
+    assert said(None) == "begins again at step 0"
+    fault = Decision(action="retry", reason="the worker ended", to_chip="first", to_step=88)
+    assert describe(fault) == "retry from step 88: the worker ended"

@@ -209,6 +209,11 @@ class Fault(Event):
     message: str
 
 
+def going_on(step: int | None) -> str:
+    """The reason of a decision that an interruption alone made necessary."""
+    return "begins again at step 0" if step is None else f"goes on from step {step}"
+
+
 class Decision(Event):
     """What the supervisor decided, and why, in one line."""
 
@@ -224,6 +229,11 @@ class Decision(Event):
     excluded_device: int | None = None
     accepted_spike: int | None = None
     """Step whose spike came again when the steps were taken again: from now on it is the training's own."""
+
+    @property
+    def only_goes_on(self) -> bool:
+        """Whether nothing was wrong: the run had been interrupted."""
+        return self.action == "retry" and self.reason == going_on(self.to_step)
 
 
 class Canary(Event):

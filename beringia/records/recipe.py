@@ -100,11 +100,15 @@ class TrainSection(Record):
     accumulate: int = Field(default=1, ge=1)
     """Gradient accumulation steps in one optimizer step."""
     learning_rate: float = Field(default=2e-3, gt=0)
+    """Of AdamW, at its peak."""
     final_learning_rate: float = Field(default=0.05, ge=0, le=1)
     """Share of the learning rate left at the schedule's last step."""
     warmup_steps: int = Field(default=50, ge=0)
+    """Steps in which the learning rate rises from 0 to its peak."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Of AdamW's two averages."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Of AdamW, for matrices: the share of a weight that a step at learning rate 1 would take away."""
     clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -116,10 +120,13 @@ class TrainSection(Record):
     mtp_weight: float = Field(default=0.1, ge=0)
     """Weight of the multi-token prediction loss; 0 leaves the module untrained."""
     checkpoint_every: int = Field(default=50, ge=1)
+    """Steps from one checkpoint to the next."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept, besides the last two trusted."""
     evaluate_every: int = Field(default=200, ge=1)
+    """Steps from one evaluation to the next; there is one after the last step, too."""
     evaluation_sequences: int = Field(default=256, ge=1)
+    """Held-out samples whose loss an evaluation takes."""
     accuracy_samples: int = Field(default=256, ge=0)
     """Questions sampled at temperature 1 and checked, where the task has a checker; 0 samples none."""
 
@@ -156,6 +163,7 @@ class ServeSection(Record):
     chip: str | None = None
     """Label of the chip; none: nothing is answered."""
     questions: int = Field(default=256, ge=1)
+    """Held-out questions that it answers."""
 
 
 class SuperviseSection(Record):
@@ -164,6 +172,7 @@ class SuperviseSection(Record):
     transient_retries: int = Field(default=3, ge=0)
     """Transient faults retried on one chip within `transient_window` steps before it counts as persistent."""
     transient_window: int = Field(default=200, ge=1)
+    """Steps within which transient faults are counted together."""
     rollbacks: int = Field(default=1, ge=0)
     """Rollbacks for alarms at one site on one chip before the run crosses."""
     hang_seconds: float = Field(default=120.0, gt=0, le=_LONGEST_SECONDS)
@@ -180,7 +189,9 @@ class Recipe(Record):
     """The whole recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the run; its directory is `runs/<name>` unless `--out` says another. Letters, digits, `.`, `_`, `-`."""
     seed: int = Field(default=0, ge=0)
+    """Of the initial weights, the data and its order; with it a run is bitwise the same on the same chip."""
     model: ModelSection
     chips: dict[str, ChipSection]
     data: DataSection
@@ -220,7 +231,7 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         document = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise RecipeError(
-            f"There is no recipe at {path}. Give the path of a TOML file, e.g. recipes/r2-nano.toml."
+            f"There is no recipe at {path}. Give the path of a TOML file, or a name that `beringia recipes` lists."
         ) from None
     except OSError as error:
         raise RecipeError(

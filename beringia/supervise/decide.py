@@ -42,6 +42,7 @@ from beringia.records.events import (
     Decision,
     Fault,
     Unqualified,
+    going_on,
 )
 from beringia.records.recipe import Recipe
 
@@ -68,7 +69,7 @@ def decide(situation: Situation, recipe: Recipe, *, launched: bool = False) -> D
         return _go_back(
             situation, "retry", f"checkpoint {trouble.step} cannot be used: {trouble.message}", situation.newest
         )
-    reason = "the supervisor was restarted" if situation.restarted else "the worker ended before its work"
+    reason = going_on(situation.newest) if situation.restarted else "the worker ended before its work"
     return _go_back(situation, "retry", reason, situation.newest)
 
 
@@ -76,7 +77,7 @@ def decide_beside(situation: Situation, recipe: Recipe, chip: str) -> Decision:
     """The next decision about a role beside the learner: start it, try it again, or leave it. Never the run's end."""
     trouble = situation.trouble
     if trouble is None:
-        reason = "the supervisor was restarted" if situation.decided else "beside the learner"
+        reason = "the run goes on" if situation.decided else "beside the learner"
         return Decision(action="start", reason=reason, to_chip=chip)
     what = f"{trouble.code}: {trouble.message}" if isinstance(trouble, Fault) else trouble.kind
     transient = isinstance(trouble, Fault) and trouble.category == "transient"
