@@ -117,6 +117,13 @@ class DecoderConfig:
         """Width of a head's values."""
         return self.v_head_dim if self.latent else self.head_dim
 
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence that the model is made for: what the file says, or what its linear or yarn scaling
+        stretches that to (whoever adds such a block seldom changes the other)."""
+        lengths = {"linear": self.max_position_embeddings, "yarn": self.rope.original_max_position_embeddings}
+        return max(self.max_position_embeddings, int(lengths.get(self.rope.kind, 0) * self.rope.factor))
+
     def is_sparse(self, index: int) -> bool:
         """Whether layer `index` routes its tokens to experts."""
         return self.n_routed_experts > 0 and index >= self.first_k_dense_replace
@@ -124,6 +131,8 @@ class DecoderConfig:
 
 def _check_attention(config: DecoderConfig) -> None:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.head_dim % 2:
+        raise ModelError(f"Rotary embedding turns pairs; the config's head_dim {config.head_dim} is odd.")
     if not config.latent:
         if heads % groups:
             raise ModelError(f"{heads} attention heads cannot share {groups} key-value heads evenly.")
