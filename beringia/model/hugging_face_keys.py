@@ -7,6 +7,7 @@ nothing in transformers' logits either. What stands in none of the tables is not
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from beringia.errors import ModelError
@@ -192,7 +193,7 @@ def refuse_other_values(document: dict[str, Any], family: Family) -> None:
         both_mean_no = not found and not value
         if found == value or both_mean_no or (name, found) == ("hidden_act", "swish"):  # another name of silu
             continue
-        raise ModelError(f"The config sets {name} to {found!r:.60}; only {value!r} is supported.")
+        raise ModelError(f"The config sets {name} to {json.dumps(found):.60}; only {json.dumps(value)} is supported.")
     _refuse_windows(document, family)
 
 
