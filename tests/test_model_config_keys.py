@@ -1,7 +1,7 @@
 """Every key of transformers' configs is obeyed, without effect, or refused by name.
 
-Over all attributes of the configs of our families: a model is made with another value of the attribute than the default,
-written by transformers, and read by both. Either our logits are transformers', or the refusal names the key.
+Over all attributes of the configs of our families: a model is made with another value of the attribute than the
+default, written by transformers, and read by both. Either our logits are transformers', or the refusal names the key.
 """
 
 from __future__ import annotations
