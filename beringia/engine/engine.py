@@ -139,7 +139,7 @@ class Engine:
                 raise InputError(f"{name} has the token {foreign}; the model has 0 to {last}.")
         if sampling.stops and self._tokenizer is None:
             raise InputError("Stop strings need the text of tokens: make the engine with a tokenizer.")
-        longest = self.config.max_position_embeddings
+        longest = self.config.context_tokens
         if len(prompt) >= longest:
             raise InputError(
                 f"The prompt has {len(prompt)} tokens; with room for one more the model takes {longest - 1}."
@@ -317,7 +317,7 @@ class Engine:
     def _has_room_for_two(self, request: Request) -> bool:
         """Whether two more tokens are wanted, and the model has positions for them."""
         wanted = request.sampling.max_tokens - len(request.new_tokens)
-        return min(wanted, self.config.max_position_embeddings - len(request.tokens)) > 1
+        return min(wanted, self.config.context_tokens - len(request.tokens)) > 1
 
     def _index(self, rows: Sequence[int]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int64).to(self.chip.device)
@@ -340,7 +340,7 @@ class Engine:
             request.at_string = True
             return "stop"
         num_new = len(request.tokens) - request.num_prompt
-        if num_new >= sampling.max_tokens or len(request.tokens) >= self.config.max_position_embeddings:
+        if num_new >= sampling.max_tokens or len(request.tokens) >= self.config.context_tokens:
             return "length"
         return None
 

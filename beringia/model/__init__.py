@@ -20,7 +20,9 @@ from beringia.model.decoder import (
 from beringia.model.decoding import greedy, sample
 from beringia.model.experts import forcing_routes, recording_routes
 from beringia.model.filling import filled
-from beringia.model.hugging_face import checkpoint_tensors, config_of, initialise, load_model, read_config, save_model
+from beringia.model.hugging_face import config_of, initialise, load_model, save_model
+from beringia.model.hugging_face_directory import read_config
+from beringia.model.hugging_face_names import checkpoint_tensors
 from beringia.model.presets import PRESETS, preset
 
 __all__ = [

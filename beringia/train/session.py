@@ -189,7 +189,7 @@ class Session:
         size = tokenizer.vocabulary_size if model.preset is not None else None
         decoder = load_model(model.path or model.preset or "", seed=self.recipe.seed, vocabulary_size=size)
         check_vocabulary(tokenizer, decoder.config.vocab_size)
-        length, room = self.recipe.data.sequence_length, decoder.config.max_position_embeddings
+        length, room = self.recipe.data.sequence_length, decoder.config.context_tokens
         if length > room and self.ranks.first:
             reason = f"the model says that it has {room} positions: whoever runs it elsewhere may use no more of them"
             self._fall_back("sequence length", f"at most {room}", f"data.sequence_length = {length}", reason)
