@@ -140,8 +140,7 @@ def choose(
 def with_choice(logits_RV: torch.Tensor, tokens: Sequence[int]) -> list[bool]:
     """Whether each row's logits left something to choose: a NaN, plus infinity and a row of minus infinity alone are
     what `choose` takes first, so the token that it took shows them."""
-    chosen_R1 = logits_RV.gather(1, torch.tensor(tokens, dtype=torch.int64).unsqueeze(1))
-    finite: list[bool] = chosen_R1.isfinite().flatten().tolist()
+    finite: list[bool] = np.isfinite(logits_RV.numpy()[np.arange(len(tokens)), tokens]).tolist()  # every step: numpy
     return finite
 
 

@@ -23,7 +23,6 @@ comparison may drop a NaN, and nothing may overflow that is no part of the resul
 #define MOST_HEADS 8     /* that one task of attention works on */
 #define TOKENS 32        /* that it works on at a time */
 #define WIDEST 1024      /* row of the cache, in numbers */
-#define UNIT 0x1p-32f    /* in which fewer values than 2^32 can be summed without overflow */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -702,14 +701,16 @@ static void copy_numbers(float *to, const char *cache, int64_t from, int64_t cou
 }
 
 /* Up to MOST_HEADS heads of one group for one row: softmax over TOKENS tokens at a time with a running maximum (arXiv
-   1805.02867). With a `unit` other than 1 values are multiplied with it before they are summed, and only results that are not
-   finite are written. Returns whether all are finite. */
-static int attend_heads(const attention *a, int64_t row, int64_t group, int64_t first, int64_t heads, float unit) {
+   1805.02867). Where that is not finite, which also a sum can be whose mean is, `again` is called with the maxima and sums
+   found: shares are divided by their sum before they are multiplied with values, as in a plain softmax. Returns whether
+   all is finite. */
+static int attend_heads(const attention *a, int64_t row, int64_t group, int64_t first, int64_t heads, float *most,
+                        float *sums, int again) {
   const int64_t key_padded = PADDED(a->key_width), value_padded = PADDED(a->value_width);
   /* Rows that are whole vectors are read where they are; others are copied and filled up with zeros. */
-  const int in_place = unit == 1.0f && !a->narrow && key_padded == a->key_width && value_padded == a->value_width;
+  const int in_place = !a->narrow && key_padded == a->key_width && value_padded == a->value_width;
   /* Side by side, not in rows of WIDEST: at steps of 4 KiB all of them would meet in the same lines of the cache. */
-  float queries[MOST_HEADS * WIDEST], outs[MOST_HEADS * WIDEST], most[MOST_HEADS], sums[MOST_HEADS];
+  float queries[MOST_HEADS * WIDEST], outs[MOST_HEADS * WIDEST];
   float key_copy[TOKENS * WIDEST], value_copy[TOKENS * WIDEST];
   const float *keys[TOKENS], *values[TOKENS];
   const int64_t *table = a->tables + a->sequence_of[row] * a->table_step;
@@ -719,8 +720,7 @@ static int attend_heads(const attention *a, int64_t row, int64_t group, int64_t 
     float *q = queries + h * key_padded;
     for (int64_t d = 0; d < key_padded; d++) q[d] = d < a->key_width ? from[d] * a->scale : 0.0f;
     memset(outs + h * value_padded, 0, 4 * value_padded);
-    most[h] = -INFINITY;
-    sums[h] = 0;
+    if (!again) most[h] = -INFINITY, sums[h] = 0;
   }
   for (int64_t i = 0; i < TOKENS && !in_place; i++) {
     memset(key_copy + i * key_padded + a->key_width, 0, 4 * (key_padded - a->key_width));
@@ -739,7 +739,6 @@ static int attend_heads(const attention *a, int64_t row, int64_t group, int64_t 
       } else {
         copy_numbers(key_copy + i * key_padded, a->cache, start + key_start, a->key_width, a->narrow);
         copy_numbers(value_copy + i * value_padded, a->cache, start + value_start, a->value_width, a->narrow);
-        for (int64_t d = 0; unit != 1.0f && d < a->value_width; d++) value_copy[i * value_padded + d] *= unit;
         keys[i] = key_copy + i * key_padded;
         values[i] = value_copy + i * value_padded;
       }
@@ -760,11 +759,12 @@ static int attend_heads(const attention *a, int64_t row, int64_t group, int64_t 
       const float least = most[h] > -INFINITY ? most[h] : 0.0f;
       for (int64_t part = 0; part < parts; part++) {
         vec one = exponential(scores[part] - least);
+        if (again) one /= sums[h];
         store(p + part * LANES, one);
         p_sum += one;
       }
       float shrink = exponential(all(before - least))[0];
-      sums[h] = sums[h] * shrink + total(p_sum);
+      if (!again) sums[h] = sums[h] * shrink + total(p_sum);
       add_values(outs + h * value_padded, values, p, count, value_padded, shrink);
     }
   }
@@ -772,9 +772,8 @@ static int attend_heads(const attention *a, int64_t row, int64_t group, int64_t 
   for (int64_t h = 0; h < heads; h++) {
     float *to = a->out + row * a->out_step + (group * a->heads + first + h) * a->value_width;
     for (int64_t d = 0; d < a->value_width; d++) {
-      float one = outs[h * value_padded + d] / sums[h] * (1.0f / unit);
-      to[d] = unit == 1.0f || !(fabsf(to[d]) <= FLT_MAX) ? one : to[d];
-      finite &= fabsf(one) <= FLT_MAX;
+      to[d] = outs[h * value_padded + d] / (again ? 1.0f : sums[h]);
+      finite &= fabsf(to[d]) <= FLT_MAX;
     }
   }
   return finite;
@@ -786,8 +785,8 @@ static void attend_task(const void *context, int64_t number) {
   const int64_t first = number % parts * MOST_HEADS, left = a->heads - first;
   const int64_t heads = left < MOST_HEADS ? left : MOST_HEADS;
   const int64_t row = number / parts / a->groups, group = number / parts % a->groups;
-  /* A sum of large values may overflow where their mean does not. */
-  if (!attend_heads(a, row, group, first, heads, 1.0f)) attend_heads(a, row, group, first, heads, UNIT);
+  float most[MOST_HEADS], sums[MOST_HEADS];
+  if (!attend_heads(a, row, group, first, heads, most, sums, 0)) attend_heads(a, row, group, first, heads, most, sums, 1);
 }
 
 void attend(float *out, int64_t out_step, const float *q, int64_t q_step, const void *cache, int64_t block_tokens,
