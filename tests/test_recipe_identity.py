@@ -50,6 +50,7 @@ OTHERS: dict[str, Any] = {
     "model.preset": "r2-micro",
     "data.task": "digit-sort",
     "train.compute": "bfloat16",
+    "train.schedule": "cosine",
     "chips.*.use": "cuda",
     "chips.*.python": "python4",
     "chips.*.launch": ["env"],

@@ -100,9 +100,15 @@ class TrainSection(Record):
     accumulate: int = Field(default=1, ge=1)
     """Gradient accumulation steps in one optimizer step."""
     learning_rate: float = Field(default=2e-3, gt=0)
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    """How the learning rate falls after the warm-up, until `schedule_steps`. `linear`: all the way. `cosine`: along
+    half a cosine. `wsd` (warm-up, stable, decay): it stays, and falls linearly at the end."""
+    decay_fraction: float = Field(default=0.1, gt=0, le=1)
+    """`wsd` only: share of the schedule's steps, its last ones, in which the learning rate falls."""
     final_learning_rate: float = Field(default=0.05, ge=0, le=1)
     """Share of the learning rate left at the schedule's last step."""
     warmup_steps: int = Field(default=50, ge=0)
+    """Steps in which the learning rate rises linearly from 0; part of the schedule's steps."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)

@@ -56,6 +56,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "data.held_out_fraction",
         "train.batch",
         "train.learning_rate",
+        "train.schedule",
+        "train.decay_fraction",
         "train.final_learning_rate",
         "train.warmup_steps",
         HORIZON,
