@@ -111,13 +111,16 @@ def export(
     run: RunArgument,
     to: Annotated[Path, typer.Option("--to", help="Directory to write.", show_default=False)],
     step: Annotated[int | None, typer.Option(help="Checkpoint; default the newest.", show_default=False)] = None,
+    dtype: Annotated[
+        Literal["float32", "bf16", "bfloat16"], typer.Option(help="How weights are stored; bf16 is bfloat16.")
+    ] = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Write a run's model as a Hugging Face checkpoint."""
     from beringia.campaign.export import export as write_export
     from beringia.records.run_directory import RunDirectory
 
-    written = write_export(RunDirectory(run), to, step)
+    written = write_export(RunDirectory(run), to, step, dtype)
     _answer(as_json, {"step": written, "directory": str(to)}, f"step {written} written to {to}")
 
 
