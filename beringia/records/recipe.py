@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from beringia.errors import RecipeError
 from beringia.records.certificate import PublicKey
 from beringia.records.record import Record, canonical_hash
+from beringia.records.shares import rows_in_a_period
 
 _LABEL = re.compile(r"\w[\w .+-]{0,99}")
 _LONGEST_SECONDS = 1e8
@@ -58,8 +59,27 @@ class ChipSection(Record):
     """Emulated chips only: a named fault script, or the path of one."""
 
 
+class MixSection(Record):
+    """One of several data sets (`[[data.mix]]`). Exactly one of `task`, `text` and `chat`, as in `[data]`."""
+
+    task: str | None = None
+    """A task, as `data.task`. Where `data.tokenizer` is another one, each of its symbols must be one token there."""
+    text: str | None = None
+    """Text, as `data.text`."""
+    chat: str | None = None
+    """Chats, as `data.chat`."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Its share of the rows is this over the sum of all weights: exactly, up to one row, at every moment."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(source is not None for source in (self.task, self.text, self.chat)) != 1:
+            raise ValueError("give exactly one of task, text and chat")
+        return self
+
+
 class DataSection(Record):
-    """What it learns from. Exactly one of `task`, `text` and `chat`."""
+    """What it learns from. Exactly one of `task`, `text`, `chat` and `mix`."""
 
     task: str | None = None
     """`digit-sum`, `digit-product` or `digit-sort`: generated, with a checker."""
@@ -67,6 +87,8 @@ class DataSection(Record):
     """A directory of text or JSONL files, packed into token shards."""
     chat: str | None = None
     """A JSONL file or directory of chats (`messages`); the prompt is masked out of the loss."""
+    mix: tuple[MixSection, ...] = ()
+    """Several data sets, each with a weight; what else stands here holds for all of them."""
     tokenizer: str | None = None
     """A directory that AutoTokenizer loads; `bytes` for raw bytes; default: the task's or the model's own."""
     sequence_length: int = Field(default=64, ge=8)
@@ -80,9 +102,22 @@ class DataSection(Record):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if sum(source is not None for source in (self.task, self.text, self.chat)) != 1:
-            raise ValueError("give exactly one of task, text and chat")
+        if sum(source is not None for source in (self.task, self.text, self.chat, self.mix or None)) != 1:
+            raise ValueError("give exactly one of task, text, chat and mix")
+        if self.mix:
+            rows_in_a_period([source.weight for source in self.mix])
         return self
+
+    @property
+    def sources(self) -> tuple[DataSection, ...]:
+        """Itself, or one section for each data set of `mix`, with what they have in common."""
+        each = ({"mix": (), "task": one.task, "text": one.text, "chat": one.chat} for one in self.mix)
+        return tuple(self.model_copy(update=update) for update in each) or (self,)
+
+    @property
+    def words(self) -> str:
+        """What it learns from, for messages."""
+        return ", ".join(str(source.task or source.text or source.chat) for source in self.sources)
 
 
 class TrainSection(Record):

@@ -31,7 +31,7 @@ from beringia.records.record import Record, canonical_hash
 
 IDENTITY_SCHEMA = 1
 
-STEPS, PREFER, HORIZON = "train.steps", "train.prefer", "train.schedule_steps"
+STEPS, PREFER, HORIZON, MIX = "train.steps", "train.prefer", "train.schedule_steps", "data.mix"
 
 
 class Rule(Enum):
@@ -50,6 +50,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "seed",
         "model.preset",
         "data.task",
+        "data.mix.*.task",
+        "data.mix.*.weight",
         "data.sequence_length",
         "data.digits",
         "data.long_fraction",
@@ -68,7 +70,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "train.router_bias_speed",
         "train.mtp_weight",
     ),
-    Rule.CONTENT: ("model.path", "data.text", "data.chat", "data.tokenizer"),
+    Rule.CONTENT: ("model.path", "data.text", "data.chat", "data.mix.*.text", "data.mix.*.chat", "data.tokenizer"),
     Rule.GROWS: (STEPS, PREFER),
     Rule.OPENED: ("chips.*.use", "chips.*.faults"),
     Rule.ROUNDING: ("train.accumulate", "train.compile", "chips.*.ranks"),
@@ -100,7 +102,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
 }
 
 Changes = dict[str, tuple[Any, Any]]
-"""Key to (before, now), as JSON values. A chip that is not in a recipe has null as its `use`, and else defaults."""
+"""Key to (before, now), as JSON values. A chip that is not in a recipe has null as its `use`, and else defaults; a data
+set of a mix that is not in one has nulls."""
 
 
 class RunIdentity(Record):
@@ -121,9 +124,9 @@ class RunIdentity(Record):
 def run_identity(recipe: Recipe, inputs: Inputs) -> RunIdentity:
     """The identity of a run of this recipe, on these files."""
     told = _flat(recipe.model_dump(mode="json", exclude_defaults=True))
-    numbers = {key: told[key] for key in RULES[Rule.IDENTITY] if key in told}
+    numbers = {key: value for key, value in told.items() if rule_of(key) is Rule.IDENTITY}
     numbers[HORIZON] = recipe.train.horizon
-    contents = {key: inputs.content(key) or told[key] for key in RULES[Rule.CONTENT] if key in told}
+    contents = {key: inputs.content(key) or value for key, value in told.items() if rule_of(key) is Rule.CONTENT}
     return RunIdentity(numbers=numbers, contents=contents)
 
 
@@ -135,8 +138,9 @@ def settle(recipe: Recipe, horizon: int) -> Recipe:
 
 
 def rule_of(key: str) -> Rule:
-    """The rule of a key such as `train.keep` or `chips.first.ranks` (a chip's label may hold dots)."""
-    general = f"chips.*.{key.rpartition('.')[2]}" if key.startswith("chips.") else key
+    """The rule of a key such as `train.keep`, `data.mix.0.text` or `chips.first.ranks` (a label may hold dots)."""
+    listed = next((above for above in ("chips", "data.mix") if key.startswith(f"{above}.")), None)
+    general = key if listed is None else f"{listed}.*.{key.rpartition('.')[2]}"
     return next(rule for rule, keys in RULES.items() if general in keys)
 
 
@@ -151,7 +155,8 @@ def changes_between(before: Recipe, now: Recipe) -> Changes:
     for label in before.chips.keys() ^ now.chips.keys():
         lacking = one if label in now.chips else other
         lacking.update({f"chips.{label}.{name}": value for name, value in _UNNAMED_CHIP.items()})
-    return {key: (one[key], other[key]) for key in one if one[key] != other[key]}
+    either = [*one, *(key for key in other if key not in one)]  # a data set of a mix may be in one of them only
+    return {key: (one.get(key), other.get(key)) for key in either if one.get(key) != other.get(key)}
 
 
 def refusals(changes: Changes, before: Inputs, now: Inputs, opened: frozenset[str]) -> list[str]:
@@ -222,5 +227,7 @@ def _flat(document: dict[str, Any], above: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in document.items():
         key = f"{above}{name}"
+        if key == MIX:
+            value = {str(number): one for number, one in enumerate(value)}
         flat.update(_flat(value, f"{key}.") if isinstance(value, dict) else {key: value})
     return flat

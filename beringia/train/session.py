@@ -98,7 +98,7 @@ class Session:
         self.stream, self.held_out = (self._open_stream(split, tokenizer) for split in ("train", "held-out"))
         if self.ranks.first:
             for note in dict.fromkeys((*self.stream.notes, *self.held_out.notes)):
-                self._fall_back("data", self.recipe.data.text or self.recipe.data.chat or "", "a part of it", note)
+                self._fall_back("data", self.recipe.data.words, "a part of it", note)
         self.tokenizer = tokenizer
         self._trainer = self._make_trainer(tokenizer)
         self.store = self._open_store()
