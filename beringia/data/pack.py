@@ -23,8 +23,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from beringia.data.chat import encode_chat
-from beringia.data.documents import PASSAGE_CHARACTERS, DataKind, Document, UnreadableFile, list_files, read_documents
+from beringia.data.documents import PASSAGE_CHARACTERS, DataKind, Document, list_files, read_documents
 from beringia.data.shards import SHARD_TOKENS, PackManifest, PackSettings, ShardWriter, Source
+from beringia.data.sources import UnreadableFile
 from beringia.data.template_gaps import TemplateGaps
 from beringia.data.tokenizer import Tokenizer
 from beringia.errors import DataError
@@ -131,7 +132,7 @@ class _Places:
     def threshold(self, folder: Path, fraction: float) -> int:
         """The largest hash that is held out. Raises DataError where there are not two different documents."""
         if self.largest < 0:
-            raise DataError(f"{folder} holds no text: name a directory with text, .md or .jsonl files in UTF-8.")
+            raise DataError(f"{folder} holds no text: name a directory with texts (in UTF-8), JSONL or Parquet files.")
         if self.smallest == self.largest:
             raise DataError(
                 f"{folder} holds only one document of at most {PASSAGE_CHARACTERS} characters, "
