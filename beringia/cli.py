@@ -39,7 +39,10 @@ RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (TOML).", show_de
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a value of the recipe: train.steps=100.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        "--set", help="Change a value of the recipe: train.steps=100; without a value it is unset.", show_default=False
+    ),
 ]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Run directory; default runs/<name>.", show_default=False)
@@ -481,7 +484,9 @@ def _change(text: str) -> tuple[str, Any]:
 
     key, separator, value = text.partition("=")
     if not separator:
-        raise RecipeError(f"--set {text}: write key=value, for instance --set train.steps=100.")
+        raise RecipeError(f"--set {text}: write key=value, for instance --set train.steps=100, or key= to unset it.")
+    if not value.strip():
+        return key.strip(), None
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -256,7 +257,8 @@ class Recipe(Record):
 
 
 def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe file; `overrides` maps dotted keys (`train.steps`) to values. Raises RecipeError."""
+    """Read a recipe file; `overrides` maps dotted keys (`train.steps`) to values, or to None where the key is to be as
+    if it did not stand there. Raises RecipeError."""
     try:
         document = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -269,8 +271,12 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}.") from None
-    for key, value in (overrides or {}).items():
-        _set(document, key, value)
+    changes = overrides or {}
+    for key in (key for key, value in changes.items() if value is None):
+        _unset(document, key)  # first: what stands in the way of another key's new value
+    for key, value in changes.items():
+        if value is not None:
+            _set(document, key, value)
     return parse_recipe(document, str(path))
 
 
@@ -291,37 +297,82 @@ def _as_json(document: dict[str, Any]) -> str:
 
 def _set(document: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
+    place: Any = document
     for parent in parents:
-        document = document.setdefault(parent, {})
-        if not isinstance(document, dict):
-            raise RecipeError(f"--set {dotted}: {parent} is a value, not a table.")
-    document[last] = value
+        place = _below(place, parent, dotted)
+    if isinstance(place, list):
+        _below(place, last, dotted)  # to be there
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _below(place: Any, name: str, dotted: str) -> Any:
+    """The table of that name, made where it is not there, or the table of that number in a list."""
+    if isinstance(place, list):
+        if not name.isdecimal() or int(name) >= len(place):
+            raise RecipeError(f"--set {dotted}: there are {len(place)} of these, numbered from 0; {name} is none.")
+        return place[int(name)]
+    below = place.setdefault(name, {})
+    if not isinstance(below, dict | list):
+        raise RecipeError(f"--set {dotted}: {name} is a value, not a table.")
+    return below
+
+
+def _unset(document: dict[str, Any], dotted: str) -> None:
+    """Take a key away, if it is there."""
+    *parents, last = dotted.split(".")
+    _check_may_be_unset(parents, last, dotted)
+    place: Any = document
+    for parent in parents:
+        if isinstance(place, dict) and parent not in place:
+            return
+        place = _below(place, parent, dotted)
+    if isinstance(place, dict):
+        place.pop(last, None)
+
+
+def _check_may_be_unset(parents: list[str], name: str, dotted: str) -> None:
+    """Raise RecipeError for a key that a recipe must have, or that no recipe has."""
+    if parents in (["chips"], ["data", "mix"]):  # a whole chip goes; a list has no holes
+        if parents == ["chips"]:
+            return
+        raise RecipeError(f"--set {dotted}=: of a list no single entry can be unset, only all of it: --set data.mix=.")
+    section = _section(parents)
+    if name not in section.model_fields:
+        raise RecipeError(f"--set {dotted}=: unknown key {dotted!r}. {_hint(name, list(section.model_fields))}")
+    if section.model_fields[name].is_required():
+        raise RecipeError(f"--set {dotted}=: {dotted} cannot be unset, for a recipe must have it: give it a value.")
 
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(sorted(known))}."
-        return f"unknown key {where!r}. {hint}"
+        known = list(_section(first["loc"][:-1]).model_fields)
+        return f"unknown key {where!r}. {_hint(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"{where!r} is missing."
     message = first["msg"].removeprefix("Value error, ")
     return f"{where or 'the recipe'}: {message}." if not where else f"{where!r}: {message} (found {first['input']!r})."
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _hint(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(sorted(known))}."
+
+
+def _section(location: Sequence[int | str]) -> type[BaseModel]:
+    """The model of the table at a place in a recipe."""
     model: type[BaseModel] = Recipe
     for part in location:
         field = model.model_fields.get(str(part))
-        if field is None:  # a user's label under [chips]
+        if field is None:  # a user's label under [chips], a number in a list
             continue
         inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_model(kind)]
         if inner:
             model = inner[0]
-    return list(model.model_fields)
+    return model
 
 
 def _is_model(kind: Any) -> bool:
