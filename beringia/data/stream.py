@@ -27,6 +27,7 @@ from beringia.data.shards import open_shards
 from beringia.data.tasks import Split, Task, make_task
 from beringia.data.tokenizer import Tokenizer, load_tokenizer
 from beringia.errors import DataError
+from beringia.records.files import Beat, at_rest
 from beringia.records.recipe import DataSection
 from beringia.records.shares import rows_in_a_period
 
@@ -50,10 +51,16 @@ class Stream:
     """The task with its checker, where the data is a task."""
     identity: str
     """SHA-256 of what the samples are made from; a run that resumes on other data can be told."""
-    epoch_samples: int | None = None
-    """Samples until data repeats; None where it never does. Of several data sets as many as they hold together."""
+    rows_of_each: tuple[int | None, ...] = (None,)
+    """Rows of each data set; None where it is a task, which never repeats."""
     notes: tuple[str, ...] = ()
     """What was left out or cut, one sentence each, for the caller to report."""
+
+    @property
+    def epoch_samples(self) -> int | None:
+        """Samples until data repeats; None where it never does. Of several data sets as many as they hold together."""
+        known = [rows for rows in self.rows_of_each if rows is not None]
+        return sum(known) if len(known) == len(self.rows_of_each) else None
 
     def cursors(self, cursor: int) -> list[int] | None:
         """The cursor of each data set when the stream's is `cursor`; None where there is one."""
@@ -73,22 +80,27 @@ class Stream:
         return digest.hexdigest()
 
 
-def open_stream(data: DataSection, *, seed: int, directory: Path, split: Split, tokenizer: Tokenizer) -> Stream:
-    """The stream a recipe asks for; folders are packed under `directory` first. Raises DataError."""
+def open_stream(
+    data: DataSection, *, seed: int, directory: Path, split: Split, tokenizer: Tokenizer, beat: Beat = at_rest
+) -> Stream:
+    """The stream a recipe asks for; folders are packed under `directory` first. `beat` is called again and again while
+    that takes. Raises DataError."""
     if data.mix:
-        return _open_mixture(data, seed, directory, split, tokenizer)
+        return _open_mixture(data, seed, directory, split, tokenizer, beat)
     if data.task is not None:
         return _open_task(data, data.task, seed, split, tokenizer)
     kind: DataKind = "text" if data.text is not None else "chat"
     _ = tokenizer.end  # an evaluation needs one: refused before packing and training, not after
     folder = Path(data.text or data.chat or "")  # the recipe lets exactly one source through
-    packed = pack(folder, tokenizer, directory, kind=kind, held_out_fraction=data.held_out_fraction)
-    return open_packed(packed, data.sequence_length, seed=seed, split=split, pad=tokenizer.pad)
+    packed = pack(folder, tokenizer, directory, kind=kind, held_out_fraction=data.held_out_fraction, beat=beat)
+    return open_packed(packed, data.sequence_length, seed=seed, split=split, pad=tokenizer.pad, beat=beat)
 
 
-def open_packed(packed: Packed, sequence_length: int, *, seed: int, split: Split, pad: int) -> Stream:
+def open_packed(
+    packed: Packed, sequence_length: int, *, seed: int, split: Split, pad: int, beat: Beat = at_rest
+) -> Stream:
     """The stream over packed data: every epoch is another permutation of the same rows. Raises DataError."""
-    shards = open_shards(packed.directory, packed.manifest, split)
+    shards = open_shards(packed.directory, packed.manifest, split, beat)
     plan, notes = plan_rows(shards, packed.manifest.settings.kind, sequence_length)
     silent = rows_without_targets(shards, plan)
     if len(silent) == plan.rows:
@@ -102,7 +114,7 @@ def open_packed(packed: Packed, sequence_length: int, *, seed: int, split: Split
         notes = tuple(f"Held out: {note}" for note in notes)
     rows = PackedRows(shards, plan, derive_key(seed, split), sequence_length, pad)
     identity = _identity((packed.manifest.identity, sequence_length, seed, split))
-    return Stream(rows, None, identity, plan.rows, (*packed.notes, *notes))
+    return Stream(rows, None, identity, (plan.rows,), (*packed.notes, *notes))
 
 
 def _open_task(data: DataSection, name: str, seed: int, split: Split, tokenizer: Tokenizer) -> Stream:
@@ -116,15 +128,16 @@ def _open_task(data: DataSection, name: str, seed: int, split: Split, tokenizer:
     return Stream(rows, task, _identity(parts))
 
 
-def _open_mixture(data: DataSection, seed: int, directory: Path, split: Split, tokenizer: Tokenizer) -> Stream:
+def _open_mixture(
+    data: DataSection, seed: int, directory: Path, split: Split, tokenizer: Tokenizer, beat: Beat
+) -> Stream:
     """The sources of `mix` in one order. Each is a stream of its own, with a seed and a directory of its own: two that
     are alike are read in different orders, and one that is not here any more cannot be taken for another."""
     streams = [
-        _open_source(source, derive_key(seed, "mix", number), directory / f"mix-{number}", split, tokenizer)
+        _open_source(source, derive_key(seed, "mix", number), directory / f"mix-{number}", split, tokenizer, beat)
         for number, source in enumerate(data.sources)
     ]
     shares = rows_in_a_period([one.weight for one in data.mix])
-    counts = [stream.epoch_samples for stream in streams]
     notes = (
         f"data.mix.{number} ({source.words}): {note}"
         for number, (source, stream) in enumerate(zip(data.sources, streams, strict=True))
@@ -134,15 +147,17 @@ def _open_mixture(data: DataSection, seed: int, directory: Path, split: Split, t
         MixedRows([stream.source for stream in streams], interleave(shares)),
         None,
         _identity((shares, [stream.identity for stream in streams])),
-        None if None in counts else sum(count or 0 for count in counts),
+        tuple(stream.epoch_samples for stream in streams),
         tuple(notes),
     )
 
 
-def _open_source(data: DataSection, seed: int, directory: Path, split: Split, tokenizer: Tokenizer) -> Stream:
+def _open_source(
+    data: DataSection, seed: int, directory: Path, split: Split, tokenizer: Tokenizer, beat: Beat
+) -> Stream:
     digits = load_tokenizer("digits")
     if data.task is None or tokenizer.hash == digits.hash:
-        return open_stream(data, seed=seed, directory=directory, split=split, tokenizer=tokenizer)
+        return open_stream(data, seed=seed, directory=directory, split=split, tokenizer=tokenizer, beat=beat)
     stream = open_stream(data, seed=seed, directory=directory, split=split, tokenizer=digits)
     rows = Respelled(stream.source, _symbols_of(tokenizer, data.task))
     return Stream(rows, stream.task, _identity((stream.identity, tokenizer.hash)))

@@ -76,7 +76,7 @@ NO_INPUTS = Inputs(inputs={})
 
 def look_at_inputs(recipe: Recipe, before: Inputs = NO_INPUTS) -> Inputs:
     """What the recipe's paths hold now. What can no longer be seen where it was counts as unchanged."""
-    return Inputs(inputs={key: _look(key, path, before.inputs.get(key)) for key, path in _paths(recipe) if path})
+    return Inputs(inputs={key: look_at(key, path, before.inputs.get(key)) for key, path in _paths(recipe) if path})
 
 
 def _paths(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
@@ -108,7 +108,8 @@ def _whole(path: str | None) -> str | None:
     return str(Path(path).absolute()) if path is not None and Path(path).is_file() else path
 
 
-def _look(key: str, path: str, before: Input | None) -> Input:
+def look_at(key: str, path: str, before: Input | None) -> Input:
+    """What lies at a path that a key names. What can no longer be seen where it was counts as unchanged."""
     there = before if before is not None and before.path == path else None
     known = {file.name: file for file in there.files} if there is not None else {}
     suffixes = _MODEL_FILES if key in ("model.path", "data.tokenizer") else None

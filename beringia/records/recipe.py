@@ -26,17 +26,24 @@ _LONGEST_SECONDS = 1e8
 
 
 class ModelSection(Record):
-    """Which model. Exactly one of `preset` and `path`."""
+    """Which model. Exactly one of `preset`, `path` and `run`."""
 
     preset: str | None = None
     """`r2-nano`, `r2-micro`, `r2-small`: seeded random weights."""
     path: str | None = None
     """A Hugging Face directory: its weights and tokenizer."""
+    run: str | None = None
+    """Another run's directory: the weights and the tokenizer of its newest trusted checkpoint when this run begins.
+    They are copied then; moments and data do not go on."""
+    step: int | None = Field(default=None, ge=1)
+    """The checkpoint of `run` to take, trusted or not; default: the newest trusted one."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.preset is None) == (self.path is None):
-            raise ValueError("give exactly one of preset and path")
+        if sum(source is not None for source in (self.preset, self.path, self.run)) != 1:
+            raise ValueError("give exactly one of preset, path and run")
+        if self.step is not None and self.run is None:
+            raise ValueError("step names a checkpoint of run, and there is no run")
         return self
 
 
@@ -126,8 +133,11 @@ class TrainSection(Record):
 
     prefer: tuple[str, ...]
     """Chip labels in the order in which they are tried."""
-    steps: int = Field(ge=1)
-    """Optimizer steps in all; a run may be given more of them later."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in all; a run may be given more of them later. This or `epochs`."""
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Instead of `steps`: how often the data is gone through; of several data sets, as many rows as they hold together.
+    The steps that this takes, rounded up, are told at the start. A run may be given more later."""
     schedule_steps: int | None = Field(default=None, ge=1)
     """The step at which the learning rate has fallen to its last value, and stays there; default: the `steps` that the
     run was begun with."""
@@ -165,10 +175,22 @@ class TrainSection(Record):
     accuracy_samples: int = Field(default=256, ge=0)
     """Questions sampled at temperature 1 and checked, where the task has a checker; 0 samples none."""
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps in all. Of a recipe in epochs they are not known: `recipe_identity.in_steps`."""
+        assert self.steps is not None
+        return self.steps
+
     @property
     def horizon(self) -> int:
         """The schedule's last step."""
-        return self.steps if self.schedule_steps is None else self.schedule_steps
+        return self.last_step if self.schedule_steps is None else self.schedule_steps
 
 
 class GuardSection(Record):
@@ -248,6 +270,11 @@ class Recipe(Record):
             raise ValueError("serve.chip answers the questions of a task, and data.task names none: leave serve out")
         if not self.train.prefer:
             raise ValueError("train.prefer is empty: name at least one chip")
+        endless = next((source.task for source in self.data.sources if source.task is not None), None)
+        if self.train.epochs is not None and endless is not None:
+            raise ValueError(
+                f"train.epochs counts passes over data, and {endless} goes on without end: give train.steps"
+            )
         return self
 
     @property

@@ -176,7 +176,12 @@ class Session:
         if not self.ranks.first:
             dist.barrier()  # the first rank packs folders, the others read what it packed
         stream = open_stream(
-            self.recipe.data, seed=self.recipe.seed, directory=self.run.data, split=split, tokenizer=tokenizer
+            self.recipe.data,
+            seed=self.recipe.seed,
+            directory=self.run.data,
+            split=split,
+            tokenizer=tokenizer,
+            beat=self.channel.beat,
         )
         if self.ranks.first and self.ranks.count > 1:
             dist.barrier()
@@ -344,7 +349,7 @@ class Session:
         trainer = self.trainer
         if self.order.evaluate:
             self._evaluate()
-        while trainer.step < self.recipe.train.steps:
+        while trainer.step < self.recipe.train.last_step:
             self._check_stop()
             self._report(trainer)
             if self._alarmed():
@@ -403,9 +408,9 @@ class Session:
 
     def _on_schedule(self) -> None:
         train, step = self.recipe.train, self.trainer.step
-        if step % train.checkpoint_every == 0 or step == train.steps:
+        if step % train.checkpoint_every == 0 or step == train.last_step:
             self._save()
-        if step % train.evaluate_every == 0 or step == train.steps:
+        if step % train.evaluate_every == 0 or step == train.last_step:
             self._evaluate()
 
     def _close_run(self) -> End:
