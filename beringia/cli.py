@@ -44,7 +44,10 @@ RecipeArgument = Annotated[
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a value of the recipe: train.steps=100.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        "--set", help="Change a value of the recipe: train.steps=100; without a value it is unset.", show_default=False
+    ),
 ]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Run directory; default runs/<name>.", show_default=False)
@@ -116,13 +119,16 @@ def export(
     run: RunArgument,
     to: Annotated[Path, typer.Option("--to", help="Directory to write.", show_default=False)],
     step: Annotated[int | None, typer.Option(help="Checkpoint; default the newest.", show_default=False)] = None,
+    dtype: Annotated[
+        Literal["float32", "bf16", "bfloat16"], typer.Option(help="How weights are stored; bf16 is bfloat16.")
+    ] = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Write a run's model as a Hugging Face checkpoint."""
     from beringia.campaign.export import export as write_export
     from beringia.records.run_directory import RunDirectory
 
-    written = write_export(RunDirectory(run), to, step)
+    written = write_export(RunDirectory(run), to, step, dtype)
     _answer(as_json, {"step": written, "directory": str(to)}, f"step {written} written to {to}")
 
 
@@ -514,7 +520,9 @@ def _change(text: str) -> tuple[str, Any]:
 
     key, separator, value = text.partition("=")
     if not separator:
-        raise RecipeError(f"--set {text}: write key=value, for instance --set train.steps=100.")
+        raise RecipeError(f"--set {text}: write key=value, for instance --set train.steps=100, or key= to unset it.")
+    if not value.strip():
+        return key.strip(), None
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -33,6 +33,7 @@ from beringia.records.events import (
     Qualified,
     RecipeChanged,
     RunFinished,
+    RunStarted,
     StepDone,
     Unqualified,
 )
@@ -85,12 +86,15 @@ def showing_progress(recipe: Recipe) -> Iterator[Callable[[AnyEvent], None]]:
     console = PatientConsole(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[pace]}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        planned = recipe.train.steps
+        planned = recipe.train.steps or 0  # of a recipe in epochs it is known when the run begins
         task = progress.add_task(recipe.name, total=planned, pace="")
         pace, told, due = Pace(), set[str](), time.monotonic() + LOG_SECONDS
 
         def show(event: AnyEvent) -> None:
-            nonlocal due
+            nonlocal due, planned
+            if isinstance(event, RunStarted):
+                planned = event.steps
+                progress.update(task, total=planned)
             if isinstance(event, StepDone) and event.role == LEARNER:
                 pace.note(event)
                 where, words = f"{event.chip} step {event.step:,} of {planned:,}", pace.words(planned)

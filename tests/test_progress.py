@@ -29,7 +29,7 @@ def test_where_there_is_no_terminal_a_line_now_and_then_says_how_far_it_is(
         return step(number).model_copy(update={"time": at, "tokens": 500, "loss": 1.25, "chip": "first"})
 
     monkeypatch.setattr("beringia.progress.LOG_SECONDS", 0.0)
-    planned = recipe().train.steps
+    planned = recipe().train.last_step
     with showing_progress(recipe()) as show:
         show(done(10, 100.0))
         show(done(12, 104.0))

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from small_runs import small_recipe
 
 from beringia.records import recipe_identity
-from beringia.records.inputs import NO_INPUTS, look_at_inputs
+from beringia.records.inputs import NO_INPUTS, look_at_inputs, placed
 from beringia.records.recipe import DataSection, Recipe, TrainSection, parse_recipe
 from beringia.records.recipe_identity import (
     HORIZON,
@@ -31,6 +31,10 @@ from beringia.records.recipe_identity import (
 )
 
 BEGUN = parse_recipe(small_recipe(chips={"first": {"use": "cpu"}, "a.b": {"use": "cpu"}}), "test")
+MIXED = parse_recipe(
+    small_recipe() | {"data": {"mix": [{"task": "digit-sum"}, {"text": "texts", "weight": 2.0}], "tokenizer": "bytes"}},
+    "test",
+)
 
 
 def fields(model: type[BaseModel] = Recipe, above: str = "") -> Iterator[str]:
@@ -41,7 +45,7 @@ def fields(model: type[BaseModel] = Recipe, above: str = "") -> Iterator[str]:
         if section is None:
             yield above + name
         else:
-            yield from fields(section, f"{above}{name}.{'*.' if name == 'chips' else ''}")
+            yield from fields(section, f"{above}{name}.{'*.' if name in ('chips', 'mix') else ''}")
 
 
 OTHERS: dict[str, Any] = {
@@ -49,7 +53,9 @@ OTHERS: dict[str, Any] = {
     "name": "other",
     "model.preset": "r2-micro",
     "data.task": "digit-sort",
+    "data.mix.*.task": "digit-sort",
     "train.compute": "bfloat16",
+    "train.schedule": "cosine",
     "chips.*.use": "cuda",
     "chips.*.python": "python4",
     "chips.*.launch": ["env"],
@@ -73,12 +79,21 @@ def another(key: str, value: Any, number: int) -> Any:
     return not value if isinstance(value, bool) else value + number if isinstance(value, int) else value / (1 + number)
 
 
+def base(key: str) -> Recipe:
+    return MIXED if key.startswith("data.mix.") else BEGUN
+
+
+def named(key: str) -> str:
+    """The key as the recipe that is changed has it."""
+    return key.replace("*", "0" if key.startswith("data.mix.") else "first")
+
+
 def changed(key: str, number: int = 1) -> Recipe:
     """The recipe with another value at one key."""
-    document = place = BEGUN.model_dump(mode="json")
-    *above, last = key.replace("*", "first").split(".")
+    document = place = base(key).model_dump(mode="json")
+    *above, last = named(key).split(".")
     for part in above:
-        place = place[part]
+        place = place[int(part) if part.isdecimal() else part]
     place[last] = another(key, place[last], number)
     return parse_recipe(document, "test")
 
@@ -105,8 +120,8 @@ def test_every_key_of_a_recipe_finds_its_rule_whatever_its_chips_are_called() ->
 @given(number=st.integers(1, 50))
 def test_another_number_that_shapes_a_step_is_another_run(key: str, number: int) -> None:
     other = changed(key, number)
-    assert hash_of(other) != hash_of(BEGUN)
-    assert [clause.split()[0] for clause in refused(BEGUN, other)] == [key]
+    assert hash_of(other) != hash_of(base(key))
+    assert [clause.split()[0] for clause in refused(base(key), other)] == [named(key)]
 
 
 @pytest.mark.parametrize("key", [*RULES[Rule.FREE], *RULES[Rule.ROUNDING]])
@@ -201,6 +216,47 @@ def test_data_is_known_by_its_content_wherever_it_lies(tmp_path: Path) -> None:
     assert run_identity(here, now) != run_identity(here, first)
     (clause,) = refusals({}, first, now, frozenset())
     assert clause.startswith("what lies at data.text") and "deep/a.txt" in clause
+
+
+def mixed_recipe(*sources: dict[str, Any]) -> Recipe:
+    return parse_recipe(small_recipe() | {"data": {"mix": list(sources), "tokenizer": "bytes"}}, "test")
+
+
+def test_each_data_set_of_a_mix_is_known_by_its_content_and_its_place_in_the_list(tmp_path: Path) -> None:
+    for place in ("a", "b", "elsewhere"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "text.txt").write_text("b" if place == "elsewhere" else place)
+    one, two, moved = ({"text": str(tmp_path / place)} for place in ("a", "b", "elsewhere"))
+    recipe, there = mixed_recipe(one, two), mixed_recipe(one, moved)
+    first = look_at_inputs(recipe)
+    assert run_identity(recipe, first) == run_identity(there, look_at_inputs(there))
+    assert refusals(changes_between(recipe, there), first, look_at_inputs(there, first), frozenset()) == []
+    turned = mixed_recipe(two, one)
+    (clause, other) = refusals(changes_between(recipe, turned), first, look_at_inputs(turned, first), frozenset())
+    assert clause.startswith("data.mix.0.text was ") and other.startswith("data.mix.1.text was ")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_another_data_set_in_a_mix_is_another_run(turned: bool) -> None:
+    more = MIXED.model_dump(mode="json")
+    more["data"]["mix"].append({"chat": "chats.jsonl"})
+    before, now = (MIXED, parse_recipe(more, "test"))[:: -1 if turned else 1]
+    assert hash_of(before) != hash_of(now)
+    clauses = refused(before, now)
+    assert [clause.split()[0] for clause in clauses] == ["data.mix.2.chat", "data.mix.2.weight"]
+    assert "not given" in clauses[0]
+
+
+def test_paths_of_a_mix_are_made_whole_like_those_of_a_single_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    single = MIXED.model_copy(update={"data": DataSection(text="texts", tokenizer="bytes")})
+    assert placed(single, look_at_inputs(single)).data.text == str(tmp_path / "texts")
+    whole = placed(MIXED, look_at_inputs(MIXED)).data.mix
+    assert [one.text for one in whole] == [None, str(tmp_path / "texts")] and [one.weight for one in whole] == [1, 2]
 
 
 def test_a_tokenizer_by_another_name_is_another_run() -> None:

@@ -1,34 +1,28 @@
 """A run's newest checkpoint as a Hugging Face directory, compared with transformers.
 
-Reads the run directory; writes the directory it is told to, complete or not at all. Runs on the CPU in float32.
+Reads the run directory; writes the directory it is told to, complete or not at all. Runs on the CPU in float32; what is
+written is float32, the masters bit for bit, unless bfloat16 is asked for.
 """
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from beringia.checkpoint.directory import CheckpointDirectory
-from beringia.checkpoint.reader import open_checkpoint
-from beringia.data import Tokenizer, choose_tokenizer, open_stream, write_tokenizer
-from beringia.data.tokenizer import KINDS
+from beringia.data import choose_tokenizer, open_stream
 from beringia.errors import RunError
-from beringia.model import Decoder, config_of, filled, load_model, save_model
+from beringia.model import Decoder, load_model
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.supervise.run_files import recorded_recipe
+from beringia.train.trained_model import decoder_of, write_model
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+ExportDtype = Literal["float32", "bf16", "bfloat16"]
+"""`bf16` is bfloat16: the one by its short name."""
 
 COMPARED_SAMPLES = 4
 
@@ -63,35 +57,15 @@ def load_trained(run: RunDirectory, recipe: Recipe, step: int | None = None) -> 
     step = steps[-1] if step is None else step
     if step not in steps:
         raise RunError(f"{run.root} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
-    tokenizer = choose_tokenizer(recipe.data, recipe.model)
-    size = tokenizer.vocabulary_size if recipe.model.preset is not None else None
-    config = config_of(recipe.model.path or recipe.model.preset or "", size)
-    with open_checkpoint(directory.path(step)) as reader:
-        return filled(config, reader).eval(), step
+    return decoder_of(directory.path(step), recipe), step
 
 
-def export(run: RunDirectory, directory: Path, step: int | None = None) -> int:
+def export(run: RunDirectory, directory: Path, step: int | None = None, dtype: ExportDtype = "float32") -> int:
     """Write the checkpoint of `step` (default: the newest) with its tokenizer; returns the step. Raises RunError."""
     recipe = recorded_recipe(run)
     decoder, step = load_trained(run, recipe, step)
-    tokenizer = choose_tokenizer(recipe.data, recipe.model)
-    if decoder.config.eos_token_id is None:  # a preset's: whoever generates from it would not stop at the end
-        decoder.config = replace(decoder.config, eos_token_id=tokenizer.end)
-    save_model(decoder, directory)
-    write_tokenizer_of(tokenizer, directory)
+    write_model(decoder, recipe, directory, torch.float32 if dtype == "float32" else torch.bfloat16)
     return step
-
-
-def write_tokenizer_of(tokenizer: Tokenizer, directory: Path) -> None:
-    """The tokenizer's files into `directory`, as AutoTokenizer reads them."""
-    for kind in KINDS:
-        if tokenizer.source == kind:
-            write_tokenizer(kind, directory)
-            return
-    for name in _TOKENIZER_FILES:
-        source = Path(tokenizer.source) / name
-        if source.exists():
-            shutil.copyfile(source, directory / name)
 
 
 @torch.no_grad()

@@ -1,15 +1,12 @@
-"""Documents from folders: text files in passages, JSONL files line by line, read as streams, never whole.
+"""Documents from folders: text files in passages, JSONL and Parquet files object by object, as streams, never whole.
 
-A file named `*.jsonl` holds one JSON object a line, with `text` (texts) or `messages` (chats). Any other file is text
-in UTF-8 and is cut at line ends into passages, so that one large file too can be split into what is learned and what
-is held out. Writes nothing.
+Objects hold `text` (texts) or `messages` (chats). A file of text is cut at line ends into passages, so that one large
+file too can be split into what is learned and what is held out. What kind of file it is: `sources.py`. Writes nothing.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,17 +14,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from beringia.data.chat import Extras, Given, Message, is_text_part
+from beringia.data.sources import holds_objects, read_objects, read_text
 from beringia.errors import DataError
 from beringia.records.record import canonical_json
 
 DataKind = Literal["text", "chat"]
+_CHAT_FIELDS = ("messages", "tools", "documents", "conversations")
+_TEXT_FIELDS = ("text",)
 PASSAGE_CHARACTERS = 16_384
 """Longest piece of a text file that is kept together: some thousands of tokens."""
-_CHUNK_BYTES = 1 << 20
-
-
-class UnreadableFile(Exception):
-    """A file that holds no text; `str(error)` says why."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Document:
     tools: Extras = None
     documents: Extras = None
     place_in_file: str = ""
-    """File and line of a chat, for messages to the user."""
+    """File and line (or row) of a chat, for messages to the user."""
 
     @property
     def given(self) -> Given:
@@ -62,7 +57,7 @@ def list_files(folder: Path) -> tuple[list[Path], int]:
     if folder.is_file():
         return [folder], 0
     if not folder.is_dir():
-        raise DataError(f"There is no file or directory {folder}: name a directory of text, .md or .jsonl files.")
+        raise DataError(f"There is no file or directory {folder}: name a directory of texts, JSONL or Parquet files.")
     files: list[Path] = []
     unlisted: list[OSError] = []
     hidden, seen, links = 0, set(folder.resolve().parents), [folder]
@@ -96,13 +91,13 @@ def _check_names(files: list[Path]) -> None:
 def read_documents(path: Path, kind: DataKind) -> Iterator[Document]:
     """Documents of one file, empty ones left out. Raises UnreadableFile, or DataError for an unusable line."""
     if kind == "chat":
-        for number, entry in _json_lines(path):
-            yield _chat(path, number, entry)
-    elif path.suffix == ".jsonl":
-        for number, entry in _json_lines(path):
+        for place, entry in read_objects(path, _CHAT_FIELDS):
+            yield _chat(place, entry)
+    elif holds_objects(path):
+        for place, entry in read_objects(path, _TEXT_FIELDS):
             if not isinstance(entry.get("text"), str):
-                raise DataError(f'{path}, line {number}: needs "text" with a string.')
-            _check_encodable(path, number, entry["text"])
+                raise DataError(f'{place}: needs "text" with a string.')
+            _check_encodable(place, entry["text"])
             if entry["text"].strip():
                 yield Document(text=entry["text"])
     else:
@@ -111,7 +106,7 @@ def read_documents(path: Path, kind: DataKind) -> Iterator[Document]:
 
 def _passages(path: Path) -> Iterator[str]:
     kept = ""
-    for piece in _text(path):
+    for piece in read_text(path):
         kept += piece
         while len(kept) > PASSAGE_CHARACTERS:
             cut = kept.rfind("\n", 0, PASSAGE_CHARACTERS) + 1 or PASSAGE_CHARACTERS
@@ -120,56 +115,18 @@ def _passages(path: Path) -> Iterator[str]:
     yield kept
 
 
-def _text(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                if b"\0" in chunk:
-                    raise UnreadableFile("holds NUL bytes")
-                yield decoder.decode(chunk)
-            yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        raise UnreadableFile("is not UTF-8") from None
-    except OSError as error:
-        raise UnreadableFile(error.strerror or "cannot be read") from None
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number, kept = 0, ""
-    for piece in _text(path):
-        *lines, kept = (kept + piece).split("\n")
-        for line in lines:
-            number += 1
-            if line.strip():
-                yield number, _json_object(path, number, line)
-    if kept.strip():
-        yield number + 1, _json_object(path, number + 1, kept)
-
-
-def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}: is not JSON ({error}).") from None
-    if not isinstance(entry, dict):
-        raise DataError(f"{path}, line {number}: is not a JSON object.")
-    return entry
-
-
-def _check_encodable(path: Path, number: int, content: object) -> None:
+def _check_encodable(place: str, content: object) -> None:
     try:
         canonical_json(content)
     except UnicodeEncodeError:
-        raise DataError(
-            f"{path}, line {number}: holds half of a surrogate pair (as \\ud800 alone), which is no character."
-        ) from None
+        raise DataError(f"{place}: holds half of a surrogate pair (as \\ud800 alone), which is no character.") from None
     except ValueError:
-        raise DataError(f"{path}, line {number}: holds NaN or Infinity, which JSON does not have.") from None
+        raise DataError(f"{place}: holds NaN or Infinity, which JSON does not have.") from None
+    except TypeError as error:  # a date or bytes, in a Parquet file
+        raise DataError(f"{place}: holds what JSON does not have ({error}).") from None
 
 
-def _chat(path: Path, number: int, entry: dict[str, Any]) -> Document:
-    place = f"{path}, line {number}"
+def _chat(place: str, entry: dict[str, Any]) -> Document:
     if "messages" not in entry and "conversations" in entry:
         raise DataError(
             f'{place}: is in the form of ShareGPT: write "messages" for "conversations", "role" for "from" (user for '
@@ -179,7 +136,7 @@ def _chat(path: Path, number: int, entry: dict[str, Any]) -> Document:
     if not _are_objects(messages):
         raise DataError(f'{place}: needs "messages" with a list of objects.')
     tools, documents = _extras(place, entry, "tools"), _extras(place, entry, "documents")
-    _check_encodable(path, number, [messages, tools, documents])
+    _check_encodable(place, [messages, tools, documents])
     for turn, message in enumerate(messages, 1):
         _check_message(f"{place}: message {turn}", message)
     if not any(message["role"] == "assistant" for message in messages):

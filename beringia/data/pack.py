@@ -23,12 +23,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from beringia.data.chat import encode_chat
-from beringia.data.documents import PASSAGE_CHARACTERS, DataKind, Document, UnreadableFile, list_files, read_documents
+from beringia.data.documents import PASSAGE_CHARACTERS, DataKind, Document, list_files, read_documents
 from beringia.data.shards import SHARD_TOKENS, PackManifest, PackSettings, ShardWriter, Source
+from beringia.data.sources import UnreadableFile
 from beringia.data.template_gaps import TemplateGaps
 from beringia.data.tokenizer import Tokenizer
 from beringia.errors import DataError
-from beringia.records.files import publish_directory, sha256_of_file, write_text
+from beringia.records.files import Beat, at_rest, publish_directory, sha256_of_file, write_text
 from beringia.records.record import canonical_hash
 
 MANIFEST = "manifest.json"
@@ -54,20 +55,22 @@ def pack(
     kind: DataKind = "text",
     held_out_fraction: float = 0.05,
     shard_tokens: int = SHARD_TOKENS,
+    beat: Beat = at_rest,
 ) -> Packed:
     """Pack a folder (or one file) under `directory`, or find it packed there. Safe to call from many processes.
+    `beat` is called again and again while that takes.
 
     Raises DataError for a folder that is missing or empty, a line that cannot be used, or too few documents to split.
     """
     settings = PackSettings(kind=kind, tokenizer=tokenizer.hash, held_out_fraction=held_out_fraction)
     with _lock(directory):
-        found = _find(folder, settings, directory)
+        found = _find(folder, settings, directory, beat)
         if found is not None:
             return found
-        survey = _survey(folder, settings)
+        survey = _survey(folder, settings, beat)
         aside = Path(tempfile.mkdtemp(prefix=".packing-", dir=directory))
         try:
-            manifest = _write(folder, tokenizer, survey, settings, aside, shard_tokens)
+            manifest = _write(folder, tokenizer, survey, settings, aside, shard_tokens, beat)
             return _publish(manifest, aside, directory)
         finally:
             shutil.rmtree(aside, ignore_errors=True)  # gone already once published
@@ -83,7 +86,7 @@ class _Survey:
     """Documents whose hash is at most this are held out."""
 
 
-def _find(folder: Path, settings: PackSettings, directory: Path) -> Packed | None:
+def _find(folder: Path, settings: PackSettings, directory: Path, beat: Beat) -> Packed | None:
     """What is packed already and still true to its sources, wherever they lie now; without sources (another machine) it
     is taken as it is."""
     for path in sorted(directory.glob(f"*/{MANIFEST}")):
@@ -96,27 +99,27 @@ def _find(folder: Path, settings: PackSettings, directory: Path) -> Packed | Non
         if not folder.exists():
             note = f"{folder} is not here: its packed tokens are used, as they were packed."
             return Packed(path.parent, manifest, (*manifest.notes, note))
-        if _unchanged(folder, manifest):
+        if _unchanged(folder, manifest, beat):
             return Packed(path.parent, manifest, manifest.notes)
     return None
 
 
-def _unchanged(folder: Path, manifest: PackManifest) -> bool:
+def _unchanged(folder: Path, manifest: PackManifest, beat: Beat) -> bool:
     files, _ = list_files(folder)
     known = {source.path: source for source in manifest.sources}
     return {_relative(folder, path) for path in files} == set(known) and all(
-        _same(path, known[_relative(folder, path)]) for path in files
+        _same(path, known[_relative(folder, path)], beat) for path in files
     )
 
 
-def _same(path: Path, source: Source) -> bool:
+def _same(path: Path, source: Source, beat: Beat) -> bool:
     """Size and time of change say "unchanged" for sure; a copy has another time and is compared by hash."""
     if source.sha256 == _NO_HASH or not os.path.isfile(path):
         return source.sha256 == _NO_HASH and _why_unreadable(path) is not None
     status = path.stat()
     if status.st_size != source.bytes:
         return False
-    return status.st_mtime_ns == source.modified_ns or sha256_of_file(path) == source.sha256
+    return status.st_mtime_ns == source.modified_ns or sha256_of_file(path, beat) == source.sha256
 
 
 class _Places:
@@ -131,7 +134,7 @@ class _Places:
     def threshold(self, folder: Path, fraction: float) -> int:
         """The largest hash that is held out. Raises DataError where there are not two different documents."""
         if self.largest < 0:
-            raise DataError(f"{folder} holds no text: name a directory with text, .md or .jsonl files in UTF-8.")
+            raise DataError(f"{folder} holds no text: name a directory with texts (in UTF-8), JSONL or Parquet files.")
         if self.smallest == self.largest:
             raise DataError(
                 f"{folder} holds only one document of at most {PASSAGE_CHARACTERS} characters, "
@@ -140,21 +143,22 @@ class _Places:
         return min(max(int(fraction * 2.0**64), self.smallest), self.largest - 1)
 
 
-def _survey(folder: Path, settings: PackSettings) -> _Survey:
+def _survey(folder: Path, settings: PackSettings, beat: Beat) -> _Survey:
     files, hidden = list_files(folder)
     places = _Places()
-    sources = tuple(_survey_file(folder, path, settings.kind, places) for path in files)
+    sources = tuple(_survey_file(folder, path, settings.kind, places, beat) for path in files)
     return _Survey(sources, hidden, places.threshold(folder, settings.held_out_fraction))
 
 
-def _survey_file(folder: Path, path: Path, kind: DataKind, places: _Places) -> Source:
+def _survey_file(folder: Path, path: Path, kind: DataKind, places: _Places, beat: Beat) -> Source:
     found = _Places()
     size, modified, digest = 0, 0, _NO_HASH
     skipped = _why_unreadable(path)
     if skipped is None:
         try:
-            size, modified, digest = path.stat().st_size, path.stat().st_mtime_ns, sha256_of_file(path)
+            size, modified, digest = path.stat().st_size, path.stat().st_mtime_ns, sha256_of_file(path, beat)
             for document in read_documents(path, kind):
+                beat()
                 found.add(document.place, document.place)
         except OSError as error:
             raise DataError(f"{path} cannot be read to its end ({error.strerror}): mend it or take it away.") from None
@@ -181,7 +185,13 @@ def _why_unreadable(path: Path) -> str | None:
 
 
 def _write(
-    folder: Path, tokenizer: Tokenizer, survey: _Survey, settings: PackSettings, aside: Path, shard_tokens: int
+    folder: Path,
+    tokenizer: Tokenizer,
+    survey: _Survey,
+    settings: PackSettings,
+    aside: Path,
+    shard_tokens: int,
+    beat: Beat,
 ) -> PackManifest:
     """Second pass: documents to tokens, into `aside`."""
     gaps = TemplateGaps(tokenizer)
@@ -191,8 +201,9 @@ def _write(
         ShardWriter(aside, "held-out", dtype, shard_tokens) as held_out,
     ):
         for document, tokens, said in _encoded(_documents(folder, survey, settings.kind), tokenizer, gaps):
+            beat()
             (held_out if document.place <= survey.threshold else train).append(tokens, said)
-    if any(not _same(_path(folder, source), source) for source in survey.sources):
+    if any(not _same(_path(folder, source), source, beat) for source in survey.sources):
         raise DataError(f"Files under {folder} changed while they were being packed: run the same again.")
     return PackManifest(
         settings=settings,

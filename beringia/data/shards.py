@@ -22,7 +22,7 @@ from beringia.data.counter import Booleans, Integers
 from beringia.data.documents import DataKind
 from beringia.data.tasks import Split
 from beringia.errors import DataError
-from beringia.records.files import reporting_storage, sha256_of_file
+from beringia.records.files import Beat, at_rest, reporting_storage, sha256_of_file
 from beringia.records.manifest import FileEntry
 from beringia.records.record import Record, canonical_hash
 
@@ -181,13 +181,13 @@ class Spans:
     lengths_B: Integers
 
 
-def open_shards(directory: Path, manifest: PackManifest, split: Split) -> list[OpenShard]:
+def open_shards(directory: Path, manifest: PackManifest, split: Split, beat: Beat = at_rest) -> list[OpenShard]:
     """Map the shards of one split, each file checked by its hash. Raises DataError for a damaged one."""
     opened = []
     for shard in manifest.shards[split]:
         for entry in shard.files:
             path = directory / entry.name
-            if not path.is_file() or sha256_of_file(path) != entry.sha256:
+            if not path.is_file() or sha256_of_file(path, beat) != entry.sha256:
                 raise DataError(f"Packed data {path} is missing or damaged: delete {directory} and it is packed again.")
         parts = {Path(entry.name).suffix: directory / entry.name for entry in shard.files}
         tokens = np.memmap(parts[".tokens"], dtype=np.dtype(manifest.dtype).newbyteorder("<"), mode="r")

@@ -1,9 +1,10 @@
 """The stream of training samples: a pure function from (seed, split, sample number) to one row of tokens and labels.
 
 The data cursor of a run is one integer, the number of samples that all ranks have consumed. Any rank takes any slice,
-so a run resumes exactly on any number of ranks, and which rank read what is nowhere recorded.
+so a run resumes exactly on any number of ranks, and which rank read what is nowhere recorded. Of several data sets each
+has a cursor of its own, which follows from that one.
 
-Axes: B rows, T tokens of a row, M questions of a row, L tokens of a question with its completion.
+Axes: B rows, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -11,23 +12,24 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from beringia.data.alphabet import PAD_TOKEN
-from beringia.data.counter import Booleans, Integers, Permutation, chance, derive_key, random_words
+from beringia.data.alphabet import END_TOKEN, SPECIALS, SYMBOLS
+from beringia.data.counter import Integers, derive_key
 from beringia.data.documents import DataKind
+from beringia.data.mixture import MixedRows, interleave
 from beringia.data.pack import Packed, pack
-from beringia.data.row_plan import RowPlan, plan_rows, rows_without_targets
-from beringia.data.shards import OpenShard, gather, open_shards
+from beringia.data.row_plan import plan_rows, rows_without_targets
+from beringia.data.rows import PackedRows, Respelled, Rows, TaskRows
+from beringia.data.shards import open_shards
 from beringia.data.tasks import Split, Task, make_task
 from beringia.data.tokenizer import Tokenizer, load_tokenizer
 from beringia.errors import DataError
+from beringia.records.files import Beat, at_rest
 from beringia.records.recipe import DataSection
-
-NO_LOSS = -100  # the label that torch's cross entropy leaves out
+from beringia.records.shares import rows_in_a_period
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,6 @@ class Batch:
     """int64"""
 
 
-class Rows(Protocol):
-    """Where rows come from."""
-
-    def rows(self, indices_B: Integers) -> tuple[Integers, Integers]:
-        """Tokens and labels, int64 (B, T) each, of the samples with these numbers."""
-
-
 @dataclass(frozen=True)
 class Stream:
     """Samples by number."""
@@ -56,10 +51,20 @@ class Stream:
     """The task with its checker, where the data is a task."""
     identity: str
     """SHA-256 of what the samples are made from; a run that resumes on other data can be told."""
-    epoch_samples: int | None = None
-    """Samples until data repeats; None where it never does."""
+    rows_of_each: tuple[int | None, ...] = (None,)
+    """Rows of each data set; None where it is a task, which never repeats."""
     notes: tuple[str, ...] = ()
     """What was left out or cut, one sentence each, for the caller to report."""
+
+    @property
+    def epoch_samples(self) -> int | None:
+        """Samples until data repeats; None where it never does. Of several data sets as many as they hold together."""
+        known = [rows for rows in self.rows_of_each if rows is not None]
+        return sum(known) if len(known) == len(self.rows_of_each) else None
+
+    def cursors(self, cursor: int) -> list[int] | None:
+        """The cursor of each data set when the stream's is `cursor`; None where there is one."""
+        return self.source.order.cursors(cursor) if isinstance(self.source, MixedRows) else None
 
     def samples(self, start: int, count: int) -> Batch:
         """Samples start, ..., start + count - 1."""
@@ -75,20 +80,27 @@ class Stream:
         return digest.hexdigest()
 
 
-def open_stream(data: DataSection, *, seed: int, directory: Path, split: Split, tokenizer: Tokenizer) -> Stream:
-    """The stream a recipe asks for; folders are packed under `directory` first. Raises DataError."""
+def open_stream(
+    data: DataSection, *, seed: int, directory: Path, split: Split, tokenizer: Tokenizer, beat: Beat = at_rest
+) -> Stream:
+    """The stream a recipe asks for; folders are packed under `directory` first. `beat` is called again and again while
+    that takes. Raises DataError."""
+    if data.mix:
+        return _open_mixture(data, seed, directory, split, tokenizer, beat)
     if data.task is not None:
         return _open_task(data, data.task, seed, split, tokenizer)
     kind: DataKind = "text" if data.text is not None else "chat"
     _ = tokenizer.end  # an evaluation needs one: refused before packing and training, not after
     folder = Path(data.text or data.chat or "")  # the recipe lets exactly one source through
-    packed = pack(folder, tokenizer, directory, kind=kind, held_out_fraction=data.held_out_fraction)
-    return open_packed(packed, data.sequence_length, seed=seed, split=split, pad=tokenizer.pad)
+    packed = pack(folder, tokenizer, directory, kind=kind, held_out_fraction=data.held_out_fraction, beat=beat)
+    return open_packed(packed, data.sequence_length, seed=seed, split=split, pad=tokenizer.pad, beat=beat)
 
 
-def open_packed(packed: Packed, sequence_length: int, *, seed: int, split: Split, pad: int) -> Stream:
+def open_packed(
+    packed: Packed, sequence_length: int, *, seed: int, split: Split, pad: int, beat: Beat = at_rest
+) -> Stream:
     """The stream over packed data: every epoch is another permutation of the same rows. Raises DataError."""
-    shards = open_shards(packed.directory, packed.manifest, split)
+    shards = open_shards(packed.directory, packed.manifest, split, beat)
     plan, notes = plan_rows(shards, packed.manifest.settings.kind, sequence_length)
     silent = rows_without_targets(shards, plan)
     if len(silent) == plan.rows:
@@ -102,101 +114,69 @@ def open_packed(packed: Packed, sequence_length: int, *, seed: int, split: Split
         notes = tuple(f"Held out: {note}" for note in notes)
     rows = PackedRows(shards, plan, derive_key(seed, split), sequence_length, pad)
     identity = _identity((packed.manifest.identity, sequence_length, seed, split))
-    return Stream(rows, None, identity, plan.rows, (*packed.notes, *notes))
+    return Stream(rows, None, identity, (plan.rows,), (*packed.notes, *notes))
 
 
 def _open_task(data: DataSection, name: str, seed: int, split: Split, tokenizer: Tokenizer) -> Stream:
-    task = make_task(name, digits=data.digits, seed=seed, held_out_fraction=data.held_out_fraction)
     if tokenizer.hash != load_tokenizer("digits").hash:
         raise DataError(
             f"{name} is written in the 54 symbols of the digits tokenizer, not those of {tokenizer.source}."
         )
+    task = make_task(name, digits=data.digits, seed=seed, held_out_fraction=data.held_out_fraction)
     rows = TaskRows(task, split, data.sequence_length, data.long_fraction)
     parts = (name, data.digits, str(data.long_fraction), str(data.held_out_fraction), data.sequence_length, seed, split)
     return Stream(rows, task, _identity(parts))
 
 
+def _open_mixture(
+    data: DataSection, seed: int, directory: Path, split: Split, tokenizer: Tokenizer, beat: Beat
+) -> Stream:
+    """The sources of `mix` in one order. Each is a stream of its own, with a seed and a directory of its own: two that
+    are alike are read in different orders, and one that is not here any more cannot be taken for another."""
+    streams = [
+        _open_source(source, derive_key(seed, "mix", number), directory / f"mix-{number}", split, tokenizer, beat)
+        for number, source in enumerate(data.sources)
+    ]
+    shares = rows_in_a_period([one.weight for one in data.mix])
+    notes = (
+        f"data.mix.{number} ({source.words}): {note}"
+        for number, (source, stream) in enumerate(zip(data.sources, streams, strict=True))
+        for note in stream.notes
+    )
+    return Stream(
+        MixedRows([stream.source for stream in streams], interleave(shares)),
+        None,
+        _identity((shares, [stream.identity for stream in streams])),
+        tuple(stream.epoch_samples for stream in streams),
+        tuple(notes),
+    )
+
+
+def _open_source(
+    data: DataSection, seed: int, directory: Path, split: Split, tokenizer: Tokenizer, beat: Beat
+) -> Stream:
+    digits = load_tokenizer("digits")
+    if data.task is None or tokenizer.hash == digits.hash:
+        return open_stream(data, seed=seed, directory=directory, split=split, tokenizer=tokenizer, beat=beat)
+    stream = open_stream(data, seed=seed, directory=directory, split=split, tokenizer=digits)
+    rows = Respelled(stream.source, _symbols_of(tokenizer, data.task))
+    return Stream(rows, stream.task, _identity((stream.identity, tokenizer.hash)))
+
+
+def _symbols_of(tokenizer: Tokenizer, task: str) -> Integers:
+    """The token of each symbol that tasks are written in. Raises DataError where one has none of its own."""
+    tokens = np.full(len(SYMBOLS), tokenizer.pad, dtype=np.int64)
+    tokens[END_TOKEN] = tokenizer.end
+    for number, symbol in enumerate(SYMBOLS[len(SPECIALS) :], len(SPECIALS)):
+        spelled = tokenizer.encode(symbol)
+        if len(spelled) != 1:
+            raise DataError(
+                f"{task} is written symbol by symbol, and {symbol!r} is {len(spelled)} tokens for the tokenizer of "
+                f"{tokenizer.source}: leave the task out of data.mix, or take a tokenizer that has it as one."
+            )
+        tokens[number] = spelled[0]
+    return tokens
+
+
 def _identity(parts: tuple[object, ...]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Rows of packed shards, in an order that is a permutation of its own in every epoch."""
-
-    shards: list[OpenShard]
-    plan: RowPlan
-    key: int
-    sequence_length: int
-    pad: int
-
-    def rows(self, indices_B: Integers) -> tuple[Integers, Integers]:
-        """Tokens and labels, int64 (B, T) each."""
-        epochs_B, places_B = np.divmod(indices_B, self.plan.rows)
-        chosen_B = np.empty_like(places_B)
-        for epoch in np.unique(epochs_B):
-            here = epochs_B == epoch
-            chosen_B[here] = Permutation(self.plan.rows, derive_key(self.key, int(epoch)))(places_B[here])
-        tokens, learned = gather(self.shards, self.plan.spans(chosen_B), self.sequence_length + 1, self.pad)
-        labels_BT = np.where(learned[:, 1:], tokens[:, 1:], NO_LOSS)
-        return np.ascontiguousarray(tokens[:, :-1]), labels_BT
-
-
-@dataclass(frozen=True)
-class TaskRows:
-    """Rows of questions with their completions, one after the other from the row's first token, the last one cut off.
-
-    Cutting the last keeps the mix honest: whether it is short or long is decided by a mark that is seen before its
-    length matters, so the share of long completions among the marks of a row is `long_fraction` (Wald's identity),
-    while dropping what does not fit would favour short ones. The question's own digits are random: no loss on them.
-    """
-
-    task: Task
-    split: Split
-    sequence_length: int
-    long_fraction: float
-
-    def __post_init__(self) -> None:
-        longest = self.task.text_tokens(long=True)
-        if longest > self.sequence_length + 1:
-            raise DataError(
-                f"{self.task.name} with {self.task.digits} digits needs {longest - 1} tokens a sample; "
-                f"data.sequence_length is {self.sequence_length}: raise it or take fewer digits."
-            )
-
-    def rows(self, indices_B: Integers) -> tuple[Integers, Integers]:
-        """Tokens and labels, int64 (B, T) each."""
-        digits_BMN, long_BM = self._draw(indices_B)
-        tokens_BML, lengths_BM = self._texts(digits_BMN, long_BM)
-        starts_BM = lengths_BM.cumsum(axis=1) - lengths_BM
-        places_L = np.arange(tokens_BML.shape[-1])
-        width = self.sequence_length + 1
-        # Everything past the row's end, or past a text's end, lands in one column too many, which is then cut off.
-        columns_BML = np.where(places_L < lengths_BM[..., None], starts_BM[..., None] + places_L, width)
-        columns_BML = np.minimum(columns_BML, width)
-        rows_B = np.arange(len(indices_B))[:, None, None]
-        tokens = np.full((len(indices_B), width + 1), PAD_TOKEN, dtype=np.int64)
-        targets = np.full_like(tokens, NO_LOSS)
-        tokens[rows_B, columns_BML] = tokens_BML
-        targets[rows_B, columns_BML] = np.where(places_L > self.task.digits, tokens_BML, NO_LOSS)
-        return np.ascontiguousarray(tokens[:, : width - 1]), np.ascontiguousarray(targets[:, 1:width])
-
-    def _draw(self, indices_B: Integers) -> tuple[Integers, Booleans]:
-        words_a_question = self.task.digits + 1
-        counters_BM = indices_B[:, None] * self._questions() + np.arange(self._questions())
-        counters = counters_BM[..., None] * words_a_question + np.arange(words_a_question)
-        words = random_words(derive_key(self.task.seed, self.task.name, self.split, "samples"), counters)
-        return self.task.draw(words[..., :-1], self.split), chance(words[..., -1], self.long_fraction)
-
-    def _texts(self, digits_BMN: Integers, long_BM: Booleans) -> tuple[Integers, Integers]:
-        completions = self.task.long_tokens(digits_BMN)
-        short = self.task.short_tokens(digits_BMN)
-        head = completions[..., : short.shape[-1]]
-        head[...] = np.where(long_BM[..., None], head, short)
-        tokens_BML = np.concatenate([self.task.question_tokens(digits_BMN), completions], axis=-1)
-        lengths_BM = np.where(long_BM, self.task.text_tokens(long=True), self.task.text_tokens(long=False))
-        return tokens_BML, lengths_BM
-
-    def _questions(self) -> int:
-        """How many of the shortest texts it takes to fill a row."""
-        return -(-(self.sequence_length + 1) // self.task.text_tokens(long=False))

@@ -9,14 +9,22 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from beringia.errors import NotWritable, StorageFull
 
+Beat = Callable[[], None]
+"""What long work calls again and again, to say that it gets on."""
+
+_CHUNK_BYTES = 1 << 20
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
+
+def at_rest() -> None:
+    """A beat that nobody listens to."""
 
 
 @contextmanager
@@ -80,7 +88,11 @@ def publish_directory(aside: Path, final: Path) -> None:
         sync_directory(final.parent)
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+def sha256_of_file(path: Path, beat: Beat = at_rest) -> str:
+    """SHA-256 of a file's content, in hexadecimal. `beat` is called again and again while that takes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            beat()
+    return digest.hexdigest()

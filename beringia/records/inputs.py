@@ -12,12 +12,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from beringia.records.files import sha256_of_file
-from beringia.records.recipe import DataSection, ModelSection, Recipe
+from beringia.records.recipe import Recipe
 from beringia.records.record import Record, canonical_hash
 
 INPUTS_SCHEMA = 1
+
+Section = TypeVar("Section", bound=Record)
 
 _MODEL_FILES = {".json", ".jinja", ".safetensors"}
 """What is read of a Hugging Face directory; a README beside them changes nothing."""
@@ -73,30 +76,40 @@ NO_INPUTS = Inputs(inputs={})
 
 def look_at_inputs(recipe: Recipe, before: Inputs = NO_INPUTS) -> Inputs:
     """What the recipe's paths hold now. What can no longer be seen where it was counts as unchanged."""
-    paths = {
-        "model.path": recipe.model.path,
-        "data.text": recipe.data.text,
-        "data.chat": recipe.data.chat,
-        "data.tokenizer": recipe.data.tokenizer,
-    }
-    return Inputs(inputs={key: _look(key, path, before.inputs.get(key)) for key, path in paths.items() if path})
+    return Inputs(inputs={key: look_at(key, path, before.inputs.get(key)) for key, path in _paths(recipe) if path})
+
+
+def _paths(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
+    """The keys that name files, with what they name."""
+    yield "model.path", recipe.model.path
+    yield "data.text", recipe.data.text
+    yield "data.chat", recipe.data.chat
+    for number, source in enumerate(recipe.data.mix):
+        yield f"data.mix.{number}.text", source.text
+        yield f"data.mix.{number}.chat", source.chat
+    yield "data.tokenizer", recipe.data.tokenizer
 
 
 def placed(recipe: Recipe, inputs: Inputs) -> Recipe:
     """The recipe with whole paths, where its inputs and fault scripts are seen: it means the same in any directory."""
     places = {key: one.place for key, one in inputs.inputs.items() if one.place is not None}
-    model = {name: places.get(f"model.{name}", value) for name, value in recipe.model.model_dump().items()}
-    data = {name: places.get(f"data.{name}", value) for name, value in recipe.data.model_dump().items()}
+    mix = tuple(_placed(one, f"data.mix.{number}", places) for number, one in enumerate(recipe.data.mix))
     chips = {label: chip.model_copy(update={"faults": _whole(chip.faults)}) for label, chip in recipe.chips.items()}
-    update = {"model": ModelSection(**model), "data": DataSection(**data), "chips": chips}
-    return recipe.model_copy(update=update)
+    data = _placed(recipe.data, "data", places).model_copy(update={"mix": mix})
+    return recipe.model_copy(update={"model": _placed(recipe.model, "model", places), "data": data, "chips": chips})
+
+
+def _placed(section: Section, above: str, places: dict[str, str]) -> Section:
+    names = type(section).model_fields
+    return section.model_copy(update={name: places[f"{above}.{name}"] for name in names if f"{above}.{name}" in places})
 
 
 def _whole(path: str | None) -> str | None:
     return str(Path(path).absolute()) if path is not None and Path(path).is_file() else path
 
 
-def _look(key: str, path: str, before: Input | None) -> Input:
+def look_at(key: str, path: str, before: Input | None) -> Input:
+    """What lies at a path that a key names. What can no longer be seen where it was counts as unchanged."""
     there = before if before is not None and before.path == path else None
     known = {file.name: file for file in there.files} if there is not None else {}
     suffixes = _MODEL_FILES if key in ("model.path", "data.tokenizer") else None

@@ -62,7 +62,24 @@ class CandidateOrder(Record):
 
 
 class PackOrder(Record):
-    """Pack a recipe's folder of text or chats into token shards."""
+    """Pack a recipe's folders of text and chats into token shards."""
 
     recipe: Recipe
     directory: str
+
+
+class PackedRows(Record):
+    """The answer to a `PackOrder`."""
+
+    rows: tuple[int | None, ...]
+    """To train on, of each data set; null for a task, which has no end."""
+
+
+class TakeModelOrder(Record):
+    """Write the model of a run's checkpoint as a Hugging Face directory."""
+
+    recipe: Recipe
+    """That run's, its paths whole."""
+    checkpoint: str
+    directory: str
+    """Which must not exist."""

@@ -4,7 +4,7 @@ Every key of the recipe has exactly one rule (`RULES`; a test walks all fields, 
 
 - `IDENTITY`: the numbers of every step follow from it: seed, the model by its preset, the task, batch, rates.
 - `CONTENT`: names files whose content is identity; where they lie is not.
-- `GROWS`: the run may become longer (`train.steps`) and get more chips (`train.prefer`), never fewer.
+- `GROWS`: the run may become longer (`train.steps`, `train.epochs`) and get more chips (`train.prefer`), never fewer.
 - `OPENED`: what a chip's label stands for; it may be mended until that chip was first opened, for then the history
   speaks of it, and another chip gets a label of its own.
 - `ROUNDING`: the same gradient summed in another order or by other kernels (`ranks`, `accumulate`, `compile`). The run
@@ -21,17 +21,28 @@ Reads and writes nothing.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from enum import Enum, auto
+from fractions import Fraction
 from typing import Any
 
-from beringia.records.events import RecipeChanged
+from beringia.records.events import Fallback, RecipeChanged
 from beringia.records.inputs import Inputs
 from beringia.records.recipe import ChipSection, Recipe
 from beringia.records.record import Record, canonical_hash
+from beringia.records.shares import rows_in_a_period
 
 IDENTITY_SCHEMA = 1
 
-STEPS, PREFER, HORIZON = "train.steps", "train.prefer", "train.schedule_steps"
+STEPS, EPOCHS, PREFER, HORIZON, MIX = (
+    "train.steps",
+    "train.epochs",
+    "train.prefer",
+    "train.schedule_steps",
+    "data.mix",
+)
+RUN, STEP_OF_RUN = "model.run", "model.step"
 
 
 class Rule(Enum):
@@ -50,12 +61,16 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "seed",
         "model.preset",
         "data.task",
+        "data.mix.*.task",
+        "data.mix.*.weight",
         "data.sequence_length",
         "data.digits",
         "data.long_fraction",
         "data.held_out_fraction",
         "train.batch",
         "train.learning_rate",
+        "train.schedule",
+        "train.decay_fraction",
         "train.final_learning_rate",
         "train.warmup_steps",
         HORIZON,
@@ -66,8 +81,17 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "train.router_bias_speed",
         "train.mtp_weight",
     ),
-    Rule.CONTENT: ("model.path", "data.text", "data.chat", "data.tokenizer"),
-    Rule.GROWS: (STEPS, PREFER),
+    Rule.CONTENT: (
+        "model.path",
+        RUN,
+        STEP_OF_RUN,
+        "data.text",
+        "data.chat",
+        "data.mix.*.text",
+        "data.mix.*.chat",
+        "data.tokenizer",
+    ),
+    Rule.GROWS: (STEPS, EPOCHS, PREFER),
     Rule.OPENED: ("chips.*.use", "chips.*.faults"),
     Rule.ROUNDING: ("train.accumulate", "train.compile", "chips.*.ranks"),
     Rule.FREE: (
@@ -98,7 +122,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
 }
 
 Changes = dict[str, tuple[Any, Any]]
-"""Key to (before, now), as JSON values. A chip that is not in a recipe has null as its `use`, and else defaults."""
+"""Key to (before, now), as JSON values. A chip that is not in a recipe has null as its `use`, and else defaults; a data
+set of a mix that is not in one has nulls."""
 
 
 class RunIdentity(Record):
@@ -119,9 +144,10 @@ class RunIdentity(Record):
 def run_identity(recipe: Recipe, inputs: Inputs) -> RunIdentity:
     """The identity of a run of this recipe, on these files."""
     told = _flat(recipe.model_dump(mode="json", exclude_defaults=True))
-    numbers = {key: told[key] for key in RULES[Rule.IDENTITY] if key in told}
+    numbers = {key: value for key, value in told.items() if rule_of(key) is Rule.IDENTITY}
     numbers[HORIZON] = recipe.train.horizon
-    contents = {key: inputs.content(key) or told[key] for key in RULES[Rule.CONTENT] if key in told}
+    named = {key: value for key, value in told.items() if rule_of(key) is Rule.CONTENT and key != STEP_OF_RUN}
+    contents = {key: inputs.content(key) or value for key, value in named.items()}
     return RunIdentity(numbers=numbers, contents=contents)
 
 
@@ -132,9 +158,37 @@ def settle(recipe: Recipe, horizon: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"schedule_steps": horizon})})
 
 
+def in_steps(recipe: Recipe, rows: Sequence[int]) -> Recipe:
+    """The recipe with the steps that its epochs are, `rows` being those of each data set: as many as it takes for every
+    row to have had its turn that often (of a mix: for as many rows as they are together)."""
+    train = recipe.train
+    if train.epochs is None:
+        return recipe
+    steps = math.ceil(Fraction(str(train.epochs)) * sum(rows) / train.batch)
+    return recipe.model_copy(update={"train": train.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def describe_epochs(recipe: Recipe, rows: Sequence[int]) -> Fallback:
+    """What the epochs of a recipe come to, as an event."""
+    train, told = recipe.train, in_steps(recipe, rows).train
+    reason = f"an epoch is {sum(rows)} rows, and a step takes {train.batch}"
+    if recipe.data.mix:
+        shares = rows_in_a_period([source.weight for source in recipe.data.mix])
+        taken = [told.last_step * train.batch * share / sum(shares) for share in shares]
+        passes = (
+            f"{source.words} {one / own:.3g} times"
+            for source, one, own in zip(recipe.data.sources, taken, rows, strict=True)
+        )
+        reason += f"; by their weights that goes through {', '.join(passes)}"
+    return Fallback(
+        what="length", asked=f"train.epochs = {train.epochs:g}", used=f"{told.last_step} steps", reason=reason
+    )
+
+
 def rule_of(key: str) -> Rule:
-    """The rule of a key such as `train.keep` or `chips.first.ranks` (a chip's label may hold dots)."""
-    general = f"chips.*.{key.rpartition('.')[2]}" if key.startswith("chips.") else key
+    """The rule of a key such as `train.keep`, `data.mix.0.text` or `chips.first.ranks` (a label may hold dots)."""
+    listed = next((above for above in ("chips", "data.mix") if key.startswith(f"{above}.")), None)
+    general = key if listed is None else f"{listed}.*.{key.rpartition('.')[2]}"
     return next(rule for rule, keys in RULES.items() if general in keys)
 
 
@@ -149,7 +203,8 @@ def changes_between(before: Recipe, now: Recipe) -> Changes:
     for label in before.chips.keys() ^ now.chips.keys():
         lacking = one if label in now.chips else other
         lacking.update({f"chips.{label}.{name}": value for name, value in _UNNAMED_CHIP.items()})
-    return {key: (one[key], other[key]) for key in one if one[key] != other[key]}
+    either = [*one, *(key for key in other if key not in one)]  # a data set of a mix may be in one of them only
+    return {key: (one.get(key), other.get(key)) for key in either if one.get(key) != other.get(key)}
 
 
 def refusals(changes: Changes, before: Inputs, now: Inputs, opened: frozenset[str]) -> list[str]:
@@ -166,7 +221,7 @@ def describe_change(changes: Changes, recipe: Recipe, known: frozenset[str]) -> 
     rounding = [key for key in changes if rule_of(key) is Rule.ROUNDING and _label(key) in known | {""}]
     told = [", ".join(f"{key} {_word(was)} -> {_word(now)}" for key, (was, now) in changes.items())]
     train = recipe.train
-    if STEPS in changes and train.steps > train.horizon:
+    if STEPS in changes and train.last_step > train.horizon:
         rate = train.final_learning_rate * train.learning_rate
         told.append(f"the learning rate falls until step {train.horizon} as planned and then stays at {rate:g}")
     if rounding:
@@ -183,9 +238,10 @@ def _refusal(key: str, was: Any, now: Any, before: Inputs, after: Inputs, opened
         case Rule.IDENTITY:
             return clause
         case Rule.CONTENT:
-            one, other = before.content(key), after.content(key)
-            return None if one is not None and one == other else _what_differs(clause, key, before, after)
-        case Rule.GROWS if key == STEPS:
+            named = RUN if key == STEP_OF_RUN else key
+            one, other = before.content(named), after.content(named)
+            return None if one is not None and one == other else _what_differs(clause, named, before, after)
+        case Rule.GROWS if key in (STEPS, EPOCHS):
             return None if now > was else f"{clause} (it may only grow)"
         case Rule.GROWS:
             lost = [label for label in was if label not in now]
@@ -220,5 +276,7 @@ def _flat(document: dict[str, Any], above: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in document.items():
         key = f"{above}{name}"
+        if key == MIX:
+            value = {str(number): one for number, one in enumerate(value)}
         flat.update(_flat(value, f"{key}.") if isinstance(value, dict) else {key: value})
     return flat

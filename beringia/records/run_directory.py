@@ -68,6 +68,11 @@ class RunDirectory:
         return self.root / "data"
 
     @property
+    def model(self) -> Path:
+        """The model that the run began with, where it was taken from another run: a Hugging Face directory."""
+        return self.root / "model"
+
+    @property
     def compiled(self) -> Path:
         """What torch.compile made on this machine."""
         return self.root / "compiled"

@@ -51,7 +51,7 @@ def ranks_for(recipe: Recipe, label: str, left_out: int) -> int:
 def _evaluation_due(situation: Situation, train: TrainSection) -> bool:
     """Whether the checkpoint's step is one that is evaluated, and nobody has told what came of it."""
     step = situation.resume_step
-    planned = step is not None and (step % train.evaluate_every == 0 or step == train.steps)
+    planned = step is not None and (step % train.evaluate_every == 0 or step == train.last_step)
     return planned and step not in situation.evaluated
 
 

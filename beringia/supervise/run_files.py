@@ -8,23 +8,27 @@ nothing.
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from beringia.checkpoint.directory import CheckpointDirectory, Owner
-from beringia.errors import RunError
+from beringia.errors import CheckpointDamaged, RunError
 from beringia.history.log import EventLog, read_events
 from beringia.records.events import AnyEvent, ChipOpened, Fallback, RecipeChanged
 from beringia.records.files import write_bytes
-from beringia.records.inputs import NO_INPUTS, Inputs, look_at_inputs, placed
+from beringia.records.inputs import NO_INPUTS, Input, Inputs, look_at, look_at_inputs, placed
 from beringia.records.recipe import Recipe
 from beringia.records.recipe_identity import (
+    RUN,
     Rule,
     changes_between,
     describe_change,
+    describe_epochs,
+    in_steps,
     refusals,
     rule_of,
     run_identity,
@@ -32,6 +36,7 @@ from beringia.records.recipe_identity import (
 )
 from beringia.records.record import canonical_json
 from beringia.records.run_directory import RunDirectory
+from beringia.supervise.beginning import count_rows, source_of, take_model, with_own_model
 from beringia.supervise.lock import RunLock
 from beringia.supervise.run_checkpoints import newest_epoch, owner_of
 
@@ -40,14 +45,20 @@ _BEFORE_A_RUN = {"run-id", "certificates", "logs", "ranks", "followed.json", "lo
 other ranks of the same job write."""
 
 
+OWN_MODEL = "model.run (its copy)"
+"""What is noted of a run's own copy of another run's model, beside the inputs that its recipe names."""
+
+
 @dataclass(frozen=True)
 class Examined:
     """A recipe that a run directory can begin or go on with."""
 
     recipe: Recipe
-    """With the schedule's horizon stated."""
+    """With steps and the schedule's horizon stated, but for a new run in epochs: nobody has counted its data yet."""
     inputs: Inputs
     """What its paths hold now."""
+    rows: tuple[int, ...] | None = None
+    """Of each data set, where the run was begun in epochs."""
     change: RecipeChanged | None = None
     """What differs from the recipe there, where it is not the same."""
 
@@ -76,11 +87,13 @@ def examine_run(recipe: Recipe, run: RunDirectory) -> Examined:
                 f"{run.root} has events but no recipe: it is not a run directory of ours. Choose another with --out."
             )
         _refuse_others(run)
-        return Examined(settle(recipe, recipe.train.steps), NO_INPUTS)
-    found = _recorded(run)
-    before, now = (settle(one, found.train.horizon) for one in (found, recipe))
+        if recipe.model.run is not None:
+            source_of(recipe.model)
+        return Examined(recipe, NO_INPUTS)
+    found, rows = _recorded(run)
+    before, now = (settle(one, found.train.horizon) for one in (found, _in_steps(recipe, found, rows)))
     known = _recorded_inputs(run)
-    inputs = look_at_inputs(now, known)
+    inputs = _look(now, run, known)
     changes = changes_between(before, now)
     opened = _opened(run) if any(rule_of(key) is Rule.OPENED for key in changes) else frozenset()
     reasons = refusals(changes, known, inputs, opened)
@@ -89,7 +102,7 @@ def examine_run(recipe: Recipe, run: RunDirectory) -> Examined:
             f"{run.root} holds a run of another recipe: {'; '.join(reasons)}. "
             "Give the recipe another name, choose another directory with --out, or remove the old run."
         )
-    examined = Examined(now, inputs, describe_change(changes, now, frozenset(before.chips)))
+    examined = Examined(now, inputs, rows, describe_change(changes, now, frozenset(before.chips)))
     CheckpointDirectory(run.checkpoints).refuse_foreign(_owner(examined, run))
     return examined
 
@@ -103,22 +116,72 @@ def taking_run(
     with RunLock(run, above=newest_epoch(run.checkpoints)) as lock:
         examined = examine_run(recipe, run)
         if not run.resolved_recipe.exists():
-            examined = replace(examined, inputs=look_at_inputs(recipe))
+            examined = _begin(recipe, run)
             _write_down(examined, recipe_text, run)
+        elif recipe.model.run is not None and not run.model.exists():
+            _take_model(examined.inputs, run)
         log = EventLog(run, on_event)
         if log.fold.epoch >= lock.epoch:
             lock.advance(above=log.fold.epoch)
         try:
             if log.fold.length == 0 and CheckpointDirectory(run.checkpoints).steps():
                 log.append(_LOST_EVENTS, epoch=lock.epoch)
+            if log.fold.length == 0 and recipe.train.epochs is not None and examined.rows is not None:
+                log.append(describe_epochs(recipe, examined.rows), epoch=lock.epoch)
             # First in the log: killed in between, the change is told twice, and never lost.
             if examined.change is not None:
                 log.append(examined.change, epoch=lock.epoch)
             _write_down(examined, recipe_text, run)
-            whole = placed(examined.recipe, examined.inputs)
+            whole = with_own_model(placed(examined.recipe, examined.inputs), run)
             yield TakenRun(whole, examined.recipe.hash, _owner(examined, run), lock, log)
         finally:
             log.close()
+
+
+def _begin(recipe: Recipe, run: RunDirectory) -> Examined:
+    """What a new run's recipe names, looked at and made ready."""
+    inputs = _look(recipe, run, NO_INPUTS)
+    _write(run.inputs, canonical_json(inputs))  # first: it says that what else is made here is ours
+    if recipe.model.run is not None:
+        shutil.rmtree(run.model, ignore_errors=True)  # of a start that was killed, perhaps of another checkpoint
+        _take_model(inputs, run)
+        inputs = _look(recipe, run, inputs)
+    rows = None
+    if recipe.train.epochs is not None:
+        rows = count_rows(run, with_own_model(placed(recipe, inputs), run))
+        recipe = in_steps(recipe, rows)
+    return Examined(settle(recipe, recipe.train.last_step), inputs, rows)
+
+
+def _in_steps(recipe: Recipe, found: Recipe, rows: tuple[int, ...] | None) -> Recipe:
+    """The recipe in steps, by the rows that were counted when the run began."""
+    if recipe.train.epochs is not None and rows is None:
+        raise RunError(
+            f"The run was begun with train.steps = {found.train.last_step}, and the recipe counts epochs now: ask for "
+            "more steps with train.steps."
+        )
+    return in_steps(recipe, rows or ())
+
+
+def _look(recipe: Recipe, run: RunDirectory, known: Inputs) -> Inputs:
+    """What the recipe's paths hold now, and the checkpoint of another run with our copy of its model."""
+    found = look_at_inputs(recipe, known).inputs
+    if recipe.model.run is not None:
+        pinned = known.inputs.get(RUN)
+        try:
+            found[RUN] = source_of(recipe.model, pinned)
+        except (RunError, CheckpointDamaged):
+            if known == NO_INPUTS:
+                raise
+            found[RUN] = Input(path=recipe.model.run, files=())  # not what it was: which is all that matters here
+        if run.model.exists():
+            found[OWN_MODEL] = look_at(OWN_MODEL, str(run.model), known.inputs.get(OWN_MODEL))
+    return Inputs(inputs=found)
+
+
+def _take_model(inputs: Inputs, run: RunDirectory) -> None:
+    source = inputs.inputs[RUN]
+    take_model(run, source, recorded_recipe(RunDirectory(Path(source.place or source.path))))
 
 
 def _owner(examined: Examined, run: RunDirectory) -> Owner:
@@ -146,7 +209,8 @@ def _refuse_others(run: RunDirectory) -> None:
 def _may_be_there(path: Path, run: RunDirectory) -> bool:
     if path.name in _BEFORE_A_RUN or path.name.startswith(".") or (path.is_dir() and not any(path.iterdir())):
         return True
-    return path == run.inputs and _are_inputs(run)  # left by a start that was killed at once
+    # Left by a start that was killed at once, or while it made ready what the recipe names.
+    return path in (run.inputs, run.data, run.model) and _are_inputs(run)
 
 
 def _are_inputs(run: RunDirectory) -> bool:
@@ -170,6 +234,7 @@ def _write_down(examined: Examined, recipe_text: str, run: RunDirectory) -> None
     document = {
         "hash": recipe.hash,
         "recipe": recipe.model_dump(mode="json"),
+        "rows": examined.rows,
         "identity": {**identity.model_dump(mode="json"), "hash": identity.hash},
     }
     _write(run.resolved_recipe, canonical_json(document))
@@ -183,11 +248,14 @@ def _write(path: Path, content: bytes) -> None:
         write_bytes(path, content)
 
 
-def _recorded(run: RunDirectory) -> Recipe:
+def _recorded(run: RunDirectory) -> tuple[Recipe, tuple[int, ...] | None]:
+    """The recipe, and the rows of each data set where it was begun in epochs."""
     try:
-        document = json.loads(run.resolved_recipe.read_text())["recipe"]
-        return Recipe.model_validate_json(json.dumps(document))
-    except (ValueError, KeyError, TypeError) as error:
+        document = json.loads(run.resolved_recipe.read_text())
+        rows = document.get("rows")
+        recipe = Recipe.model_validate_json(json.dumps(document["recipe"]))
+        return recipe, None if rows is None else tuple(map(int, rows))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{run.resolved_recipe} is not a recipe that this version of Beringia knows "
             f"({str(error).splitlines()[0]}): go on with the version that wrote it, or choose another directory."
@@ -198,8 +266,8 @@ def recorded_recipe(run: RunDirectory) -> Recipe:
     """The recipe of a run directory, its paths whole. Raises RunError."""
     if not run.resolved_recipe.exists():
         raise RunError(f"{run.root} is not a run directory: it has no {run.resolved_recipe.name}.")
-    recipe = _recorded(run)
-    return placed(recipe, look_at_inputs(recipe, _recorded_inputs(run)))
+    recipe, _ = _recorded(run)
+    return with_own_model(placed(recipe, look_at_inputs(recipe, _recorded_inputs(run))), run)
 
 
 def _recorded_inputs(run: RunDirectory) -> Inputs:

@@ -88,7 +88,7 @@ def _carry(supervision: Supervision, beside: Sequence[MakeRole]) -> RunFinished:
         name=recipe.name,
         recipe_hash=supervision.recipe_hash,
         beringia=__version__,
-        steps=recipe.train.steps,
+        steps=recipe.train.last_step,
         prefer=recipe.train.prefer,
         run_identity=supervision.owner.run_identity or "",
     )

@@ -6,6 +6,7 @@ of its own: it is the run's step, set on loading.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -59,13 +60,22 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def learning_rate(train: TrainSection, step: int) -> float:
-    """Learning rate of step `step` (from 1): linear warm-up, then linear decay to `final_learning_rate` of the peak at
+    """Learning rate of step `step` (from 1): linear warm-up from 0, then down to `final_learning_rate` of the peak at
     the schedule's horizon, where it stays."""
     if step <= train.warmup_steps:
         return train.learning_rate * step / train.warmup_steps
-    span = max(1, train.horizon - train.warmup_steps)
-    done = (step - train.warmup_steps) / span
-    return train.learning_rate * (1.0 - (1.0 - train.final_learning_rate) * min(1.0, done))
+    done = min(1.0, _done(train, step))
+    if train.schedule == "cosine":
+        done = 0.5 * (1.0 - math.cos(math.pi * done))
+    return train.learning_rate * (1.0 - (1.0 - train.final_learning_rate) * done)
+
+
+def _done(train: TrainSection, step: int) -> float:
+    """How much of the decay lies behind a step after the warm-up."""
+    first: float = train.warmup_steps
+    if train.schedule == "wsd":
+        first = max(first, train.horizon - max(1.0, train.decay_fraction * train.horizon))
+    return max(0.0, step - first) / max(1, train.horizon - first)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

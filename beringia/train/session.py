@@ -100,7 +100,7 @@ class Session:
         self.stream, self.held_out = (self._open_stream(split, tokenizer) for split in ("train", "held-out"))
         if self.ranks.first:
             for note in dict.fromkeys((*self.stream.notes, *self.held_out.notes)):
-                self._fall_back("data", self.recipe.data.text or self.recipe.data.chat or "", "a part of it", note)
+                self._fall_back("data", self.recipe.data.words, "a part of it", note)
         self.tokenizer = tokenizer
         self._trainer = self._make_trainer(tokenizer)
         self.store = self._open_store()
@@ -178,7 +178,12 @@ class Session:
         if not self.ranks.first:
             dist.barrier()  # the first rank packs folders, the others read what it packed
         stream = open_stream(
-            self.recipe.data, seed=self.recipe.seed, directory=self.run.data, split=split, tokenizer=tokenizer
+            self.recipe.data,
+            seed=self.recipe.seed,
+            directory=self.run.data,
+            split=split,
+            tokenizer=tokenizer,
+            beat=self.channel.beat,
         )
         if self.ranks.first and self.ranks.count > 1:
             dist.barrier()
@@ -346,7 +351,7 @@ class Session:
         trainer = self.trainer
         if self.order.evaluate:
             self._evaluate()
-        while trainer.step < self.recipe.train.steps:
+        while trainer.step < self.recipe.train.last_step:
             self._check_stop()
             if self._diverges():
                 return "alarm"
@@ -424,9 +429,9 @@ class Session:
 
     def _on_schedule(self) -> None:
         train, step = self.recipe.train, self.trainer.step
-        if step % train.checkpoint_every == 0 or step == train.steps:
+        if step % train.checkpoint_every == 0 or step == train.last_step:
             self._save()
-        if step % train.evaluate_every == 0 or step == train.steps:
+        if step % train.evaluate_every == 0 or step == train.last_step:
             self._evaluate()
 
     def _close_run(self) -> End:

@@ -27,8 +27,10 @@ def live_tensors(decoder: Decoder, optimizer: torch.optim.Optimizer) -> dict[str
 
 def progress_of(*, step: int, cursor: int, seed: int, stream: Stream, batch: int) -> dict[str, Any]:
     """What a checkpoint records beside the tensors. `next_samples` lets whoever resumes see that the next batch is
-    due."""
+    due. Of several data sets each has its cursor."""
+    cursors = stream.cursors(cursor)
     return {
+        **({} if cursors is None else {"cursors": cursors}),
         "step": step,
         "cursor": cursor,
         "seed": seed,
@@ -49,6 +51,11 @@ def check_progress(progress: dict[str, Any], *, seed: int, stream: Stream, batch
                 "version of Beringia that read it so), and the run goes on from where it is."
             )
     cursor, following = progress["cursor"], progress["next_samples"]
+    told, follows = progress.get("cursors"), stream.cursors(cursor)
+    if told != follows:
+        raise CheckpointDamaged(
+            f"{place}: the cursors of the data sets are {told}; {follows} follows from the run's, {cursor}.", place
+        )
     if (found := stream.fingerprint(cursor, batch)) != following:
         raise CheckpointDamaged(
             f"{place}: the checkpoint was due to go on with next_samples {following}, here it is {found} (cursor "
