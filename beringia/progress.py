@@ -154,6 +154,8 @@ def describe(event: AnyEvent) -> str | None:
             accuracy = "" if event.accuracy is None else f", accuracy {event.accuracy:.3f}"
             loss = "-" if event.loss is None else f"{event.loss:.4f}"
             return f"step {event.step}: held-out loss {loss}{accuracy}"
+        case Fallback(what="data"):
+            return f"data: {event.reason}"
         case Fallback():
             return f"{event.what}: {event.used} instead of {event.asked}: {event.reason}"
         case Qualified():
