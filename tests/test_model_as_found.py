@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from small_runs import beringia
 from test_model_parity import OF_FAMILY, SMALL, drawn
 
-from beringia.data import load_tokenizer, write_tokenizer
+from beringia.data import check_vocabulary, load_tokenizer, write_tokenizer
 from beringia.errors import DataError, ModelError
 from beringia.model import config_of, load_model, preset, save_model
 from beringia.model.families import FAMILIES
 from beringia.model.hugging_face_config import config_from_document, document_of
 from beringia.model.hugging_face_names import multi_token_names
+from beringia.qualify.subject import DecoderSubject
 
 NAMES = [family.model_type for family in FAMILIES]
 TINY = replace(preset("r2-nano"), hidden_size=16, intermediate_size=24, moe_intermediate_size=8, vocab_size=261)
@@ -337,3 +338,21 @@ def test_the_command_line_says_it_in_one_sentence_or_in_json(directory: Path) ->
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("beringia: ")
         done = beringia(*arguments, "--json")
         assert done.returncode == 2 and json.loads(done.stdout).keys() == {"error", "message"}
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_before_anything_is_qualified(tmp_path: Path) -> None:
+    save_model(load_model("r2-nano"), tmp_path / "model")
+    write_tokenizer("bytes", tmp_path / "model")
+    with pytest.raises(DataError, match="has 261 tokens, but the model's vocabulary has only 54"):
+        DecoderSubject(str(tmp_path / "model")).batch(0)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_the_built_in_bytes_serve_a_model_of_any_family(family: str, tmp_path: Path) -> None:
+    write_tokenizer("bytes", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": 261}))
+    tokenizer = load_tokenizer(tmp_path)
+    check_vocabulary(tokenizer, 261)
+    text = "Bytes 1,234 - as they are.\n"
+    assert tokenizer.encode(text) == load_tokenizer("bytes").encode(text)
+    assert (tokenizer.end, tokenizer.pad) == (load_tokenizer("bytes").end, load_tokenizer("bytes").pad)

@@ -142,7 +142,7 @@ def _as_special(name: str) -> AddedToken:
 def _own_roles(said: dict[str, Any]) -> dict[str, Any]:
     """Roles of a model's own, taken out; `extra_special_tokens` may be a table of them."""
     extra = said.get("extra_special_tokens")
-    return said.pop("extra_special_tokens") if isinstance(extra, dict) else {}  # type: ignore[no-any-return]
+    return said.pop("extra_special_tokens") if isinstance(extra, dict) else {}
 
 
 def _roles(said: Mapping[str, Any], tabled: Mapping[str, Any]) -> dict[str, Token]:
