@@ -142,3 +142,53 @@ def test_a_tokenizer_without_an_end_token_says_so(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").unlink()
     with pytest.raises(DataError, match="names no end token"):
         load_tokenizer(tmp_path).end  # noqa: B018 - the property raises
+
+
+def with_added(directory: Path, *names: str, special: bool = True, **configuration: str) -> Path:
+    """The tokenizer of bytes (261 tokens) with added tokens behind them, in the directory of a model of 261."""
+    from tokenizers import AddedToken
+
+    write_tokenizer("bytes", directory)
+    backend = load_tokenizer("bytes").backend
+    backend.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "special_tokens_map.json").unlink()
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | configuration))
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 261}))
+    return directory
+
+
+def test_a_special_token_beyond_the_vocabulary_that_no_text_needs_does_no_harm(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(with_added(tmp_path, "[PAD]", pad_token="[PAD]"))
+    assert tokenizer.vocabulary_size == 262
+    check_vocabulary(tokenizer, 261)
+
+
+def test_what_learns_has_no_token_that_its_model_has_no_room_for(tmp_path: Path) -> None:
+    with_added(tmp_path, "[PAD]", pad_token="[PAD]")
+    tokenizer = choose_tokenizer(DataSection(text="x"), ModelSection(path=str(tmp_path)))
+    assert tokenizer.vocabulary_size == 261 and tokenizer.pad == tokenizer.end
+    assert max(tokenizer.encode("a [PAD] b")) < 261
+    assert tokenizer.decode(tokenizer.encode("a [PAD] b")) == "a [PAD] b"
+    plain = choose_tokenizer(DataSection(text="x", tokenizer="bytes"), ModelSection(path=str(tmp_path)))
+    assert plain.hash == BYTES.hash
+
+
+@pytest.mark.parametrize(
+    ("added", "special", "configuration", "named"),
+    [
+        ("<tool>", False, {}, "<tool>"),
+        ("<turn>", True, {"chat_template": "{{ '<turn>' }}"}, "<turn>"),
+        ("</s>", True, {"eos_token": "</s>"}, "</s>"),
+        ("<s>", True, {"bos_token": "<s>"}, "<s>"),
+    ],
+)
+def test_a_token_beyond_the_vocabulary_that_texts_need_is_refused_by_name(
+    added: str, special: bool, configuration: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(with_added(tmp_path, added, special=special, **configuration))
+    with pytest.raises(DataError, match=rf"has 262 tokens, but .* only 261, without '{named}'"):
+        check_vocabulary(tokenizer, 261)
+    with pytest.raises(DataError, match=named):
+        choose_tokenizer(DataSection(text="x"), ModelSection(path=str(tmp_path)))

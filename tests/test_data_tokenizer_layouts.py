@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from beringia.data.chat import render_chat
 from beringia.data.tokenizer import Tokenizer, _byte_symbol, load_tokenizer
 from beringia.data.tokenizer_directory import ROLES as COMMON_ROLES
+from beringia.errors import DataError
 
 SPACE = "\u2581"
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("1", "2"), ("12", "3"), ("e", "r"), ("w", "o")]
@@ -154,7 +157,7 @@ def assert_same(ours: Tokenizer, theirs: Any) -> None:
                 assert ours.decode(tokens, skip_special_tokens=skip) == theirs.decode(tokens, skip_special_tokens=skip)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     make=st.sampled_from(BACKENDS),
     specials=st.sampled_from([[], ["<s>", "</s>"], ["<s>", "</s>", "<pad>"]]),
@@ -174,3 +177,62 @@ def test_any_layout_gives_the_tokens_of_auto_tokenizer(
     if make is words and type(theirs).__name__ != "TokenizersBackend":
         return  # these classes make pair merging of a list of words, which reads nothing
     assert_same(load_tokenizer(directory), theirs)
+
+
+TEMPLATES = {
+    name: "{{ bos_token }}" + name + "{% for message in messages %}{{ message.content }}{% endfor %}" for name in "abcd"
+}
+PLACES: dict[str, dict[str, Any]] = {
+    "configuration": {"tokenizer_config.json": {"chat_template": TEMPLATES["a"]}},
+    "a list": {
+        "tokenizer_config.json": {
+            "chat_template": [
+                {"name": "default", "template": TEMPLATES["a"]},
+                {"name": "tool_use", "template": TEMPLATES["b"]},
+            ]
+        }
+    },
+    "a table": {"tokenizer_config.json": {"chat_template": {"default": TEMPLATES["a"], "tool_use": TEMPLATES["b"]}}},
+    "a file": {"chat_template.jinja": TEMPLATES["c"]},
+    "a file and the configuration": {
+        "chat_template.jinja": TEMPLATES["c"],
+        "tokenizer_config.json": {"chat_template": TEMPLATES["a"]},
+    },
+    "files": {"chat_template.jinja": TEMPLATES["c"], "additional_chat_templates/tool_use.jinja": TEMPLATES["d"]},
+    "another file and the configuration": {
+        "additional_chat_templates/tool_use.jinja": TEMPLATES["d"],
+        "tokenizer_config.json": {"chat_template": TEMPLATES["a"]},
+    },
+    "no place": {},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_chat_template_is_found_wherever_transformers_finds_it(place: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    directory = written(
+        tmp_path, byte_level(["<s>", "</s>"]), ["<s>", "</s>"], {"config.json": {"model_type": "llama"}}
+    )
+    (directory / "additional_chat_templates").mkdir()
+    configuration = {"tokenizer_config.json": {}, **PLACES[place]}
+    for name, content in configuration.items():
+        more = {"bos_token": "<s>", "eos_token": "</s>"}
+        (directory / name).write_text(content if isinstance(content, str) else json.dumps(content | more))
+    ours, theirs = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    messages = [{"role": "user", "content": "hello"}]
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        try:
+            wanted = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        except ValueError:
+            with pytest.raises(DataError):
+                render_chat(ours, messages, tools=tools)
+        else:
+            assert render_chat(ours, messages, tools=tools) == wanted
+
+
+@pytest.mark.parametrize("other", ["tokenizer.model", "vocab.json", "tiktoken.model"])
+def test_a_vocabulary_in_another_file_is_said_to_be_not_read(other: str, tmp_path: Path) -> None:
+    (tmp_path / other).write_text("{}")
+    with pytest.raises(DataError, match=rf"no tokenizer\.json in .*, and {other} is not read: make one of it"):
+        load_tokenizer(tmp_path)

@@ -225,8 +225,9 @@ def _unused(tokenizer: Tokenizer, vocabulary_size: int) -> set[str]:
     special = {added.content for added in tokenizer.backend.get_added_tokens_decoder().values() if added.special}
     around = json.dumps(json.loads(tokenizer.backend.to_str())["post_processor"], ensure_ascii=False)
     shown = f"{tokenizer.chat_template}{tokenizer.tool_template}{around}"
-    roles = {tokenizer.specials.get(role) for role in ("bos_token", "eos_token", "unk_token")}
-    needed = sorted(name for name in beyond if name not in special or name in roles or name in shown)
+    always = {tokenizer.specials.get(role) for role in ("bos_token", "eos_token")}
+    always.add(getattr(tokenizer.backend.model, "unk_token", None))
+    needed = sorted(name for name in beyond if name not in special or name in always or name in shown)
     if needed:
         raise DataError(
             f"The tokenizer of {tokenizer.source} has {tokenizer.vocabulary_size} tokens, but the model's vocabulary "

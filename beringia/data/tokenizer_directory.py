@@ -102,15 +102,17 @@ class _Tokens:
         said: dict[str, Any] = {**kind.specials, **configuration}
         if said.get("additional_special_tokens") is not None and not said.get("extra_special_tokens"):
             said["extra_special_tokens"] = said.pop("additional_special_tokens")
+        own = _own_roles(said)
         decoder = configuration.get("added_tokens_decoder")
         if decoder is None:
             said |= _special_tokens_map(directory, said)
+            own |= _own_roles(said)
             added = _legacy_added(directory, document, said)
         else:
             place = f"{directory / 'tokenizer_config.json'}: added_tokens_decoder"
             added = {_number(place, number): _token(place, entry) for number, entry in _table(place, decoder).items()}
         by_name = {token.content: token for token in added.values()}
-        roles = {role: by_name.get(_content(token), token) for role, token in _roles(said).items()}
+        roles = {role: by_name.get(_content(token), token) for role, token in _roles(said, own).items()}
         others = _listed(said.get("extra_special_tokens", said.get("additional_special_tokens")))
         return cls(roles, others, [token for _, token in sorted(added.items())], kind.plain_specials)
 
@@ -137,14 +139,18 @@ def _as_special(name: str) -> AddedToken:
     return AddedToken(name, special=True)
 
 
-def _roles(said: Mapping[str, Any]) -> dict[str, Token]:
+def _own_roles(said: dict[str, Any]) -> dict[str, Any]:
+    """Roles of a model's own, taken out; `extra_special_tokens` may be a table of them."""
+    extra = said.get("extra_special_tokens")
+    return said.pop("extra_special_tokens") if isinstance(extra, dict) else {}
+
+
+def _roles(said: Mapping[str, Any], tabled: Mapping[str, Any]) -> dict[str, Token]:
     """The tokens of the common roles, and of a model's own."""
     common = {role: said[role] for role in ROLES if said.get(role) not in (None, "")}
     own = {key: value for key, value in said.items() if key.endswith("_token") and key not in ROLES}
     own = {key: value for key, value in own.items() if isinstance(value, str | AddedToken)}
-    extra = said.get("extra_special_tokens")
-    own |= extra if isinstance(extra, dict) else {}
-    return {role: _special(role, value) for role, value in (common | own).items()}
+    return {role: _special(role, value) for role, value in {**common, **own, **tabled}.items()}
 
 
 def _special_tokens_map(directory: Path, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,8 +184,6 @@ def _legacy_added(directory: Path, document: Document, said: Mapping[str, Any]) 
 
 
 def _listed(values: object) -> list[Token]:
-    if isinstance(values, dict):  # these have roles
-        return []
     if values is not None and not isinstance(values, list):
         raise DataError(f"The tokenizer's extra_special_tokens are {values!r:.60}; a list of them is needed.")
     return [_special("extra_special_tokens", value) for value in values or []]

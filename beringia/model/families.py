@@ -66,7 +66,7 @@ FAMILIES = (
         "llama",
         "LlamaForCausalLM",
         keys=same("head_dim"),
-        silent={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+        silent={"max_position_embeddings": 2048},
     ),
     Family(
         "qwen2",
@@ -114,8 +114,6 @@ FAMILIES = (
             "topk_group": 4,
             "first_k_dense_replace": 3,
             "num_nextn_predict_layers": 1,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
         },
         null={"norm_topk_prob": False, "rope_interleave": False},
         fixed=_NO_BLOCK_BIAS | _DEEPSEEK_ROUTING,

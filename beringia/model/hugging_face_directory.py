@@ -70,6 +70,7 @@ def read_held(reader: TensorReader) -> Held:
     if quantised:
         notes += _stale(quantised, reader)
     config = _with_end_tokens(config_from_document(document), reader.place)
+    _refuse_more_than_is_there(config, reader)
     config, unread, told = _with_whole_drafts(config, reader)
     recomputed = {name for name in reader.tensors if _RECOMPUTED.search(name)}
     return Held(config, frozenset(unread | recomputed), tuple(notes + told))
@@ -98,6 +99,15 @@ def _stale(quantised: object, reader: TensorReader) -> list[str]:
         f"its config calls it quantised ({QUANTIZATION}, {method!r:.40}), and no tensor in its files is: read as "
         "unquantised. Remove that key."
     ]
+
+
+def _refuse_more_than_is_there(config: DecoderConfig, reader: TensorReader) -> None:
+    """Before a model of that many parts is laid out, which for a slip of the pen takes for ever."""
+    for key in ("num_hidden_layers", "n_routed_experts"):
+        if getattr(config, key) > len(reader.tensors):
+            raise ModelError(
+                f"The config sets {key} to {getattr(config, key)}; {reader.place} holds {len(reader.tensors)} tensors."
+            )
 
 
 def _with_end_tokens(config: DecoderConfig, directory: Path) -> DecoderConfig:

@@ -124,7 +124,7 @@ def _refuse_loss(document: dict[str, Any], old: dict[str, Any], new: dict[str, A
 def _kind(key: str, settings: dict[str, Any]) -> str:
     named = [settings[name] for name in ("rope_type", "type") if name in settings]
     kind = named[0] if named else "default"
-    if any(other != kind for other in named):
+    if len(named) == 2 and named[0] != named[1]:
         raise ModelError(
             f"The config's {key} has rope_type {kind!r} and type {named[1]!r}: keep the one that is meant."
         )
