@@ -25,8 +25,8 @@ test-slow: $(VENV)/installed           ## the tests that take longer
 	$(BIN)/pytest -m slow $(PARALLEL)
 
 check: $(VENV)/installed               ## format, lint, types, architecture
-	$(BIN)/ruff format --check beringia tests benchmarks recipes
-	$(BIN)/ruff check beringia tests benchmarks recipes
+	$(BIN)/ruff format --check beringia tests benchmarks
+	$(BIN)/ruff check beringia tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_architecture.py
 
@@ -44,6 +44,7 @@ peers: $(VENV)-peers/installed         ## other runtimes and lm-eval, for benchm
 
 docs: $(VENV)/installed                ## the generated pages of docs/
 	$(BIN)/python -m beringia.records.events_document > docs/events.md
+	$(BIN)/python -m beringia.records.recipe_document > docs/recipe.md
 	PYTHONPATH=. $(BIN)/python tests/chip_tables.py
 
 size: $(VENV)/installed                ## how large files and functions are

@@ -88,18 +88,27 @@ def certify(
 ) -> Certificate:
     """Whether a chip is fit to train a model, to serve it, or neither: evidence and a verdict.
 
-    A model by preset or Hugging Face directory is qualified in processes of its own, on the chip of that name, against
-    a bundle (`against`) or the CPU of this machine. A `Subject` (`beringia.qualify.subject.ModuleSubject` makes one of
-    any `nn.Module`) is qualified in this process, on a chip opened here. Raises InputError.
+    A model by preset or Hugging Face directory is qualified in processes of its own, on the chip of that name, or on
+    what an opened chip was opened with (its faults, too), against a bundle (`against`) or the CPU of this machine. A
+    `Subject` (`beringia.qualify.subject.ModuleSubject` makes one of any `nn.Module`) is qualified in this process, on
+    the opened chip, or on one opened here. Raises InputError, also where such a process would open another chip.
     """
     from beringia.qualify import qualification
 
     if isinstance(model, str | Path):
-        name = chip if isinstance(chip, str) else chip.name
-        request = qualification.Request(name, str(model), seed=seed)
-        return qualification.qualify(request, None if against is None else Path(against))
+        bundle = None if against is None else Path(against)
+        if isinstance(chip, str):
+            return qualification.qualify(qualification.Request(chip, str(model), seed=seed), bundle)
+        request = qualification.request_for(chip, str(model), seed)
+        return qualification.qualify(request, bundle, opened=chip.identity)
     from beringia.chips.open import open_chip
+    from beringia.errors import InputError
 
+    if against is not None:
+        raise InputError(
+            f"A bundle ({against}) was given for a Subject, which is compared with the CPU of this machine: leave "
+            "against out, or give the model as a preset or directory."
+        )
     if not isinstance(chip, str):
         return qualification.qualify_here(chip, model)
     opened = open_chip(chip)

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +21,7 @@ from beringia.errors import BeringiaError, Inconclusive, InputError, RecipeError
 from beringia.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from beringia.chips.arithmetic.profile import MatrixUnit
     from beringia.records.recipe import Recipe
@@ -31,11 +32,15 @@ _LOG_COLUMNS = 100
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (TOML).", show_default=False)]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe: the path of a TOML file, or a name that `beringia recipes` lists.", show_default=False
+    ),
+]
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 SetOption = Annotated[
@@ -69,11 +74,11 @@ def campaign(
     recipe: RecipeArgument, change: SetOption = None, out: OutOption = None, as_json: JsonOption = False
 ) -> None:
     """All of it: train with crossings as needed, export, compare with transformers, report."""
-    parsed, run = _read(recipe, change, out)
+    parsed, text, run = _read(recipe, change, out)
     from beringia.campaign.story import run_campaign
 
     with _progress(parsed) as on_event:
-        summary = run_campaign(parsed, recipe.read_text(), run, on_event=on_event)
+        summary = run_campaign(parsed, text, run, on_event=on_event, say=_stages())
     _print_summary(summary, as_json)
     _exit_if_stopped(summary.status, summary.signal)
 
@@ -90,7 +95,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """One supervised training run."""
-    parsed, run = _read(recipe, change, out)
+    parsed, text, run = _read(recipe, change, out)
     from beringia.campaign.candidate_role import candidates
     from beringia.report.history import read_history
     from beringia.report.page import write_report
@@ -100,7 +105,7 @@ def train(
     try:
         with _progress(parsed) as on_event:
             beside = candidates(parsed, candidate or [])
-            finished = supervise(parsed, recipe.read_text(), run, on_event=on_event, beside=beside)
+            finished = supervise(parsed, text, run, on_event=on_event, beside=beside)
     finally:
         if run.events.exists():
             write_report(run.root)
@@ -136,6 +141,16 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
     _answer(as_json, {"report": str(path)}, str(path))
 
 
+@app.command()
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    """How a run stands, in a line: step, loss, tokens a second, time left, or why it ended."""
+    from beringia.records.run_directory import RunDirectory
+    from beringia.report.status import status_of
+
+    found = status_of(RunDirectory(run))
+    _answer(as_json, found.model_dump(mode="json"), found.line())
+
+
 ChipArgument = Annotated[str, typer.Argument(help="A chip, as `beringia chips` calls it.", show_default=False)]
 ModelOption = Annotated[str, typer.Option("--model", help="A preset or a Hugging Face directory.", show_default=False)]
 LayersOption = Annotated[
@@ -164,7 +179,7 @@ def reference(
     from beringia.qualify.qualification import Request, record_reference
 
     request = Request(chip, model, seed=seed, layers=layers, compute_dtype=dtype, batches=batches, steps=batches)
-    manifest = record_reference(request, out, limit * 2**20, _say)
+    manifest = record_reference(request, out, limit * 2**20, _stages())
     document = {
         "bundle": str(out),
         "bytes": out.stat().st_size,
@@ -217,7 +232,7 @@ def qualify(
         memory_bytes=memory * 2**20,
         speed=speed,
     )
-    certificate = make_certificate(request, against, _say)
+    certificate = make_certificate(request, against, _stages())
     written = issue(certificate, out, key)
     from beringia.report.certificate import print_certificate, write_certificate_page, write_junit
 
@@ -384,6 +399,24 @@ def _show_certificate(says: Mapping[str, Any]) -> None:
         print(f"           {reason}")
 
 
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one, to copy and change.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The recipes that ship."""
+    from beringia.recipes import DIRECTORY, find_recipe, shipped
+
+    if name is not None:
+        text = find_recipe(name).read_text()
+        _answer(as_json, {"name": name, "text": text}, text.rstrip())
+        return
+    about = {name: path.read_text().split("\n", 1)[0].removeprefix("# ") for name, path in shipped().items()}
+    width = max(map(len, about))
+    listed = "\n".join(f"{name:<{width}}  {sentence}" for name, sentence in about.items())
+    _answer(as_json, {"directory": str(DIRECTORY), "recipes": about}, f"{listed}\n{DIRECTORY}")
+
+
 chips_app = typer.Typer(help="Which chips are here, and what their arithmetic is.")
 app.add_typer(chips_app, name="chips")
 
@@ -448,7 +481,7 @@ def main(arguments: list[str] | None = None) -> None:
     _open_closed_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments, standalone_mode=False, prog_name="beringia")
         sys.exit(status if isinstance(status, int) else 0)
     except typer.Exit as done:
         sys.exit(done.exit_code)
@@ -468,15 +501,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _read(recipe: Path, change: list[str] | None, out: Path | None) -> tuple[Recipe, RunDirectory]:
+def _read(asked: str, change: list[str] | None, out: Path | None) -> tuple[Recipe, str, RunDirectory]:
+    """The recipe with its changes, its text as it stands in the file, and the run's directory."""
+    from beringia.recipes import find_recipe
     from beringia.records.recipe import read_recipe
     from beringia.records.run_directory import RunDirectory
     from beringia.supervise.run_files import examine_run
 
-    parsed = read_recipe(recipe, dict(_change(one) for one in change or []))
+    path = find_recipe(asked)
+    parsed = read_recipe(path, dict(_change(one) for one in change or []))
     run = RunDirectory(out or Path("runs") / parsed.name)
     examine_run(parsed, run)  # before anything there is touched
-    return parsed, run
+    return parsed, path.read_text(), run
 
 
 def _change(text: str) -> tuple[str, Any]:
@@ -493,10 +529,17 @@ def _change(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()  # a bare word is a string
 
 
-def _say(text: str) -> None:
-    """Progress for who watches."""
-    if sys.stderr.isatty():
-        print(f"  {text}", file=sys.stderr, flush=True)
+def _stages() -> Callable[[str], None]:
+    """Says each stage as it begins, with the time since the command did, on a terminal and in a log alike."""
+    from beringia.report.words import clock
+
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        with suppress(BrokenPipeError):
+            print(f"[{clock(time.monotonic() - began)}] {text}", file=sys.stderr, flush=True)
+
+    return say
 
 
 def _answer(as_json: bool, document: dict[str, Any], sentence: str) -> None:

@@ -1,17 +1,22 @@
 """Progress of a run on standard error: a bar with rate and time left, and a line for each fact that matters.
 
-Drawn only on a terminal; elsewhere the lines alone, so that a log stays readable.
+Drawn only on a terminal; elsewhere the lines alone, and one every half minute of how far it is, so that a log stays
+readable.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from beringia.records.events import (
+    DIVERGENCE,
     LEARNER,
     Alarm,
     Answered,
@@ -28,10 +33,15 @@ from beringia.records.events import (
     Qualified,
     RecipeChanged,
     RunFinished,
+    RunStarted,
     StepDone,
     Unqualified,
 )
 from beringia.records.recipe import Recipe
+
+LOG_SECONDS = 30.0
+"""Between two lines of how far a run is, where there is no terminal."""
+PACE_STEPS = 32
 
 
 class PatientConsole(Console):
@@ -42,35 +52,79 @@ class PatientConsole(Console):
         self.quiet = True
 
 
+class Pace:
+    """How fast a run is: over its last steps, by the clock, so that saving and evaluating count."""
+
+    def __init__(self) -> None:
+        self._steps: deque[StepDone] = deque(maxlen=PACE_STEPS)
+
+    def note(self, done: StepDone) -> None:
+        """The next step; one that was done before begins anew."""
+        if self._steps and (done.step <= self._steps[-1].step or done.epoch != self._steps[-1].epoch):
+            self._steps.clear()
+        self._steps.append(done)
+
+    @property
+    def seconds_a_step(self) -> float:
+        """By the clock; of the first step, what it says of itself."""
+        first, last = self._steps[0], self._steps[-1]
+        if last.step == first.step or last.time <= first.time:
+            return max(last.seconds, 1e-9)
+        return (last.time - first.time) / (last.step - first.step)
+
+    def words(self, planned: int) -> str:
+        """`loss 1.234, 5,600 tokens/s, 0:02:10 left` of the last step."""
+        last = self._steps[-1]
+        loss = "no finite loss" if last.loss is None else f"loss {last.loss:.3f}"
+        left = timedelta(seconds=round(max(0, planned - last.step) * self.seconds_a_step))
+        return f"{loss}, {last.tokens / self.seconds_a_step:,.0f} tokens/s, {left} left"
+
+
 @contextmanager
 def showing_progress(recipe: Recipe) -> Iterator[Callable[[AnyEvent], None]]:
     """A function to call with every event while the context lasts."""
     console = PatientConsole(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[pace]}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(recipe.name, total=recipe.train.steps, rate="")
+        planned = recipe.train.steps or 0  # of a recipe in epochs it is known when the run begins
+        task = progress.add_task(recipe.name, total=planned, pace="")
+        pace, told, due = Pace(), set[str](), time.monotonic() + LOG_SECONDS
 
         def show(event: AnyEvent) -> None:
+            nonlocal due, planned
+            if isinstance(event, RunStarted):
+                planned = event.steps
+                progress.update(task, total=planned)
             if isinstance(event, StepDone) and event.role == LEARNER:
-                loss = "-" if event.loss is None else f"{event.loss:.3f}"
-                progress.update(
-                    task,
-                    completed=event.step,
-                    description=f"{event.chip} loss {loss}",
-                    rate=f"{1 / max(event.seconds, 1e-9):.1f} steps/s",
-                )
-            line = describe(event)
-            if line is not None:
-                line = line if event.role == LEARNER else f"{event.role}: {line}"
-                progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+                pace.note(event)
+                where, words = f"{event.chip} step {event.step:,} of {planned:,}", pace.words(planned)
+                progress.update(task, completed=event.step, description=where, pace=words)
+                if not console.is_terminal and time.monotonic() >= due:
+                    due = time.monotonic() + LOG_SECONDS
+                    write(f"{where}: {words}")
+            line = None if said_by_the_end(event) else describe(event)
+            if line is None or (isinstance(event, ChipOpened | Fallback) and line in told):
+                return  # a worker that is started again opens the same chip on the same terms
+            told.add(line)
+            write(line if event.role == LEARNER else f"{event.role}: {line}")
+
+        def write(line: str) -> None:
+            progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
         yield show
+
+
+def said_by_the_end(event: AnyEvent) -> bool:
+    """Whether the error that ends the command says it: what is told once is told there, with what to do."""
+    match event:
+        case Decision(action="stop") | Fault(category="ours"):
+            return event.role == LEARNER
+        case Alarm(detector=detector):
+            return detector == DIVERGENCE
+        case RunFinished(status=status, signal=number):
+            return status == "given-up" or (status == "stopped" and number is None)
+        case _:
+            return False
 
 
 def describe(event: AnyEvent) -> str | None:
@@ -81,6 +135,9 @@ def describe(event: AnyEvent) -> str | None:
         case ChipOpened():
             who = f"{event.used}, {event.identity.truth}, {event.compute_dtype} ({event.identity_hash[:12]})"
             return f"{event.chip}: {who}"
+        case Decision() if event.only_goes_on:
+            lost = f"; {event.lost_steps:,} steps after it were lost" if event.lost_steps else ""
+            return f"{event.reason}{lost}"
         case Decision():
             where = "" if event.to_step is None else f" from step {event.to_step}"
             return f"{event.action}{where}: {_first_line(event.reason)}"
@@ -97,6 +154,8 @@ def describe(event: AnyEvent) -> str | None:
             accuracy = "" if event.accuracy is None else f", accuracy {event.accuracy:.3f}"
             loss = "-" if event.loss is None else f"{event.loss:.4f}"
             return f"step {event.step}: held-out loss {loss}{accuracy}"
+        case Fallback(what="data"):
+            return f"data: {event.reason}"
         case Fallback():
             return f"{event.what}: {event.used} instead of {event.asked}: {event.reason}"
         case Qualified():

@@ -1,6 +1,6 @@
-"""The generated tables of docs/chips.md: fault classification, Ascend's environment, and the datasheets.
+"""The generated tables of docs/chips.md (Ascend's environment, the datasheets) and docs/fault-codes.md.
 
-`python tests/chip_tables.py` renews them between their markers; a test holds the document against the code.
+`python tests/chip_tables.py` renews them between their markers; a test holds the documents against the code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from beringia.chips.cpu import CPU_RULES
 from beringia.chips.cuda_faults import CUDA_RULES, ROCM_RULES
 from beringia.chips.datasheets import Datasheet, Quantity, all_datasheets
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "chips.md"
+DOCS = Path(__file__).parent.parent / "docs"
 _LETTERS = {"documented": "", "measured": " ᵐ", "assumed": " ᵃ"}
 
 
@@ -68,6 +68,11 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def document_of(name: str) -> Path:
+    """Where a table stands."""
+    return DOCS / ("fault-codes.md" if name.endswith("-faults") else "chips.md")
+
+
 def table(name: str) -> str:
     """The table as it must stand in the document."""
     return TABLES[name]()
@@ -79,13 +84,13 @@ def between(document: str, name: str) -> str:
 
 
 def renew() -> None:
-    """Write every table into the document."""
-    document = DOCUMENT.read_text()
+    """Write every table into its document."""
     for name in TABLES:
+        document = document_of(name).read_text()
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = document.split(begin)
         document = f"{before}{begin}\n{table(name)}\n{end}{rest.split(end)[1]}"
-    DOCUMENT.write_text(document)
+        document_of(name).write_text(document)
 
 
 if __name__ == "__main__":

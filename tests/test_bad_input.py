@@ -380,6 +380,7 @@ def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path, closed: str)
     assert "Traceback" not in done.stderr and of_kind(run, "finish")[-1].status == "done"
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_root(tmp_path: Path) -> None:
     root = tmp_path / "root"
     document = small_recipe(chips={"first": {"use": "cpu", "root": str(root)}}, train={"steps": 4})
@@ -392,6 +393,7 @@ def test_two_runs_do_not_share_a_root(tmp_path: Path) -> None:
     assert beringia("train", recipe, "--out", str(tmp_path / "one"), "--set", "train.steps=6").returncode == 0
 
 
+@pytest.mark.slow
 def test_nothing_of_ours_is_left_in_the_users_places(tmp_path: Path) -> None:
     model = tmp_path / "model"
     size = load_tokenizer("digits").vocabulary_size
@@ -409,6 +411,7 @@ def test_nothing_of_ours_is_left_in_the_users_places(tmp_path: Path) -> None:
     assert {path.name for path in model.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_events_of_a_later_schema_are_not_read_as_if_they_were_ours(tmp_path: Path) -> None:
     recipe, run = str(write_recipe(tmp_path, small_recipe(train={"steps": 4}))), tmp_path / "run"
     assert beringia("train", recipe, "--out", str(run)).returncode == 0

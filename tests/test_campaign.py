@@ -51,6 +51,7 @@ def test_what_was_trained_answers_on_the_inference_chip_and_is_compared_with_the
     assert "Served answers" in (finished / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_one_interrupted_between_export_and_comparison_goes_on_and_answers_only_once(finished: Path) -> None:
     run = finished / "run"
     card = run / "export" / "README.md"

@@ -1,11 +1,11 @@
-"""The catalogue of datasheets, and the generated tables of docs/chips.md."""
+"""The catalogue of datasheets, and the generated tables of docs/chips.md and docs/fault-codes.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from chip_tables import TABLES, between, table
+from chip_tables import TABLES, between, document_of, table
 
 from beringia.chips.datasheets import CATALOGUE, all_datasheets, datasheet, read_datasheet
 from beringia.errors import ChipUnavailable
@@ -70,5 +70,4 @@ def test_a_number_without_source_or_with_an_unknown_mark_is_refused(tmp_path: Pa
 @pytest.mark.parametrize("name", TABLES)
 def test_the_document_s_tables_are_what_the_code_says(name: str) -> None:
     """To renew them: python tests/chip_tables.py."""
-    document = (Path(__file__).parent.parent / "docs" / "chips.md").read_text()
-    assert between(document, name) == table(name)
+    assert between(document_of(name).read_text(), name) == table(name)

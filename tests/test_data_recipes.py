@@ -11,15 +11,49 @@ import pytest
 
 from beringia.data import check_vocabulary, choose_tokenizer, load_tokenizer, open_stream
 from beringia.data.chat import render_chat
+from beringia.errors import RecipeError
+from beringia.recipes import DIRECTORY, find_recipe, shipped
 from beringia.records.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+RECIPES = list(shipped().values())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
     assert read_recipe(path).name == path.stem
+
+
+def test_a_recipe_that_ships_is_found_by_its_name_and_by_its_path_in_the_repository() -> None:
+    for name, path in shipped().items():
+        assert find_recipe(name) == path
+        assert (ROOT / "recipes" / path.name).samefile(path)
+    assert find_recipe("a/folder/mine.toml") == Path("a/folder/mine.toml")
+
+
+def test_a_word_that_is_a_file_here_and_a_name_is_refused_and_a_folder_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r2-nano").mkdir()
+    assert find_recipe("r2-nano") == DIRECTORY / "r2-nano.toml"
+    Path("r2-nano").rmdir()
+    Path("r2-nano").write_text('name = "mine"')
+    with pytest.raises(RecipeError, match=r"write \./r2-nano for the file"):
+        find_recipe("r2-nano")
+    assert find_recipe("./r2-nano").read_text() == 'name = "mine"'
+
+
+def test_a_name_that_no_recipe_has_is_answered_with_the_one_that_was_meant_or_with_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="no recipe named 'r2-nan'.*Did you mean 'r2-nano'"):
+        find_recipe("r2-nan")
+    with pytest.raises(RecipeError, match="These ship: r2-micro-text, r2-nano, smollm2-chat"):
+        find_recipe("elephant")
+    Path("mine").write_text('name = "mine"')
+    assert find_recipe("mine") == Path("mine"), "a file of any name is a recipe's path"
 
 
 def test_there_is_a_recipe_for_a_task_for_text_and_for_chats() -> None:

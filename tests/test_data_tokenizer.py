@@ -139,5 +139,6 @@ def test_a_directory_without_a_readable_tokenizer_is_refused(
 def test_a_tokenizer_without_an_end_token_says_so(tmp_path: Path) -> None:
     write_tokenizer("bytes", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "special_tokens_map.json").unlink()
     with pytest.raises(DataError, match="names no end token"):
         load_tokenizer(tmp_path).end  # noqa: B018 - the property raises

@@ -310,6 +310,7 @@ def test_chats_for_a_tokenizer_without_an_end_are_refused_before_they_are_packed
     assert not (tmp_path / "packed").exists()
 
 
+@pytest.mark.slow
 def test_a_run_tells_at_its_start_of_both_sides_and_of_rows_longer_than_the_models_positions(tmp_path: Path) -> None:
     long = ([asked("x" * (4200 + number)), said("never seen")] for number in range(10))  # some of them on either side
     path = write_chats(tmp_path / "chats.jsonl", *ordinary(30), *long)

@@ -39,9 +39,11 @@ from beringia.records.events import (
     Decision,
     Fault,
     RecipeChanged,
+    RunFinished,
     Unqualified,
 )
 from beringia.records.recipe import Recipe
+from beringia.supervise.decide import decide
 
 
 def test_a_new_run_starts_on_the_first_chip_from_the_initial_state() -> None:
@@ -195,7 +197,7 @@ def test_checkpoints_of_an_abandoned_future_do_not_come_back() -> None:
 def test_a_restarted_supervisor_goes_on_from_the_newest_checkpoint() -> None:
     decision = last_decision(play(step(100), written(100), step(120), started(), "decide"))
     assert (decision.action, decision.to_step, decision.lost_steps) == ("retry", 100, 20)
-    assert "restarted" in decision.reason
+    assert decision.reason == "goes on from step 100"
 
 
 def test_a_chip_that_may_not_train_is_passed_over_and_the_next_one_starts_from_the_initial_state() -> None:
@@ -296,12 +298,12 @@ def test_what_went_wrong_before_a_stop_is_decided_about_when_the_run_goes_on(
 ) -> None:
     decision = last_decision(play(*BEFORE_A_STOP, trouble, *AGAIN))
     assert (decision.action, decision.to_chip, decision.to_step) == (action, to_chip, to_step)
-    assert decision.reason != "the supervisor was restarted"
+    assert decision.reason != "goes on from step 150"
 
 
 def test_what_the_user_was_told_to_mend_is_not_decided_about_again() -> None:
     decision = last_decision(play(*BEFORE_A_STOP, fault("ours"), "decide", *AGAIN))
-    assert (decision.action, decision.to_step, decision.reason) == ("retry", 150, "the supervisor was restarted")
+    assert (decision.action, decision.to_step, decision.reason) == ("retry", 150, "goes on from step 150")
 
 
 def test_an_alarm_outranks_a_checkpoint_that_cannot_be_used() -> None:
@@ -487,3 +489,19 @@ def test_devices_that_were_left_out_are_counted_anew_when_a_chip_has_other_ranks
     assert situation_of(history).excluded == {0}
     assert situation_of([*history, recipe_change(keep=(3, 5))]).excluded == {0}
     assert situation_of([*history, recipe_change(ranks=(2, 4))]).excluded == set()
+
+
+def test_ranks_that_a_launcher_started_are_not_made_fewer_and_its_user_is_told() -> None:
+    lost = fault("device-lost", 60).model_copy(update={"rank": 3})
+    history = play(written(50), trusted(50), step(60), lost)
+    eight = {"first": recipe().chips["first"].model_copy(update={"ranks": 8})}
+    pool = recipe().model_copy(update={"chips": {**recipe().chips, **eight}})
+    alone, launched = decide(situation_of(history), pool), decide(situation_of(history), pool, launched=True)
+    assert alone is not None and (alone.action, alone.excluded_device) == ("exclude", 3)
+    assert launched is not None and (launched.action, launched.to_chip) == ("cross", "second")
+    only = pool.model_copy(update={"train": pool.train.model_copy(update={"prefer": ("first",)})})
+    told = decide(situation_of(history), only, launched=True)
+    assert told is not None and told.action == "stop" and "rank 3" in told.reason
+    stopped = [*history, RunFinished(status="stopped", step=60, message=told.reason, signal=None, told=True)]
+    again = decide(situation_of([*stopped, started()]), only)
+    assert again is not None and (again.action, again.to_step) == ("retry", 50)

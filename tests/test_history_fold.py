@@ -183,6 +183,7 @@ def test_folding_event_by_event_is_folding_anew_at_every_moment(history: list[An
 
 @settings(deadline=None)
 @given(any_history())
+@example([opened(), fault("device-lost")])
 def test_deciding_changes_nothing(history: list[AnyEvent]) -> None:
     fold = Fold(history)
     first = next_decision(history, recipe())

@@ -216,8 +216,12 @@ def test_a_prefix_that_asks_on_standard_error_is_told_as_such(tmp_path: Path) ->
 
 
 def test_a_prefix_that_ends_at_once_with_0_is_told(tmp_path: Path) -> None:
-    words = death(errand(tmp_path, ["say", "one"], launch=(script(tmp_path, "exit 0"),)))
-    assert words == "the process of chips.first did not start (status 0): it said nothing"
+    prefix = script(tmp_path, "exit 0")
+    words = death(errand(tmp_path, ["say", "one"], launch=(prefix, "node 7")))
+    assert words == (
+        "the process of chips.first did not start (status 0): it said nothing; the command was "
+        f"{prefix} 'node 7' {sys.executable} -P -m beringia.processes.far_end work_for_tests"
+    )
 
 
 def test_a_prefix_that_closes_standard_input_is_told_what_it_must_do(tmp_path: Path) -> None:
@@ -232,6 +236,7 @@ def test_a_prefix_that_hands_on_late_still_hands_on_why_nothing_was_done(tmp_pat
         lines_of(errand(tmp_path, ["say", "one"], launch=(prefix,)))
 
 
+@pytest.mark.slow
 def test_a_prefix_that_loses_standard_input_is_told_what_it_must_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +275,34 @@ def test_a_launcher_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launchers, "__path__", [*launchers.__path__, str(tmp_path)])
     child = errand(tmp_path, ["variable", "COLOUR"], launcher="through_env", launch=("blue",))
     assert texts(child) == ["blue"]
+
+
+@pytest.mark.parametrize("launch", [{}, {"launch": ("env",)}])
+def test_a_folder_named_beringia_where_work_is_started_is_not_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: dict[str, Any]
+) -> None:
+    """As in a home directory that holds the repository, or in the repository beside an installed wheel."""
+    monkeypatch.chdir(another_package(tmp_path))
+    assert texts(errand(tmp_path, ["say", "one"], **launch)) == ["one"]
+
+
+@pytest.mark.slow
+def test_nor_is_it_where_torchrun_starts_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(another_package(tmp_path))
+    assert texts(errand(tmp_path, ["say", "one"], launcher="torchrun", launch=("1",))) == ["one"]
+
+
+def test_a_package_that_is_run_from_its_folder_is_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert "-P" not in Command("chips.first").argv()
+    assert "-P" in Command("chips.first", launch=("env",)).argv(), "on another machine that folder is another"
+
+
+def another_package(directory: Path) -> Path:
+    """A directory that holds a folder named as the package is."""
+    (directory / "beringia").mkdir()
+    (directory / "beringia" / "__init__.py").write_text('raise ImportError("this is not the package")\n')
+    return directory
 
 
 def test_torchrun_is_told_how_many() -> None:

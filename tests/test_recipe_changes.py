@@ -255,6 +255,7 @@ def test_a_recipe_on_disk_that_cannot_be_read_is_said_to_be_so(here: Path) -> No
             examine_run(read_recipe(Path("stopped.toml")), run)
 
 
+@pytest.mark.slow
 def test_a_relative_path_means_what_it_meant_where_the_run_was_begun(
     here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_relative_path_means_what_it_meant_where_the_run_was_begun(
     assert refused.returncode == 2 and "model.path" in refused.stderr and "config.json" in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_state_that_is_loaded_is_the_one_that_the_events_tell_of(here: Path) -> None:
     """Another state in a checkpoint's place, with a manifest that fits it, is rejected; the run goes back further."""
     assert train("stopped").returncode == 0
@@ -288,6 +290,7 @@ def test_the_state_that_is_loaded_is_the_one_that_the_events_tell_of(here: Path)
     assert "the run's events say" in rejected.message and list((run / "set-aside").glob(f"{newest.name}-*"))
 
 
+@pytest.mark.slow
 def test_data_that_is_read_in_another_way_costs_no_checkpoint(here: Path) -> None:
     """What is due next is part of a checkpoint. Where it is not what comes, no other checkpoint would help."""
     assert train("stopped").returncode == 0

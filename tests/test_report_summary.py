@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from pathlib import Path
 
 import pytest
+from histories import any_history
+from hypothesis import given, settings
 from report_story import EMULATED, PROCESSOR, Story, write_story
 from rich.console import Console
 
-from beringia.records.events import CheckpointRejected, StepDone
+from beringia.records.events import Alarm, AnyEvent, CheckpointRejected, Fallback, Fault, StepDone, Unqualified
+from beringia.report.curves import guard_checks
 from beringia.report.history import read_history
+from beringia.report.page import render_report
 from beringia.report.summary import Summary, print_table, summarise
 
 
@@ -68,6 +73,84 @@ def test_words_in_brackets_are_printed_and_not_taken_for_markup(tmp_path: Path) 
     story.begin()
     story.open("fallback", PROCESSOR.model_copy(update={"sku": "[red]chip[/red]"}))
     assert "[red]chip" in "\n".join(printed(summarise(read_history(story.end()))))
+
+
+@settings(max_examples=50)
+@given(any_history(odd=False))
+def test_what_was_done_again_and_every_fault_is_counted_once(history: list[AnyEvent]) -> None:
+    """So the table's columns add up to what the page says in one number."""
+    with tempfile.TemporaryDirectory() as directory:
+        lines = (event.model_copy(update={"epoch": 1}).model_dump_json() for event in history)
+        Path(directory, "events.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        read = read_history(directory)
+    summary = summarise(read)
+    assert summary.lost_steps == summary.redone_steps
+    assert sum(one.faults for one in (*summary.chips, *summary.unopened)) == len(read.faults)
+
+
+def test_a_chip_that_was_let_train_in_the_end_is_not_said_to_have_been_refused(tmp_path: Path) -> None:
+    """It had no certificate, was given one, and the same command went on."""
+    story = Story(tmp_path / "run", steps=60)
+    story.begin()
+    story.decide("start", "first", to_chip="fallback")
+    story.open("fallback")
+    story.tell(Unqualified(used="cpu", identity_hash="", found="none", reason="there is no certificate for cpu"))
+    refused = summarise(read_history(story.run.root))
+    assert [(one.chip, one.trained) for one in refused.unqualified] == [("fallback", False)]
+    assert "not let train" in render_report(read_history(story.run.root))
+    story.open("fallback")
+    story.train(1, 20)
+    trained = summarise(read_history(story.run.root))
+    assert trained.unqualified == ()
+    assert "not let train" not in render_report(read_history(story.run.root)) + "\n".join(printed(trained))
+    # A second lot in the same machine is refused again: that is said.
+    story.tell(Unqualified(used="cpu", identity_hash="", found="verdict infer", reason="it is another"), after=1.0)
+    assert [one.found for one in summarise(read_history(story.end())).unqualified] == ["verdict infer"]
+
+
+def test_a_chip_that_never_opened_has_its_faults_counted_and_told(tmp_path: Path) -> None:
+    story = Story(tmp_path / "run", steps=60)
+    story.begin()
+    story.decide("start", "first", to_chip="preferred")
+    for _ in range(2):
+        story.tell(Fault(code="start", category="transient", message="it did not start", chip="preferred", step=None))
+    story.open("fallback")
+    history = read_history(story.end())
+    summary = summarise(history)
+    assert [(one.label, one.faults) for one in summary.unopened] == [("preferred", 2)]
+    assert "unopened  preferred: 2 faults, and it never opened" in printed(summary)
+    assert "preferred never opened</b>: 2 faults" in render_report(history)
+
+
+def test_the_page_draws_as_many_alarms_as_the_summary_counts(tmp_path: Path) -> None:
+    """Also where the alarm names another tensor than the check beside it, and another chip takes the step again."""
+    story = Story(tmp_path / "run", steps=60)
+    story.begin()
+    story.open_preferred()
+    story.check(3, "layers.0", share=4.6)
+    alarm = Alarm(
+        step=3, detector="layer-shadow", site="layers.0", tensor="self_attn", value=2.0, bound=1.0, message=""
+    )
+    story.tell(alarm)
+    story.epoch += 1
+    story.open("fallback")
+    story.check(3, "layers.0", share=0.1)
+    history = read_history(story.end())
+    drawn = guard_checks(history)
+    assert [check.share for check in drawn if check.share > 1] == [2.0]
+    assert sum(check.share <= 1 for check in drawn) == len(history.checks) - 1
+    assert len(summarise(history).alarms) == sum(chip.alarms for chip in summarise(history).chips) == 1
+    assert f"Triangles went beyond their bound: 1 of {len(drawn)} checks." in render_report(history)
+
+
+def test_what_is_told_again_at_every_opening_stands_once_on_the_page(tmp_path: Path) -> None:
+    story = Story(tmp_path / "run", steps=60)
+    story.begin()
+    for _ in range(3):
+        story.open("fallback")
+        story.tell(Fallback(what="chip", asked="auto", used="cpu", reason="no accelerator is here"))
+    page = render_report(read_history(story.end()))
+    assert page.count("no accelerator is here") == 1 and "<b>chip</b> on fallback, 3 times" in page
 
 
 def test_a_run_that_never_evaluated_has_no_accuracy(tmp_path: Path) -> None:

@@ -248,6 +248,7 @@ def test_anothers_checkpoint_in_a_run_is_named_and_nothing_is_touched(stopped: P
     assert listing(run) == before
 
 
+@pytest.mark.slow
 def test_anothers_checkpoint_on_the_chips_machine_is_named_and_left(stopped: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "checkpoints" / "step-000005").mkdir(parents=True)

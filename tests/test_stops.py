@@ -54,6 +54,7 @@ def test_a_stop_in_the_middle_of_an_evaluation_saves_and_the_evaluation_is_made_
         assert losses == [event.loss for event in of_kind(evaluated / "run", "evaluation")]
 
 
+@pytest.mark.slow
 def test_the_last_evaluation_is_made_up_for_too(evaluated: Path, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", str(evaluated / "small.toml")
     with start("train", recipe, "--out", str(run), "--set", "train.evaluate_every=1000") as process:
@@ -68,6 +69,7 @@ def test_the_last_evaluation_is_made_up_for_too(evaluated: Path, tmp_path: Path)
     assert final_hash(run) == final_hash(evaluated / "run")
 
 
+@pytest.mark.slow
 def test_a_stop_at_a_saved_step_writes_no_second_checkpoint_and_takes_no_trust_back(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, small_recipe(train={"steps": 20, "checkpoint_every": 10}))
     run = tmp_path / "run"

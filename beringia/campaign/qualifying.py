@@ -28,7 +28,11 @@ _LENGTHS_TIMES = 4
 
 
 def qualify_chips(
-    recipe: Recipe, recipe_text: str, run: RunDirectory, on_event: Callable[[AnyEvent], None] | None
+    recipe: Recipe,
+    recipe_text: str,
+    run: RunDirectory,
+    on_event: Callable[[AnyEvent], None] | None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Qualify the chips of `train.prefer` that have no certificate yet."""
     missing = [label for label in recipe.train.prefer if not (run.certificates / f"{label}.json").exists()]
@@ -37,7 +41,13 @@ def qualify_chips(
     _trusted_key(recipe, run)
     with taking_run(recipe, recipe_text, run, on_event) as taken:
         for label in missing:
-            taken.log.append(qualify_chip(taken.recipe, run, label), epoch=taken.lock.epoch, chip=label)
+            say(f"{label}: qualification")
+            found = qualify_chip(taken.recipe, run, label, _named(label, say))
+            taken.log.append(found, epoch=taken.lock.epoch, chip=label)
+
+
+def _named(label: str, say: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda text: say(f"{label}: {text}")
 
 
 def _trusted_key(recipe: Recipe, run: RunDirectory) -> Ed25519PrivateKey:

@@ -22,33 +22,42 @@ from beringia.supervise.lock import RunLock
 from beringia.supervise.run_files import recorded_recipe
 from beringia.supervise.supervisor import supervise
 
+Say = Callable[[str], None]
+
 
 def run_campaign(
-    recipe: Recipe, recipe_text: str, run: RunDirectory, *, on_event: Callable[[AnyEvent], None] | None = None
+    recipe: Recipe,
+    recipe_text: str,
+    run: RunDirectory,
+    *,
+    on_event: Callable[[AnyEvent], None] | None = None,
+    say: Say = lambda text: None,
 ) -> Summary:
     """Qualify the chips, train with crossings as needed, export, compare, answer on the inference chip, report.
 
-    Going on after an interruption is the same call.
+    Going on after an interruption is the same call. `say` is told of every stage as it begins.
 
     Raises Refusal when the run was given up or the export is not the model that was trained; the page is written first.
     """
     try:
-        qualify_chips(recipe, recipe_text, run, on_event)
+        qualify_chips(recipe, recipe_text, run, on_event, say)
+        say("training")
         finished = supervise(recipe, recipe_text, run, on_event=on_event)
         if finished.status == "done":
-            _hand_on(run, finished.step, on_event)
-            _serve(recorded_recipe(run), run, finished, on_event)
+            _hand_on(run, finished.step, on_event, say)
+            _serve(recorded_recipe(run), run, finished, on_event, say)
     finally:
         if run.events.exists():
             write_report(run.root)
     return summarise(read_history(run.root))
 
 
-def _hand_on(run: RunDirectory, last_step: int, on_event: Callable[[AnyEvent], None] | None) -> None:
+def _hand_on(run: RunDirectory, last_step: int, on_event: Callable[[AnyEvent], None] | None, say: Say) -> None:
     with RunLock(run) as lock, closing(EventLog(run, on_event)) as log:
         exported = log.fold.last(Exported)
         if exported is not None and exported.step == last_step:
             return
+        say("exporting, and comparing with transformers")
         earlier = _set_export_aside(run, lock.epoch)
         step = export(run, run.export)
         comparison = compare_with_transformers(run, run.export)
@@ -87,13 +96,14 @@ def _drop_what_was_replaced(earlier: Path, export: Path) -> None:
 
 
 def _serve(
-    recipe: Recipe, run: RunDirectory, finished: RunFinished, on_event: Callable[[AnyEvent], None] | None
+    recipe: Recipe, run: RunDirectory, finished: RunFinished, on_event: Callable[[AnyEvent], None] | None, say: Say
 ) -> None:
     if recipe.serve.chip is None:
         return
     with RunLock(run) as lock, closing(EventLog(run, on_event)) as log:
         before = log.fold.last(Answered)
         if before is None or before.step != finished.step:
+            say(f"{recipe.serve.chip}: answering {recipe.serve.questions} held-out questions")
             assert finished.chip is not None, "a run that is done was on a chip"
             answered = answer(recipe, run, finished.chip, finished.step)
             log.append(answered, epoch=lock.epoch, chip=recipe.serve.chip)

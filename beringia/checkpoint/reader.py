@@ -11,7 +11,7 @@ are opened once: what is deleted meanwhile can still be read. Opens no writer, k
 
 from __future__ import annotations
 
-import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -22,19 +22,22 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from beringia.checkpoint.blocks import blocks_of, memory_of
 from beringia.checkpoint.directory import MANIFEST, check_content, contents_of, damaged, open_checked, read_manifest
 from beringia.checkpoint.opened_file import OpenedFile, opened
 from beringia.checkpoint.tensor_file import PIECE_BYTES, Slot
 from beringia.errors import ModelError
+from beringia.records.given_files import is_there, json_object, why_unreadable
 from beringia.records.manifest import CheckpointManifest, Chunk
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _WEIGHT_MAP = TypeAdapter(dict[str, str])
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,12 @@ class HuggingFaceReader(TensorReader):
         return tensors
 
     def _open(self, path: Path) -> OpenedFile:
-        try:
-            file = self._stack.enter_context(FileIO(path))
-        except FileNotFoundError:
-            raise ModelError(f"{path} is missing, though the index names it.") from None
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+        if not is_there(path):
+            raise ModelError(f"{path} is missing, though the index names it.")
+        wrong = why_unreadable(path)
+        if wrong is not None:
+            raise ModelError(wrong)
+        file = self._stack.enter_context(FileIO(path))
         return opened(file, path, _damaged_model)
 
 
@@ -197,14 +200,41 @@ def open_hugging_face(directory: Path) -> TensorReader:
 def _weight_map(directory: Path) -> dict[str, str] | None:
     """Which file holds each tensor, by the index; None where there is one file."""
     path = directory / INDEX
-    if path.is_file():
-        try:
-            return _WEIGHT_MAP.validate_python(json.loads(path.read_bytes())["weight_map"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ModelError(f"{path} is not an index of safetensors shards.") from None
-    if not (directory / SINGLE).is_file():
-        raise ModelError(f"{directory} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read.")
-    return None
+    shards = sorted(each.name for each in directory.glob("model-*.safetensors") if _SHARD.fullmatch(each.name))
+    single = is_there(directory / SINGLE)
+    if is_there(path):
+        found = _read_index(path)
+        named = set(found.values())
+        _refuse_two_sets(directory, INDEX, [name for name in (*shards, *([SINGLE] * single)) if name not in named])
+        return found
+    if single:
+        _refuse_two_sets(directory, SINGLE, shards)
+        return None
+    if shards:
+        raise ModelError(f"{directory} holds {shards[0]} and lacks {INDEX}, which says what is in the shards.")
+    if is_there(directory / _ADAPTER):
+        raise ModelError(f"{directory} holds an adapter ({_ADAPTER}) and no model: merge it into its model first.")
+    raise ModelError(f"{directory} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read.")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        found = _WEIGHT_MAP.validate_python(json_object(path, ModelError).get("weight_map"))
+    except ValidationError:
+        raise ModelError(f"{path} is not an index of safetensors shards: it has no weight_map.") from None
+    outside = next((name for name in found.values() if Path(name).name != name), None)
+    if outside is not None:
+        raise ModelError(f"{path} names {outside!r:.80}, which is no file beside it.")
+    return found
+
+
+def _refuse_two_sets(directory: Path, read: str, others: list[str]) -> None:
+    """Nobody knows which of two sets of weights is meant: readers differ."""
+    if others:
+        raise ModelError(
+            f"{directory} holds two sets of weights, {read} and {others[0]}, which does not belong to the former: keep "
+            "the one that is meant."
+        )
 
 
 def _dtype_of(name: str, stored: Stored) -> torch.dtype:

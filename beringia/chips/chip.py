@@ -71,6 +71,19 @@ class ServeArguments:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """What a chip was opened with beside its name: another process that opens the same gets the same."""
+
+    index: int = 0
+    faults: str | None = None
+    """Planted in an emulated chip."""
+    seed: int = 0
+    """Of those."""
+    remembers: bool = False
+    """Whether it has a file that says which faults have struck."""
+
+
+@dataclass(frozen=True)
 class ChipFault:
     """What an error of the chip means."""
 
@@ -92,6 +105,7 @@ class Chip(ABC):
 
     name: str
     """As the user named it, `auto` resolved: `cpu`, `cuda`, `npu`, `emulated:h800`."""
+    opening: Opening = Opening()
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import beringia.chips as chips
-from beringia.chips.chip import Chip, Presence, ServeArguments
+from beringia.chips.chip import Chip, Opening, Presence, ServeArguments
 from beringia.errors import ChipUnavailable
 
 _AUTO = ("cuda", "npu", "cpu")
@@ -38,6 +38,7 @@ def open_chip(
     if name.startswith(_EMULATED):
         return _open_emulated(name.removeprefix(_EMULATED), index, faults, seed, memory)
     chip: Chip = _driver(name, faults).open_device(index)
+    chip.opening = Opening(index)
     return chip
 
 

@@ -11,17 +11,19 @@ import functools
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from beringia.data.alphabet import BEGIN, END, PAD, SPECIALS, TOKENS, UNKNOWN
+from beringia.data.tokenizer_directory import read_files
 from beringia.errors import DataError
 from beringia.records.files import write_text
+from beringia.records.given_files import json_object
 from beringia.records.recipe import DataSection, ModelSection
 from beringia.records.record import canonical_hash
 
@@ -39,8 +41,6 @@ BYTES_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML."""
-
-_SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,9 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, or a built-in kind (`digits`, `bytes`). Raises DataError."""
     if source in KINDS:
         return _built_in(source)
-    return _read(Path(source))
+    files = read_files(Path(source))
+    templates = files.templates
+    return Tokenizer(str(source), files.backend, files.specials, templates.get("default"), templates.get("tool_use"))
 
 
 def write_tokenizer(kind: Kind, directory: Path) -> None:
@@ -169,7 +171,24 @@ def write_tokenizer(kind: Kind, directory: Path) -> None:
 
 
 def choose_tokenizer(data: DataSection, model: ModelSection) -> Tokenizer:
-    """The tokenizer a recipe means: the one it names, else the task's, else the model's own. Raises DataError."""
+    """The tokenizer a recipe means: the one it names, else the task's, else the model's own. Raises DataError.
+
+    It has no token that the model's directory has no room for, so that nothing that is learned can hold one.
+    """
+    tokenizer = _named(data, model)
+    size = None if model.path is None else _vocabulary_size(Path(model.path))
+    return tokenizer if size is None else _without_unused(tokenizer, size)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int) -> None:
+    """Raise DataError if texts have tokens that a model with this vocabulary cannot read.
+
+    A special token beyond it that no text needs (a `[PAD]` that was added and never trained) does no harm.
+    """
+    _unused(tokenizer, vocabulary_size)
+
+
+def _named(data: DataSection, model: ModelSection) -> Tokenizer:
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
     if data.task is not None:
@@ -179,13 +198,42 @@ def choose_tokenizer(data: DataSection, model: ModelSection) -> Tokenizer:
     raise DataError(f"Model {model.preset} has no tokenizer for text: set data.tokenizer to 'bytes' or to a directory.")
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int) -> None:
-    """Raise DataError if the tokenizer has tokens that a model with this vocabulary cannot read."""
-    if tokenizer.vocabulary_size > vocabulary_size:
+def _vocabulary_size(directory: Path) -> int | None:
+    """What the model's config says; None where it says nothing, which is told when the model is read."""
+    path = directory / "config.json"
+    size = json_object(path, DataError).get("vocab_size") if path.is_file() else None
+    return size if type(size) is int else None
+
+
+def _without_unused(tokenizer: Tokenizer, vocabulary_size: int) -> Tokenizer:
+    """The tokenizer without special tokens beyond the vocabulary: their names are text like any other."""
+    unused = _unused(tokenizer, vocabulary_size)
+    if not unused:
+        return tokenizer
+    document = json.loads(tokenizer.backend.to_str())
+    document["added_tokens"] = [each for each in document["added_tokens"] if each["content"] not in unused]
+    specials = {role: name for role, name in tokenizer.specials.items() if name not in unused}
+    return replace(tokenizer, backend=Backend.from_str(json.dumps(document)), specials=specials)
+
+
+def _unused(tokenizer: Tokenizer, vocabulary_size: int) -> set[str]:
+    """Special tokens beyond a vocabulary that no text needs. Raises DataError for any other token beyond it."""
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    beyond = {name for name, number in vocabulary.items() if number >= vocabulary_size}
+    if not beyond:
+        return beyond
+    special = {added.content for added in tokenizer.backend.get_added_tokens_decoder().values() if added.special}
+    around = json.dumps(json.loads(tokenizer.backend.to_str())["post_processor"], ensure_ascii=False)
+    shown = f"{tokenizer.chat_template}{tokenizer.tool_template}{around}"
+    roles = {tokenizer.specials.get(role) for role in ("bos_token", "eos_token", "unk_token")}
+    needed = sorted(name for name in beyond if name not in special or name in roles or name in shown)
+    if needed:
         raise DataError(
             f"The tokenizer of {tokenizer.source} has {tokenizer.vocabulary_size} tokens, but the model's vocabulary "
-            f"has only {vocabulary_size}: take the tokenizer that belongs to the model, or a larger vocabulary."
+            f"has only {vocabulary_size}, without {needed[0]!r} for instance: take the tokenizer that belongs to the "
+            "model, or a larger vocabulary."
         )
+    return beyond
 
 
 def _built_in(kind: Kind) -> Tokenizer:
@@ -219,52 +267,3 @@ def _byte_symbol(byte: int) -> str:
     if byte in printable:
         return chr(byte)
     return chr(256 + [other for other in range(256) if other not in printable].index(byte))
-
-
-def _read(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(
-            f"There is no tokenizer.json in {directory}: give a Hugging Face directory that has one, or a kind "
-            f"({', '.join(KINDS)})."
-        )
-    _json_object(path)  # the library itself raises plain Exception, which nobody should have to catch
-    backend = Backend.from_str(path.read_text(encoding="utf-8"))
-    backend.no_truncation()
-    backend.no_padding()
-    configuration_path = directory / "tokenizer_config.json"
-    configuration = _json_object(configuration_path) if configuration_path.is_file() else {}
-    specials = {role: name for role in _SPECIAL_ROLES if (name := _name(configuration.get(role))) is not None}
-    templates = _templates(directory, configuration)
-    return Tokenizer(str(directory), backend, specials, templates.get("default"), templates.get("tool_use"))
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object.")
-    return content
-
-
-def _name(entry: object) -> str | None:
-    """A special token is written as a string, or as an object with its content."""
-    if isinstance(entry, dict):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
-
-
-def _templates(directory: Path, configuration: dict[str, Any]) -> dict[str, str]:
-    """Chat templates by name."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        others = (directory / "additional_chat_templates").glob("*.jinja")
-        return {"default": path.read_text(encoding="utf-8")} | {
-            other.stem: other.read_text(encoding="utf-8") for other in others
-        }
-    template = configuration.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    return {"default": template} if isinstance(template, str) else {}

@@ -12,6 +12,7 @@ alone.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from beringia.engine.cache import PagedCache
 from beringia.engine.forward import Forward
 from beringia.engine.operators import open_operators
 from beringia.engine.places import Places
-from beringia.engine.sampling import GumbelNoise, Sampling, TokenLogprobs, choose, logprobs_of
+from beringia.engine.sampling import GumbelNoise, Sampling, TokenLogprobs, choose, logprobs_of, with_choice
 from beringia.engine.scheduler import Chunk, Scheduler
 from beringia.engine.scheduler import Sequence as Request
 from beringia.engine.weights import Weights
@@ -63,7 +64,7 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the prompt's tokens but the first."""
     error: str | None = None
-    """What the chip said, where `finish` is `error`."""
+    """What the chip said, or where the logits were NaN or infinite, where `finish` is `error`."""
 
 
 class Engine:
@@ -139,7 +140,7 @@ class Engine:
                 raise InputError(f"{name} has the token {foreign}; the model has 0 to {last}.")
         if sampling.stops and self._tokenizer is None:
             raise InputError("Stop strings need the text of tokens: make the engine with a tokenizer.")
-        longest = self.config.max_position_embeddings
+        longest = self.config.context_tokens
         if len(prompt) >= longest:
             raise InputError(
                 f"The prompt has {len(prompt)} tokens; with room for one more the model takes {longest - 1}."
@@ -187,7 +188,8 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Compute one step; the requests that got a token, or that an error of the chip has ended."""
+        """Compute one step; the requests that got a token, or that an error has ended: the chip's, or logits that are
+        NaN or infinite, from which nothing can be chosen."""
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
@@ -235,13 +237,28 @@ class Engine:
     def _finish_step(self, chunks: Sequence[Chunk], rows: Sequence[slice], logits_RV: torch.Tensor) -> list[Request]:
         """Take in what the rows say; the requests that got tokens."""
         choosing: list[tuple[Request, range]] = []
+        refused: list[Request] = []
         for chunk, of_chunk in zip(chunks, rows, strict=True):
-            _note_prompt_logprobs(chunk, logits_RV[of_chunk])
-            chunk.sequence.num_computed = chunk.end - chunk.drafted
-            if chunk.completes:
-                choosing.append((chunk.sequence, range(of_chunk.stop - 1 - chunk.drafted, of_chunk.stop)))
+            request = chunk.sequence
+            told = _note_prompt_logprobs(chunk, logits_RV[of_chunk])
+            request.num_computed = chunk.end - chunk.drafted
+            if not told:
+                self._refuse(request, len(request.prompt_logprobs) + 1)
+                refused.append(request)
+            elif chunk.completes:
+                choosing.append((request, range(of_chunk.stop - 1 - chunk.drafted, of_chunk.stop)))
         self._extend(choosing, logits_RV)
-        return [request for request, _ in choosing]
+        return [*(request for request, _ in choosing), *refused]
+
+    def _refuse(self, request: Request, place: int) -> None:
+        """End a request whose logits for the token at `place` are NaN or infinite; nobody shares what it computed."""
+        request.finished = "error"
+        request.error = (
+            f"The logits for token {place} are NaN or infinite, so no token has a probability: look for NaN and "
+            "infinities in the model's weights; where there are none, qualify the chip."
+        )
+        self._scheduler.remove(request)
+        self._scheduler.pool.forget_all()
 
     def _extend(self, choosing: Sequence[tuple[Request, range]], logits_RV: torch.Tensor) -> None:
         """Choose each request's next token, and where that is the drafted one, the token after it.
@@ -255,6 +272,7 @@ class Engine:
         chosen_rows_RV = logits_RV[[row for _, row, _ in flat]]
         noises, ahead = [request.noise for request, _, _ in flat], [later for _, _, later in flat]
         tokens = choose(chosen_rows_RV, asked, noises, ahead)
+        chosen_well = with_choice(chosen_rows_RV, tokens)
         told = [row for row, sampling in enumerate(asked) if sampling.logprobs is not None]
         logprobs = {}
         if told:
@@ -266,7 +284,10 @@ class Engine:
                 continue
             if later:
                 self._accept(request)
-            self._append(request, tokens[row], logprobs.get(row))
+            if chosen_well[row]:
+                self._append(request, tokens[row], logprobs.get(row))
+            else:
+                self._refuse(request, len(request.tokens))
         for request, _ in choosing:
             request.draft = ()
             if request.finished is not None:
@@ -317,7 +338,7 @@ class Engine:
     def _has_room_for_two(self, request: Request) -> bool:
         """Whether two more tokens are wanted, and the model has positions for them."""
         wanted = request.sampling.max_tokens - len(request.new_tokens)
-        return min(wanted, self.config.max_position_embeddings - len(request.tokens)) > 1
+        return min(wanted, self.config.context_tokens - len(request.tokens)) > 1
 
     def _index(self, rows: Sequence[int]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int64).to(self.chip.device)
@@ -340,7 +361,7 @@ class Engine:
             request.at_string = True
             return "stop"
         num_new = len(request.tokens) - request.num_prompt
-        if num_new >= sampling.max_tokens or len(request.tokens) >= self.config.max_position_embeddings:
+        if num_new >= sampling.max_tokens or len(request.tokens) >= self.config.context_tokens:
             return "length"
         return None
 
@@ -398,15 +419,19 @@ def _wanted_rows(chunks: Sequence[Chunk]) -> tuple[list[int], list[slice]]:
     return wanted, rows
 
 
-def _note_prompt_logprobs(chunk: Chunk, logits_TV: torch.Tensor) -> None:
-    """Row t says how likely token t + 1 was."""
+def _note_prompt_logprobs(chunk: Chunk, logits_TV: torch.Tensor) -> bool:
+    """Row t says how likely token t + 1 was. False where one's logits are NaN or infinite: then those before it are
+    noted."""
     sequence = chunk.sequence
     asked = sequence.sampling.prompt_logprobs
     if asked is None:
-        return
+        return True
     # Of a sequence that was sent back and is computed again some are there already.
     first = len(sequence.prompt_logprobs) + 1
     next_tokens = sequence.tokens[first : min(chunk.end + 1, sequence.num_prompt)]
-    if next_tokens:
-        rows_TV = logits_TV[first - 1 - chunk.start :][: len(next_tokens)]
-        sequence.prompt_logprobs += logprobs_of(rows_TV, next_tokens, [asked] * len(next_tokens))
+    if not next_tokens:
+        return True
+    rows_TV = logits_TV[first - 1 - chunk.start :][: len(next_tokens)]
+    found = logprobs_of(rows_TV, next_tokens, [asked] * len(next_tokens))
+    sequence.prompt_logprobs += itertools.takewhile(lambda one: math.isfinite(one.chosen), found)
+    return len(sequence.prompt_logprobs) == first - 1 + len(found)

@@ -37,7 +37,7 @@ class Forward:
         self._config = weights.config
         self._scale = softmax_scale(weights.config)
         self._attention = self._latent if weights.config.latent else self._grouped
-        cos_LQ, sin_LQ = rotary.table(weights.config, torch.arange(weights.config.max_position_embeddings))
+        cos_LQ, sin_LQ = rotary.table(weights.config, torch.arange(weights.config.context_tokens))
         self._rope = cos_LQ.to(weights.device), sin_LQ.to(weights.device)
 
     def __call__(self, places: Places, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -137,6 +137,13 @@ def choose(
     return _tokens(scaled_RV.argmax(-1))
 
 
+def with_choice(logits_RV: torch.Tensor, tokens: Sequence[int]) -> list[bool]:
+    """Whether each row's logits left something to choose: a NaN, plus infinity and a row of minus infinity alone are
+    what `choose` takes first, so the token that it took shows them."""
+    finite: list[bool] = np.isfinite(logits_RV.numpy()[np.arange(len(tokens)), tokens]).tolist()  # every step: numpy
+    return finite
+
+
 def _tokens(chosen_R: torch.Tensor) -> list[int]:
     tokens: list[int] = chosen_R.tolist()
     return tokens
@@ -193,4 +200,5 @@ def _normaliser(logits_RV: torch.Tensor) -> torch.Tensor:
     """The logarithm of the sum of exponentials: float64, R 1."""
     wide_RV = logits_RV.numpy().astype(np.float64)
     largest_R1 = wide_RV.max(axis=1, keepdims=True, initial=-np.inf)
-    return torch.from_numpy(largest_R1 + np.log(np.exp(wide_RV - largest_R1).sum(axis=1, keepdims=True)))
+    with np.errstate(invalid="ignore"):  # of infinite logits it is NaN
+        return torch.from_numpy(largest_R1 + np.log(np.exp(wide_RV - largest_R1).sum(axis=1, keepdims=True)))

@@ -104,6 +104,8 @@ class Situation:
     """Steps of spikes for which the run was rolled back on the chip in use."""
     accepted_spikes: list[int] = field(default_factory=list)
     """Steps of spikes that are the training's own."""
+    doubted: set[int] = field(default_factory=set)
+    """Steps of alarms on the chip in use that may be the training's own, and for which the run was rolled back."""
     rollbacks: dict[str, int] = field(default_factory=dict)
     """Rollbacks on the chip in use, by site of the alarm."""
     rollbacks_in_vain: int = 0
@@ -305,12 +307,14 @@ class Situation:
         self.tried.append(to_chip)
         self.held_state = False
         self.excluded, self.transient_steps, self.rollbacks = set(), [], {}
-        self.spikes = set()
+        self.spikes, self.doubted = set(), set()
         self.rollbacks_in_vain = self.alarm_step = self.unanswered = 0
 
     def _count_rollback(self, alarm: Alarm) -> None:
         self.rollbacks_in_vain += 1
         self.alarm_step = max(self.alarm_step, alarm.step)
+        if alarm.unexplained:
+            self.doubted.add(alarm.step)
         if alarm.detector == SPIKE:
             self.spikes.add(alarm.step)
         else:
@@ -326,7 +330,7 @@ class Situation:
 
     def _fold_finish(self, finish: RunFinished) -> None:
         """What went wrong before a stop is decided about when the run goes on, but for what the user was told to mend:
-        a fault of ours, and certificates that were wanting."""
+        a fault of ours, a device that a launcher must leave out, and certificates that were wanting."""
         self.finished = finish.status != "stopped"
         self.given_up = finish.status == "given-up"
         if self.finished:
@@ -334,7 +338,7 @@ class Situation:
         if isinstance(self.setback, Unqualified):
             self._ask_again()
             self.setback = None
-        elif isinstance(self.setback, Fault) and self.setback.category == "ours":
+        elif isinstance(self.setback, Fault) and (self.setback.category == "ours" or finish.told):
             self.setback = None
 
     def _ask_again(self) -> None:

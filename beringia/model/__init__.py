@@ -5,6 +5,7 @@ models without a directory, `hugging_face.py` reads and writes checkpoints, `fil
 `decoding.py` generates.
 """
 
+from beringia.model.attention import fusing_attention
 from beringia.model.cache import KeyValueCache
 from beringia.model.config import DecoderConfig, RopeConfig
 from beringia.model.decoder import (
@@ -19,7 +20,9 @@ from beringia.model.decoder import (
 from beringia.model.decoding import greedy, sample
 from beringia.model.experts import forcing_routes, recording_routes
 from beringia.model.filling import filled
-from beringia.model.hugging_face import checkpoint_tensors, config_of, initialise, load_model, read_config, save_model
+from beringia.model.hugging_face import config_of, initialise, load_model, save_model
+from beringia.model.hugging_face_directory import read_config
+from beringia.model.hugging_face_names import checkpoint_tensors
 from beringia.model.presets import PRESETS, preset
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "cross_entropy_sum",
     "filled",
     "forcing_routes",
+    "fusing_attention",
     "greedy",
     "initialise",
     "load_model",

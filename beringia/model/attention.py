@@ -6,6 +6,9 @@ values, R latent rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -111,6 +114,8 @@ class LatentAttention(nn.Module):
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.rank, self.interleaved = config.kv_lora_rank, config.rope_interleave
         self.scale = softmax_scale(config)
+        self.fused = False
+        """On the CPU: attention as one kernel, as accelerators have it, whatever it costs."""
         q_width = heads * (self.nope + self.rope)
         self.compresses_queries = config.q_lora_rank is not None
         if config.q_lora_rank is None:
@@ -134,12 +139,20 @@ class LatentAttention(nn.Module):
             latent_BSR, k_BSP = (x.squeeze(1) for x in cache.extend(latent_BSR.unsqueeze(1), k_BSP.unsqueeze(1)))
         kv_BSNX = split_heads(self.kv_b_proj(latent_BSR), self.nope + self.value)
         k_BSNH, v_BSNV = torch.split(kv_BSNX, [self.nope, self.value], dim=-1)
-        if x_BTD.device.type == "cpu":
+        if x_BTD.device.type == "cpu" and not self.fused:
             return self.o_proj(attend_in_parts(q_BTNH, q_BTNP, k_BSNH, k_BSP, v_BSNV, self.scale))
         q_BTNX = torch.cat((q_BTNH, q_BTNP), dim=-1)
         k_BSNX = torch.cat((k_BSNH, k_BSP.unsqueeze(2).expand(-1, -1, k_BSNH.shape[2], -1)), dim=-1)
         q_BNTX, k_BNSX, v_BNSV = (x.transpose(1, 2) for x in (q_BTNX, k_BSNX, v_BSNV))
+        if self.fused:
+            return self.o_proj(self._attend_at_one_width(q_BNTX, k_BNSX, v_BNSV))
         return self.o_proj(attend(q_BNTX, k_BNSX, v_BNSV, self.scale))
+
+    def _attend_at_one_width(self, q_BNTX: torch.Tensor, k_BNSX: torch.Tensor, v_BNSV: torch.Tensor) -> torch.Tensor:
+        """The CPU's fused kernel wants all of one width: the narrower get zeros, and what comes of these is cut off."""
+        width = max(k_BNSX.shape[-1], self.value)
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q_BNTX, k_BNSX, v_BNSV))
+        return split_heads(attend(q, k, v, self.scale), width)[..., : self.value].flatten(2)
 
     def _down(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries B T N (H + P), normed latent B T R and shared rotary key B T P, neither rotated."""
@@ -165,6 +178,20 @@ class LatentAttention(nn.Module):
 
 
 Attention = GroupedQueryAttention | LatentAttention
+
+
+@contextmanager
+def fusing_attention(module: nn.Module) -> Iterator[None]:
+    """Inside, latent attention in a module on the CPU is one kernel, as accelerators have it: it stores the output
+    rounded before the backward pass reads it (arXiv 2307.08691, algorithm 2), which `attend_in_parts` does not."""
+    parts = [part for part in module.modules() if isinstance(part, LatentAttention)]
+    for part in parts:
+        part.fused = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.fused = False
 
 
 def attention_of(config: DecoderConfig) -> Attention:

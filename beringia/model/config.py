@@ -103,8 +103,8 @@ class DecoderConfig:
             _check_routing(self)
         if self.num_nextn_predict_layers not in (0, 1):
             raise ModelError(
-                f"The config asks for {self.num_nextn_predict_layers} multi-token prediction layers; 0 and 1 are "
-                "supported."
+                f"The config asks for {self.num_nextn_predict_layers} multi-token prediction layers "
+                "(num_nextn_predict_layers, or num_mtp_layers); 0 and 1 are supported."
             )
 
     @property
@@ -117,6 +117,13 @@ class DecoderConfig:
         """Width of a head's values."""
         return self.v_head_dim if self.latent else self.head_dim
 
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence that the model is made for: what the file says, or what its linear or yarn scaling
+        stretches that to (whoever adds such a block seldom changes the other)."""
+        lengths = {"linear": self.max_position_embeddings, "yarn": self.rope.original_max_position_embeddings}
+        return max(self.max_position_embeddings, int(lengths.get(self.rope.kind, 0) * self.rope.factor))
+
     def is_sparse(self, index: int) -> bool:
         """Whether layer `index` routes its tokens to experts."""
         return self.n_routed_experts > 0 and index >= self.first_k_dense_replace
@@ -124,12 +131,20 @@ class DecoderConfig:
 
 def _check_attention(config: DecoderConfig) -> None:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.head_dim % 2:
+        raise ModelError(f"Rotary embedding turns pairs; the config's head_dim {config.head_dim} is odd.")
     if not config.latent:
         if heads % groups:
-            raise ModelError(f"{heads} attention heads cannot share {groups} key-value heads evenly.")
+            raise ModelError(
+                f"{heads} attention heads (num_attention_heads) cannot share {groups} key-value heads "
+                "(num_key_value_heads) evenly."
+            )
         return
     if heads != groups:
-        raise ModelError(f"Latent attention has as many key as query heads; the config has {groups} and {heads}.")
+        raise ModelError(
+            f"Latent attention has as many key as query heads; the config has num_key_value_heads {groups} and "
+            f"num_attention_heads {heads}."
+        )
     if config.head_dim != config.qk_rope_head_dim:
         raise ModelError(
             f"Latent attention rotates qk_rope_head_dim; the config has {config.qk_rope_head_dim}, and "
@@ -143,6 +158,11 @@ def _check_routing(config: DecoderConfig) -> None:
     experts, groups, kept = config.n_routed_experts, config.n_group, config.topk_group
     # A group is scored by its two best experts (DeepSeek-V3 section 2.1.2), so it needs two.
     if experts % groups or experts // groups < 2:
-        raise ModelError(f"{experts} experts cannot form {groups} equal groups of at least two.")
+        raise ModelError(
+            f"{experts} experts (n_routed_experts) cannot form {groups} equal groups (n_group) of at least two."
+        )
     if not 1 <= kept <= groups or config.num_experts_per_tok > kept * (experts // groups):
-        raise ModelError(f"{config.num_experts_per_tok} experts a token do not fit into {kept} of {groups} groups.")
+        raise ModelError(
+            f"{config.num_experts_per_tok} experts a token (num_experts_per_tok) do not fit into {kept} of {groups} "
+            "groups (topk_group, n_group)."
+        )

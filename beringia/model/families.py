@@ -1,6 +1,6 @@
 """Published families: which `config.json` keys each has, and which flags of a decoder it stands for.
 
-A family is stated by its difference from what all have (`COMMON` in `hugging_face_config.py`), so that another one is
+A family is stated by its difference from what all have (`COMMON` in `hugging_face_keys.py`), so that another one is
 one more statement here. Nothing else in the package knows a family's name: what is computed is asked of the flags in
 `DecoderConfig`.
 """
@@ -30,6 +30,10 @@ class Family:
     silent: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes where a file lacks a key and our default is another (published files are never
     silent)."""
+    null: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes null for, where a value is needed."""
+    window_switch: bool = False
+    """Its files say apart from the width whether windows slide at all."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Its own keys with one value that is computed here; another one is refused."""
     written: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +66,7 @@ FAMILIES = (
         "llama",
         "LlamaForCausalLM",
         keys=same("head_dim"),
-        silent={"num_key_value_heads": None, "max_position_embeddings": 2048},
+        silent={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     ),
     Family(
         "qwen2",
@@ -70,6 +74,7 @@ FAMILIES = (
         flags={"attention_bias": True, "output_bias": False},
         keys=same("head_dim"),
         silent={"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        window_switch=True,
         fixed=_NO_BLOCK_BIAS,
         # Its readers know without being told.
         written={"attention_bias": False},
@@ -80,6 +85,7 @@ FAMILIES = (
         flags={"qk_norm": True},
         keys=same("head_dim"),
         silent={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        window_switch=True,
         fixed=_NO_BLOCK_BIAS,
     ),
     Family(
@@ -90,6 +96,7 @@ FAMILIES = (
         | {"num_experts": "n_routed_experts"},
         spellings={"num_local_experts": "num_experts"},
         silent={"num_key_value_heads": 4, "max_position_embeddings": 32768, "norm_topk_prob": False},
+        window_switch=True,
         fixed=_NO_BLOCK_BIAS | {"decoder_sparse_step": 1, "mlp_only_layers": []},
         written={"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
@@ -98,7 +105,7 @@ FAMILIES = (
         "DeepseekV3ForCausalLM",
         flags={"latent": True},
         drafts=True,
-        spellings={"num_mtp_layers": "num_nextn_predict_layers"},
+        spellings={"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"},
         keys=_LATENT | _ROUTING,
         silent={
             "routed_scaling_factor": 2.5,
@@ -106,7 +113,11 @@ FAMILIES = (
             "n_group": 8,
             "topk_group": 4,
             "first_k_dense_replace": 3,
+            "num_nextn_predict_layers": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
         },
+        null={"norm_topk_prob": False, "rope_interleave": False},
         fixed=_NO_BLOCK_BIAS | _DEEPSEEK_ROUTING,
         # vLLM refuses to route without the first two; the others are what the published file says.
         written=_DEEPSEEK_ROUTING | {"ep_size": 1},

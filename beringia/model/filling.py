@@ -24,6 +24,11 @@ HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _READABLE = {dtype_name(dtype) for dtype in HELD}
 
 
+def is_readable(dtype: str) -> bool:
+    """Whether weights that are stored in this dtype, by torch's name, are read."""
+    return dtype in _READABLE
+
+
 def dtype_of_buffer(dtype: torch.dtype) -> torch.dtype:
     """Routers' correction biases are never held in less than float32: they are small, and near-ties hang on them."""
     return torch.promote_types(dtype, torch.float32)
@@ -76,7 +81,7 @@ def check_fits(name: str, stored: Stored, target: torch.Tensor) -> None:
         raise ModelError(
             f"{stored.file}: {name} has shape {list(stored.shape)}; the config asks for {list(target.shape)}."
         )
-    if stored.dtype not in _READABLE:
+    if not is_readable(stored.dtype):
         raise ModelError(f"{stored.file}: {name} is stored as {stored.dtype}; convert it to bfloat16 first.")
 
 

@@ -9,9 +9,10 @@ tensor each on disk; the multi-token layer's copies of embedding and head are wr
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -19,54 +20,23 @@ from pathlib import Path
 import torch
 
 from beringia.checkpoint.blocks import content_of
-from beringia.checkpoint.reader import INDEX, SINGLE, TensorReader, open_hugging_face
+from beringia.checkpoint.reader import INDEX, SINGLE, TensorReader
 from beringia.checkpoint.tensor_file import lay_out, write_streamed
 from beringia.errors import ModelError
 from beringia.model.config import DecoderConfig
 from beringia.model.decoder import Decoder
 from beringia.model.filling import check_fits, draw, dtype_of_buffer, fill, unfilled
-from beringia.model.hugging_face_config import config_from_document, document_of
+from beringia.model.hugging_face_config import document_of
+from beringia.model.hugging_face_directory import is_scale, open_directory, read_held
+from beringia.model.hugging_face_names import checkpoint_tensors, shared_copies
 from beringia.model.presets import PRESETS, preset
 from beringia.numerics.state_hash import dtype_name
 from beringia.records.files import publish_directory, write_text
+from beringia.records.given_files import is_there, why_no_directory
 
 SHARD_BYTES = 5 * 10**9
 
-
-def checkpoint_tensors(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint under its published name, as a view of the live parameter or buffer.
-
-    Stacked experts come out one by one. Copies (a tied head, the multi-token layer's embedding and head) do not.
-    """
-    for name, tensor in decoder.state_dict(keep_vars=True).items():
-        if name == "lm_head.weight" and decoder.config.tie_word_embeddings:
-            continue
-        yield from _split_experts(name, tensor)
-
-
-def _split_experts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    prefix, _, leaf = name.rpartition(".")
-    if leaf == "gate_up_proj":
-        for expert, (gate, up) in enumerate(matrix.chunk(2) for matrix in tensor.unbind(0)):
-            yield f"{prefix}.{expert}.gate_proj.weight", gate
-            yield f"{prefix}.{expert}.up_proj.weight", up
-    elif leaf == "down_proj":
-        for expert, down in enumerate(tensor.unbind(0)):
-            yield f"{prefix}.{expert}.down_proj.weight", down
-    else:
-        yield name, tensor
-
-
-def shared_copies(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """Names under which a checkpoint repeats a tensor: what the multi-token layer shares, and a tied head."""
-    copies = {}
-    if decoder.config.tie_word_embeddings:
-        copies["lm_head.weight"] = decoder.model.embed_tokens.weight
-    if decoder.mtp is not None:
-        prefix = f"model.layers.{decoder.config.num_hidden_layers}"
-        copies[f"{prefix}.embed_tokens.weight"] = decoder.model.embed_tokens.weight
-        copies[f"{prefix}.shared_head.head.weight"] = decoder.lm_head.weight
-    return copies
+_LOG = logging.getLogger(__name__)
 
 
 def initialise(decoder: Decoder, seed: int) -> None:
@@ -90,8 +60,8 @@ def load_model(
 
     `vocabulary_size` resizes a preset; a directory must agree with it. `layers`: only so many of its first layers, and
     its multi-token layer; no others are read. `dtype`: what weights are held in (what products run in is
-    `set_compute_dtype`'s). Raises ModelError. A checkpoint that announces a multi-token layer but holds nothing of it
-    (transformers drops it) is loaded without one.
+    `set_compute_dtype`'s). Raises ModelError. What a directory says and its files do not hold (a multi-token layer, a
+    quantisation) is left out; this and keys of its config that are not known here are told in the log.
     """
     if not Path(directory_or_preset).is_dir():
         whole = _preset_config(str(directory_or_preset), vocabulary_size)
@@ -99,53 +69,36 @@ def load_model(
         named = _published(checkpoint_tensors(decoder), decoder.config, whole)
         draw(named.items(), seed, whole.initializer_range)
         return decoder
-    announced = _announced_config(Path(directory_or_preset), vocabulary_size)
-    with open_hugging_face(Path(directory_or_preset)) as reader:
-        whole = _held_config(announced, reader)
-        decoder = unfilled(_first_layers(whole, layers), dtype, device)
+    with open_directory(Path(directory_or_preset)) as reader:
+        held = read_held(reader)
+        whole = _of_size(held.config, reader.place, vocabulary_size)
+        kept = _first_layers(whole, layers)
+        _check_names(_on_meta(whole), reader, held.left_out)
+        decoder = unfilled(kept, dtype, device)
         _read_tensors(decoder, whole, reader)
-        return decoder
+    for note in held.notes:
+        _LOG.warning("%s: %s", directory_or_preset, note)
+    return decoder
 
 
 def config_of(directory_or_preset: str | Path, vocabulary_size: int | None = None) -> DecoderConfig:
     """The configuration of the decoder that `load_model` makes. Raises ModelError."""
     if not Path(directory_or_preset).is_dir():
         return _preset_config(str(directory_or_preset), vocabulary_size)
-    announced = _announced_config(Path(directory_or_preset), vocabulary_size)
-    with open_hugging_face(Path(directory_or_preset)) as reader:
-        return _held_config(announced, reader)
-
-
-def read_config(directory: Path) -> DecoderConfig:
-    """The configuration of a Hugging Face directory. Raises ModelError."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{directory} has no config.json; give a directory in Hugging Face form.")
-    try:
-        document = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}.") from None
-    return config_from_document(document)
+    with open_directory(Path(directory_or_preset)) as reader:
+        return _of_size(read_held(reader).config, reader.place, vocabulary_size)
 
 
 def _preset_config(name: str, vocabulary_size: int | None) -> DecoderConfig:
-    if name not in PRESETS and ("/" in name or os.sep in name):
-        raise ModelError(f"There is no directory {name}; give a Hugging Face directory or one of {', '.join(PRESETS)}.")
+    wrong = why_no_directory(name)
+    if wrong is not None and name not in PRESETS and (os.sep in name or is_there(Path(name))):
+        raise ModelError(f"{wrong} Or give one of {', '.join(PRESETS)}.")
     return preset(name, vocabulary_size)
 
 
-def _announced_config(directory: Path, vocabulary_size: int | None) -> DecoderConfig:
-    config = read_config(directory)
+def _of_size(config: DecoderConfig, directory: Path, vocabulary_size: int | None) -> DecoderConfig:
     if vocabulary_size not in (None, config.vocab_size):
         raise ModelError(f"{directory} has {config.vocab_size} tokens, but the tokenizer has {vocabulary_size}.")
-    return config
-
-
-def _held_config(config: DecoderConfig, reader: TensorReader) -> DecoderConfig:
-    """Without the multi-token layer where the files hold nothing of it."""
-    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
-    if not any(name.startswith(mtp_prefix) for name in reader.tensors):
-        config = replace(config, num_nextn_predict_layers=0)
     return config
 
 
@@ -169,7 +122,6 @@ def _published(
 
 
 def _read_tensors(decoder: Decoder, whole: DecoderConfig, reader: TensorReader) -> None:
-    _check_names(decoder if decoder.config == whole else _on_meta(whole), reader)
     fill(_published(checkpoint_tensors(decoder), decoder.config, whole), reader)
     for name, tensor in _published(shared_copies(decoder).items(), decoder.config, whole).items():
         if name in reader.tensors:
@@ -184,16 +136,24 @@ def _on_meta(config: DecoderConfig) -> Decoder:
         return Decoder(config)
 
 
-def _check_names(decoder: Decoder, reader: TensorReader) -> None:
-    targets, copies = dict(checkpoint_tensors(decoder)).keys(), shared_copies(decoder).keys()
-    _refuse_names("lacks", reader.place, sorted(targets - reader.tensors.keys()))
-    _refuse_names("has unexpected", reader.place, sorted(reader.tensors.keys() - targets - copies))
+def _check_names(decoder: Decoder, reader: TensorReader, left_out: frozenset[str]) -> None:
+    """Before anything of the model's size is made: what the config says is what the files hold."""
+    targets, copies = dict(checkpoint_tensors(decoder)), shared_copies(decoder)
+    missing, found = sorted(targets.keys() - reader.tensors.keys()), reader.tensors.keys()
+    if missing:
+        raise ModelError(f"The checkpoint {reader.place} lacks {_some(missing)}, for what its config says.")
+    unexpected = sorted(found - targets.keys() - copies.keys() - left_out)
+    if unexpected:
+        scales = " They look like a quantised model's: convert it first." if any(map(is_scale, unexpected)) else ""
+        raise ModelError(
+            f"The checkpoint {reader.place} has unexpected {_some(unexpected)}, for what its config says.{scales}"
+        )
+    for name, target in targets.items():
+        check_fits(name, reader.tensors[name], target)
 
 
-def _refuse_names(verb: str, directory: Path, names: list[str]) -> None:
-    if names:
-        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ModelError(f"The checkpoint {directory} {verb} {', '.join(names[:3])}{rest}, for what its config says.")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def save_model(

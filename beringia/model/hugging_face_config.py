@@ -1,45 +1,23 @@
 """Between Hugging Face's `config.json` and `DecoderConfig`.
 
 Refuses, by name, every setting that would change the numbers and is not computed here (another activation, a sliding
-window, dropout, a quantised checkpoint, ...); ignores what does not change them. What is peculiar to a family stands in
-`families.py`; a decoder that no family's file can describe is not written. Reads both spellings of the rotary settings:
-`rope_theta` with `rope_scaling` (published checkpoints) and `rope_parameters` (transformers 5). Writes the first, which
-every reader knows.
+window, dropout, attention that is not causal, ...); what becomes of each key stands in `hugging_face_keys.py`, rotary
+settings in `hugging_face_rope.py`, what is peculiar to a family in `families.py`. A value that is missing is what
+transformers takes it for, or refused. A decoder that no family's file can describe is not written.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
 from beringia.errors import ModelError
-from beringia.model.config import DecoderConfig, RopeConfig
+from beringia.model.config import DecoderConfig
 from beringia.model.families import FAMILIES, Family, same
+from beringia.model.hugging_face_keys import COMMON, DRAFTS, QUANTIZATION, TOKENS, family_of, refuse_other_values
+from beringia.model.hugging_face_rope import read_rope, write_rope
 
-# Settings with one value that is computed here; a file that lacks the key means that value.
-FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "use_sliding_window": False,
-    "quantization_config": None,
-    "mtp_hidden_states_first": False,
-    "residual_dropout": 0.0,
-}
-COMMON = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "rms_norm_eps",
-    "initializer_range",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-)
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-DRAFTS = "num_nextn_predict_layers"
 # Fields whose keys, where a family has them, must be there and positive.
 SIZES = (
     "vocab_size",
@@ -56,28 +34,34 @@ SIZES = (
     "num_experts_per_tok",
     "n_shared_experts",
 )
+# Further ones that must be positive where they are there.
+_POSITIVE = ("num_key_value_heads", "head_dim", "max_position_embeddings", "q_lora_rank", "n_group", "topk_group")
+_LARGEST = 2**31 - 1
+# Fields for which null says as little as no key.
+_NULLABLE = (*SIZES, "num_key_value_heads", "head_dim")
 # Fields that are read from more than their own key.
-DERIVED = ("num_key_value_heads", "head_dim", "output_bias", "rope")
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+_DERIVED = ("num_key_value_heads", "head_dim", "output_bias", "rope")
+_ANNOTATIONS = {field.name: str(field.type) for field in fields(DecoderConfig)}
 
 
-def config_from_document(document: dict[str, Any]) -> DecoderConfig:
+def config_from_document(document: object) -> DecoderConfig:
     """The config that a parsed `config.json` states. Raises ModelError naming what is not computed here."""
-    family = _family(document)
-    _refuse_unsupported(document, {**FIXED, **family.fixed})
-    document = _spelled({key: value for key, value in document.items() if value is not None}, family)
-    keys = {**same(*COMMON, *TOKENS), **family.keys}
-    values = {name: document[key] for key, name in keys.items() if key in document}
-    _require(values, keys, family)
-    values["num_key_value_heads"] = document.get("num_key_value_heads") or values["num_attention_heads"]
-    values["head_dim"] = _head_dim(values)
-    values["rope"] = _read_rope(document)
+    if not isinstance(document, dict):
+        raise ModelError(f"The config is no JSON object but {document!r:.40}.")
+    family = family_of(document)
+    if document.get(QUANTIZATION):
+        raise ModelError(f"The config says that the checkpoint is quantised ({QUANTIZATION}); convert it first.")
+    refuse_other_values(document, family)
+    keys = {**same(*COMMON, *TOKENS, "num_key_value_heads"), **family.keys} | (same(DRAFTS) if family.drafts else {})
+    document = {**family.silent, **_one_name_each(document, family)}
+    document = {key: value for key, value in document.items() if value is not None or keys.get(key) not in _NULLABLE}
+    _require(document, keys, family)
+    values = {name: _value(document, key, name, family) for key, name in keys.items() if key in document}
+    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    values["head_dim"] = _head_dim(document, values)
+    values["rope"] = read_rope(document, values.get("max_position_embeddings", DecoderConfig.max_position_embeddings))
     # One key says both, unless the family's flags do.
     values["output_bias"] = values.get("attention_bias", False)
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = tuple(values["eos_token_id"])
-    if family.drafts:
-        values[DRAFTS] = document.get(DRAFTS, 0)
     return DecoderConfig(**{**values, **family.flags})
 
 
@@ -97,7 +81,7 @@ def document_of(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]
         "use_cache": True,
         **{key: getattr(config, name) for key, name in keys.items()},
         "rope_theta": config.rope.theta,
-        "rope_scaling": _write_rope(config.rope),
+        "rope_scaling": write_rope(config.rope),
         **family.written,
     }
     if isinstance(config.eos_token_id, tuple):
@@ -107,19 +91,27 @@ def document_of(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]
     return document
 
 
-def _family(document: dict[str, Any]) -> Family:
-    name, known = document.get("model_type"), {family.model_type: family for family in FAMILIES}
-    if name is None:
-        raise ModelError(f"The config has no model_type; give the config.json of a model of {', '.join(known)}.")
-    if name not in known:
-        raise ModelError(f"Models of type {name!r} are not supported; supported are {', '.join(known)}.")
-    return known[name]
+def end_tokens(value: object, place: str) -> int | tuple[int, ...] | None:
+    """The value of an `eos_token_id`. Raises ModelError."""
+    if value is None or type(value) is int:
+        return value
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        return tuple(value)
+    raise ModelError(f"{place} sets eos_token_id to {value!r:.60}; a token's number, or a list of them, is needed.")
 
 
-def _spelled(document: dict[str, Any], family: Family) -> dict[str, Any]:
-    """The document with what it is silent about, and under one name each."""
-    respelled = {name: document[other] for other, name in family.spellings.items() if other in document}
-    return {**family.silent, **respelled, **document}
+def _one_name_each(document: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The document with each setting under one name."""
+    document = dict(document)
+    for other, name in family.spellings.items():
+        if other not in document:
+            continue
+        value = document.pop(other)
+        if document.setdefault(name, value) != value:
+            raise ModelError(
+                f"The config sets {name} to {document[name]!r} and {other} to {value!r}: keep one of them."
+            )
+    return document
 
 
 def _family_of(config: DecoderConfig) -> Family:
@@ -136,7 +128,7 @@ def _family_of(config: DecoderConfig) -> Family:
 
 def _unsaid(config: DecoderConfig, family: Family) -> list[str]:
     """Fields with another value than would be read from this family's file."""
-    said = {*COMMON, *TOKENS, *DERIVED, *family.keys.values()} - set(family.fixed) | (
+    said = {*COMMON, *TOKENS, *_DERIVED, *family.keys.values()} - set(family.fixed) | (
         {DRAFTS} if family.drafts else set()
     )
     read = {each.name: each.default for each in fields(DecoderConfig) if each.name not in said}
@@ -145,66 +137,47 @@ def _unsaid(config: DecoderConfig, family: Family) -> list[str]:
     return [name for name, value in read.items() if getattr(config, name) != value] + refused
 
 
-def _refuse_unsupported(document: dict[str, Any], fixed: dict[str, Any]) -> None:
-    for name, value in fixed.items():
-        found = document.get(name)
-        if found is None or found == value:
-            continue
-        if name == "quantization_config":
-            raise ModelError(
-                "The checkpoint is quantised (quantization_config); convert it to bfloat16 or float32 first."
-            )
-        raise ModelError(f"The config sets {name} to {found!r}; only {value!r} is supported.")
+def _value(document: dict[str, Any], key: str, name: str, family: Family) -> Any:
+    """What a key says, in the form of the field. Raises ModelError."""
+    value = document[key]
+    if name == "eos_token_id":
+        return end_tokens(value, "The config")
+    if value is None and key in family.null:
+        return family.null[key]
+    kind = _ANNOTATIONS[name]
+    if not _fits(value, kind):
+        raise ModelError(f"The config sets {key} to {value!r:.60}; {_NEEDED[kind.split(' ')[0]]} is needed.")
+    if type(value) is int and name in (*SIZES, *_POSITIVE) and not 1 <= value <= _LARGEST:
+        raise ModelError(f"The config sets {key} to {value!r:.60}; a positive integer is needed.")
+    return value
 
 
-def _require(values: dict[str, Any], keys: dict[str, str], family: Family) -> None:
-    sizes = {name: key for key, name in keys.items() if name in SIZES}
-    missing = [key for name, key in sizes.items() if name not in values]
+_NEEDED = {"int": "an integer", "float": "a number", "bool": "true or false"}
+
+
+def _fits(value: object, kind: str) -> bool:
+    if value is None:
+        return "None" in kind
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind == "float":
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) is int
+
+
+def _require(document: dict[str, Any], keys: dict[str, str], family: Family) -> None:
+    missing = [key for key, name in keys.items() if name in SIZES and key not in document]
     if missing:
         raise ModelError(f"The config of this {family.model_type} model lacks {', '.join(missing)}.")
-    wrong = [name for name in sizes if type(values[name]) is not int or values[name] < 1]
-    if wrong:
-        raise ModelError(f"The config sets {sizes[wrong[0]]} to {values[wrong[0]]!r}; a positive integer is needed.")
 
 
-def _head_dim(values: dict[str, Any]) -> int:
-    if "qk_rope_head_dim" in values:
-        return int(values["qk_rope_head_dim"])
-    return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
-
-
-def _read_rope(document: dict[str, Any]) -> RopeConfig:
-    settings = dict(document.get("rope_parameters") or document.get("rope_scaling") or {})
-    kind = settings.pop("rope_type", settings.pop("type", "default"))
-    settings.pop("type", None)
-    if kind not in ROPE_KINDS:
-        raise ModelError(f"The config asks for rotary scaling {kind!r}; supported are {', '.join(ROPE_KINDS)}.")
-    if settings.pop("partial_rotary_factor", document.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelError("The config sets partial_rotary_factor; only whole heads are rotated here.")
-    theta = settings.pop("rope_theta", document.get("rope_theta", 10000.0))
-    known = {f.name for f in fields(RopeConfig)} - {"kind", "theta"}
-    unknown = set(settings) - known
-    if unknown:
-        raise ModelError(f"The rotary settings have {', '.join(sorted(unknown))}, which is not supported.")
-    values = {name: value for name, value in settings.items() if value is not None}
-    if kind != "default":
-        values.setdefault("original_max_position_embeddings", document.get("max_position_embeddings", 4096))
-    if kind == "yarn" and "factor" not in values:
-        context = document.get("max_position_embeddings", 4096)
-        values["factor"] = context / values["original_max_position_embeddings"]
-    return RopeConfig(theta=float(theta), kind=kind, **values)
-
-
-def _write_rope(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.kind == "default":
-        return None
-    names = {
-        "linear": ["factor"],
-        "llama3": ["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"],
-        "yarn": ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow"],
-    }[rope.kind]
-    optional = {"mscale": 0.0, "mscale_all_dim": 0.0, "attention_factor": None, "truncate": True}
-    if rope.kind == "yarn":
-        names += [name for name, default in optional.items() if getattr(rope, name) != default]
-    # Old readers know `type`, new ones `rope_type`.
-    return {"type": rope.kind, "rope_type": rope.kind, **{name: getattr(rope, name) for name in names}}
+def _head_dim(document: dict[str, Any], values: dict[str, Any]) -> int:
+    if "qk_rope_head_dim" not in values:
+        return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
+    # What transformers writes beside, and rotates by.
+    rotated = int(values["qk_rope_head_dim"])
+    widths = {"head_dim": rotated, "qk_head_dim": rotated + int(values["qk_nope_head_dim"])}
+    for key, width in widths.items():
+        if document.get(key, width) != width:
+            raise ModelError(f"The config sets {key} to {document[key]!r:.60}; its other widths make it {width}.")
+    return rotated

@@ -66,6 +66,7 @@ class Child:
         self.ended: Ended | None = None
         """Its last word."""
         self.mark = new_mark()
+        self._argv = tuple(command.argv())
         self._job = job.model_copy(update={"mark": self.mark, "environment": dict(command.environment)})
         self._open = True
         self._pending = b""
@@ -82,6 +83,8 @@ class Child:
     def _start(self, command: Command, shared_input: bool) -> subprocess.Popen[bytes]:
         environment = {name: value for name, value in os.environ.items() if name != JOB_VARIABLE}
         environment[MARK_VARIABLE] = self.mark
+        if command.safe_path:
+            environment["PYTHONSAFEPATH"] = "1"  # for the interpreters that its launcher starts
         if shared_input:
             environment[JOB_VARIABLE] = self._job.model_dump_json()
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +210,7 @@ class Child:
         limit = self.patience.start_seconds if self.ready is None else self.patience.silence_seconds
         status = None if self._ran_out else self._status
         words = self._last_words() if self._question else last_lines(self.log, _LAST_WORDS)
-        return Death(self.name, status, waited_for, limit, words, self._question)
+        return Death(self.name, status, waited_for, limit, words, self._question, self._argv)
 
     def _taken(self, line: bytes) -> Message | None:
         message = self._parsed(line)

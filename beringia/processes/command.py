@@ -12,12 +12,14 @@ import pkgutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from beringia.errors import HandshakeError
 from beringia.processes import launchers
 
 FAR_END = "beringia.processes.far_end"
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Launcher(Protocol):
@@ -62,6 +64,18 @@ class Command:
     def interpreter(self) -> str:
         """The Python to run."""
         return self.python or sys.executable
+
+    @property
+    def safe_path(self) -> bool:
+        """Whether the process must not look for modules where it is started: a folder named `beringia` there (a
+        repository in a home directory) would be taken for the package. Only a package run from there itself needs it.
+        """
+        return bool(self.launch) or Path("beringia").resolve() != _PACKAGE
+
+    @property
+    def run_python(self) -> list[str]:
+        """The interpreter, up to the module that it is to run."""
+        return [self.interpreter, *(["-P"] if self.safe_path else []), "-m"]
 
     def argv(self) -> list[str]:
         """The command line."""

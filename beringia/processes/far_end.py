@@ -149,6 +149,8 @@ def _job(channel: Channel, ranks: Ranks | None) -> Job:
 
 def _settle_in(job: Job) -> None:
     os.environ.update(job.environment)
+    if sys.flags.safe_path:  # what this process starts (ranks, by torchrun) looks for modules where it does
+        os.environ["PYTHONSAFEPATH"] = "1"
     # Its own, below its starter's: by it this process ends what it has started, and not the prefix that started it,
     # nor ranks beside it.
     os.environ[MARK_VARIABLE] = f"{os.environ.get(MARK_VARIABLE, job.mark)}/{uuid.uuid4().hex[:8]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ class Death:
     last_words: str
     question: bool = False
     """Its prefix asked something."""
+    command: tuple[str, ...] = ()
+    """The command line that started it."""
 
     @property
     def by_stop_signal(self) -> bool:
@@ -52,14 +55,20 @@ class Death:
                 f"the launch prefix of {self.name} asks something, and nobody answers there: {self.last_words!r}. "
                 "Set it up so that it needs no answer (for ssh: a key and a known host)"
             )
-        nothing = "its standard input was closed" if self.status == ORPHANED_STATUS else "it said nothing"
-        words = self.last_words or nothing
+        words = self.last_words or self._silence
         if self.status is None:
             return f"{self.name} was waited for in vain ({self.waited_for}, {self.seconds:g} s): {words}"
         if _NO_BERINGIA in words:
             words += ". Install the same Beringia in both environments"
         what = "was lost" if self.waited_for == WORK else "did not start"
         return f"the process of {self.name} {what} ({how_ended(self.status)}): {words}"
+
+    @property
+    def _silence(self) -> str:
+        if self.status == ORPHANED_STATUS:
+            return "its standard input was closed"
+        # For who wants to try it by hand: what the prefix or the interpreter says there is nowhere else to be seen.
+        return f"it said nothing; the command was {shlex.join(self.command)}" if self.command else "it said nothing"
 
     def error(self) -> BeringiaError:
         """As it is raised where nobody decides what to do about it."""

@@ -234,7 +234,7 @@ def _lengths(
 def heads_of(decoder: Decoder) -> tuple[Heads, int]:
     """Sizes of its attention heads, and the most tokens it takes."""
     config = decoder.config
-    return Heads(config.key_width, config.value_width), config.max_position_embeddings
+    return Heads(config.key_width, config.value_width), config.context_tokens
 
 
 def _hardware(chip: Chip, extent: Extent) -> Iterator[Fact]:

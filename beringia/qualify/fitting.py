@@ -8,7 +8,7 @@ import torch
 
 from beringia.chips.cpu import host_memory
 from beringia.errors import ModelError
-from beringia.model import PRESETS, Decoder, preset, read_config
+from beringia.model import Decoder, config_of
 
 BYTES_PER_PARAMETER = 54
 """Of float64: weights, gradients, two moments, and the weights before training (40); the rest are the weights as they
@@ -20,7 +20,7 @@ r2-micro with 1.9 million parameters and 1.0 GB (`benchmarks/qualify_time.py`)."
 
 def check_fits(source: str, layers: int | None) -> None:
     """Raise ModelError where the machine's memory is too small, saying how much is missing and how many layers fit."""
-    config = preset(source) if source in PRESETS else read_config(Path(source))
+    config = config_of(source)
     with torch.device("meta"):
         decoder = Decoder(config)
     inside = sum(parameter.numel() for parameter in decoder.layers.parameters())

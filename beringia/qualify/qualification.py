@@ -33,6 +33,7 @@ from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import TraceExtent
 from beringia.qualify.verdict import judge
 from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
+from beringia.records.identity import ChipIdentity
 from beringia.version import __version__
 
 REFERENCE = "cpu"
@@ -100,11 +101,32 @@ def record_reference(request: Request, bundle: Path, limit_bytes: int, say: Say 
     return read_manifest(bundle)
 
 
-def qualify(request: Request, against: Path | None = None, say: Say = lambda text: None) -> Certificate:
+def request_for(chip: Chip, model: str, seed: int) -> Request:
+    """To qualify, in processes of its own, a chip that is open in this one. Raises InputError where those would open
+    another."""
+    opening = chip.opening
+    different = {
+        f"device {opening.index}, and they open device 0": opening.index and chip.device.type != "cpu",
+        f"seed {opening.seed}, and they open it with {seed}": opening.faults and opening.seed != seed,
+        "a memory of the faults that have struck, which they lack": opening.faults and opening.remembers,
+    }
+    found = next((what for what, holds in different.items() if holds), None)
+    if found is not None:
+        raise InputError(
+            f"{chip.name} was to be certified for {model} in processes of its own, but it was opened with {found}: "
+            "open it as they do, or give the model as a Subject, which is qualified on the opened chip."
+        )
+    return Request(chip.name, model, faults=opening.faults, seed=seed)
+
+
+def qualify(
+    request: Request, against: Path | None = None, say: Say = lambda text: None, *, opened: ChipIdentity | None = None
+) -> Certificate:
     """The certificate of a chip, not signed yet.
 
-    `against` is a bundle from another machine; None makes one here, on the CPU. Raises an InputError where the user has
-    to change something: a model that does not fit, a bundle of another model.
+    `against` is a bundle from another machine; None makes one here, on the CPU. `opened`: which chip it must be. Raises
+    an InputError where the user has to change something: a model that does not fit, a bundle of another model, another
+    chip.
     """
     began = time.perf_counter()
     check_command(request.command)
@@ -118,8 +140,22 @@ def qualify(request: Request, against: Path | None = None, say: Say = lambda tex
         order = far.sent(request.order("candidate", bundle.absolute()))
         evidence = far.gather(order, say)
         assert evidence.opened is not None
+        _check_same(request.chip, evidence.opened.identity, opened)
         probes = [*evidence.probes, *_in_processes_of_their_own(far, request, order, evidence, say)]
     return _certificate(request, manifest, evidence, probes, time.perf_counter() - began)
+
+
+def _check_same(name: str, found: ChipIdentity, wanted: ChipIdentity | None) -> None:
+    if wanted is None or found.hash == wanted.hash:
+        return
+    differences = "; ".join(
+        f"{what} {here} here, {there} there" for what, (here, there) in wanted.differences(found).items()
+    )
+    raise InputError(
+        f"{name}, open in this process, was to be certified, but a process of its own finds another chip "
+        f"({differences}): open it with the same settings and environment, or give the chip's name to certify what "
+        "that process finds."
+    )
 
 
 def qualify_here(chip: Chip, subject: Subject, plan: TraceExtent = PLAN, say: Say = lambda text: None) -> Certificate:

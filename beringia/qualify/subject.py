@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from beringia.data import Tokenizer, load_tokenizer, make_task
+from beringia.data import Tokenizer, check_vocabulary, load_tokenizer, make_task
 from beringia.model import (
     PRESETS,
     Decoder,
     KeyValueCache,
+    config_of,
     forcing_routes,
     load_model,
     recording_routes,
@@ -204,7 +205,9 @@ class DecoderSubject(Subject):
         """T + 1 tokens: solved sums for a preset, text for a model that has read some."""
         if self.source in PRESETS:
             return _sums(self.seed, number, self.tokens + 1)
-        return _text(load_tokenizer(self.source), number, self.tokens + 1)
+        tokenizer = load_tokenizer(self.source)
+        check_vocabulary(tokenizer, config_of(self.source).vocab_size)
+        return _text(tokenizer, number, self.tokens + 1)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ LEARNER = "learner"
 
 SPIKE = "spike"
 """The detector whose alarms say that something is unusual, not that it is wrong: training has spikes of its own."""
+DIVERGENCE = "divergence"
+"""The detector whose alarms say that the training is at fault, and not the chip."""
 
 UNREACHABLE = "unreachable"
 """Code of the fault that a worker did not start on a chip whose worker has started before."""
@@ -185,6 +187,14 @@ class Alarm(Event):
     """Measured; null when it was not finite."""
     bound: float
     message: str
+    doubtful: bool = False
+    """Whether a number of the step is not finite, or a loss many times what guessing costs: then the training may be
+    at fault as well."""
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether it may be the training's own: doubtful, or of a value that was not finite."""
+        return self.doubtful or self.value is None
 
 
 class Fault(Event):
@@ -197,6 +207,11 @@ class Fault(Event):
     longer starts one), `transfer` (state did not get there, or back)."""
     category: Literal["transient", "device-lost", "persistent", "ours"]
     message: str
+
+
+def going_on(step: int | None) -> str:
+    """The reason of a decision that an interruption alone made necessary."""
+    return "begins again at step 0" if step is None else f"goes on from step {step}"
 
 
 class Decision(Event):
@@ -214,6 +229,11 @@ class Decision(Event):
     excluded_device: int | None = None
     accepted_spike: int | None = None
     """Step whose spike came again when the steps were taken again: from now on it is the training's own."""
+
+    @property
+    def only_goes_on(self) -> bool:
+        """Whether nothing was wrong: the run had been interrupted."""
+        return self.action == "retry" and self.reason == going_on(self.to_step)
 
 
 class Canary(Event):
@@ -351,6 +371,8 @@ class RunFinished(Event):
     message: str
     signal: int | None = None
     """Number of the signal that stopped it; null where none did."""
+    told: bool = False
+    """Whether the user was told to mend what went wrong: then it is not decided about again."""
 
 
 AnyEvent = Annotated[

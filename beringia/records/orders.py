@@ -43,6 +43,9 @@ class Order(Record):
     """The last steps before `resume_step`, oldest first, so that a spike is seen right after a restart too."""
     accepted_spikes: tuple[int, ...] = ()
     """Steps from which on a spike is no alarm for a while: it is known, and the training's own."""
+    doubted_steps: tuple[int, ...] = ()
+    """Steps of alarms that may be the training's own: before one is taken again, it is found out whether it
+    diverges."""
     evaluate: bool = False
     """Evaluate the state that is loaded before anything else: an earlier worker did not get to the end of that."""
     greeting: bool = False

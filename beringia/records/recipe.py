@@ -7,11 +7,12 @@ every artefact. What may change while a run stays the same run is in `recipe_ide
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -20,6 +21,7 @@ from beringia.records.certificate import PublicKey
 from beringia.records.record import Record, canonical_hash
 from beringia.records.shares import rows_in_a_period
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 _LABEL = re.compile(r"\w[\w .+-]{0,99}")
 _LONGEST_SECONDS = 1e8
 """Three years: what system calls take as a time-out."""
@@ -146,6 +148,7 @@ class TrainSection(Record):
     accumulate: int = Field(default=1, ge=1)
     """Gradient accumulation steps in one optimizer step."""
     learning_rate: float = Field(default=2e-3, gt=0)
+    """Of AdamW, at its peak."""
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
     """How the learning rate falls after the warm-up, until `schedule_steps`. `linear`: all the way. `cosine`: along
     half a cosine. `wsd` (warm-up, stable, decay): it stays, and falls linearly at the end."""
@@ -155,8 +158,10 @@ class TrainSection(Record):
     """Share of the learning rate left at the schedule's last step."""
     warmup_steps: int = Field(default=50, ge=0)
     """Steps in which the learning rate rises linearly from 0; part of the schedule's steps."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.98)
+    """Of AdamW's two averages."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Of AdamW, for matrices: the share of a weight that a step at learning rate 1 would take away."""
     clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -168,10 +173,13 @@ class TrainSection(Record):
     mtp_weight: float = Field(default=0.1, ge=0)
     """Weight of the multi-token prediction loss; 0 leaves the module untrained."""
     checkpoint_every: int = Field(default=50, ge=1)
+    """Steps from one checkpoint to the next."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept, besides the last two trusted."""
     evaluate_every: int = Field(default=200, ge=1)
+    """Steps from one evaluation to the next; there is one after the last step, too."""
     evaluation_sequences: int = Field(default=256, ge=1)
+    """Held-out samples whose loss an evaluation takes."""
     accuracy_samples: int = Field(default=256, ge=0)
     """Questions sampled at temperature 1 and checked, where the task has a checker; 0 samples none."""
 
@@ -220,6 +228,7 @@ class ServeSection(Record):
     chip: str | None = None
     """Label of the chip; none: nothing is answered."""
     questions: int = Field(default=256, ge=1)
+    """Held-out questions that it answers."""
 
 
 class SuperviseSection(Record):
@@ -228,6 +237,7 @@ class SuperviseSection(Record):
     transient_retries: int = Field(default=3, ge=0)
     """Transient faults retried on one chip within `transient_window` steps before it counts as persistent."""
     transient_window: int = Field(default=200, ge=1)
+    """Steps within which transient faults are counted together."""
     rollbacks: int = Field(default=1, ge=0)
     """Rollbacks for alarms at one site on one chip before the run crosses."""
     hang_seconds: float = Field(default=120.0, gt=0, le=_LONGEST_SECONDS)
@@ -244,7 +254,9 @@ class Recipe(Record):
     """The whole recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    """Of the run; its directory is `runs/<name>` unless `--out` says another. Letters, digits, `.`, `_`, `-`."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the initial weights, the data and its order; with it a run is bitwise the same on the same chip."""
     model: ModelSection
     chips: dict[str, ChipSection]
     data: DataSection
@@ -290,7 +302,7 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         document = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise RecipeError(
-            f"There is no recipe at {path}. Give the path of a TOML file, e.g. recipes/r2-nano.toml."
+            f"There is no recipe at {path}. Give the path of a TOML file, or a name that `beringia recipes` lists."
         ) from None
     except OSError as error:
         raise RecipeError(
@@ -309,10 +321,21 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
 
 def parse_recipe(document: dict[str, Any], source: str) -> Recipe:
     """A recipe from a parsed document; `source` names it in errors. Raises RecipeError with one clear sentence."""
+    for key, value in _numbers_that_are_none(document):
+        raise RecipeError(f"{source}: '{key}' is {value}: give a finite number.")
     try:
         return Recipe.model_validate_json(_as_json(document))
     except ValidationError as error:
         raise RecipeError(f"{source}: {_explain(error)}") from None
+
+
+def _numbers_that_are_none(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Infinities and NaN, which TOML knows and no setting means anything by, with their dotted keys."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        yield from _numbers_that_are_none(part, f"{key}.{name}" if key else str(name))
 
 
 def _as_json(document: dict[str, Any]) -> str:

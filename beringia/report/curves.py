@@ -154,18 +154,20 @@ class GuardCheck:
 
 
 def guard_checks(history: History) -> list[GuardCheck]:
-    """Every check, and every alarm that no check event told of."""
-    told = {_site(at.event) for at in history.checks}
-    silent = [at for at in history.alarms if _site(at.event) not in told]
-    moments: list[At[CheckDone] | At[Alarm]] = [*history.checks, *silent]
+    """Every alarm, and every check that raised none. An alarm names the first tensor that was wrong, and the check
+    beside it the one that used most of its bound: they are one."""
+    alarmed = {_visit(at.event) for at in history.alarms}
+    quiet = [at for at in history.checks if _visit(at.event) not in alarmed]
+    moments: list[At[CheckDone] | At[Alarm]] = [*quiet, *history.alarms]
     checks = [
         GuardCheck(at.seconds, at.chip, share_of_bound(at.event.value, at.event.bound), at.event) for at in moments
     ]
     return sorted(checks, key=lambda check: check.seconds)
 
 
-def _site(event: CheckDone | Alarm) -> tuple[int, str, str, str]:
-    return event.step, event.detector, event.site, event.tensor
+def _visit(event: CheckDone | Alarm) -> tuple[int, int | None, int, str, str]:
+    """One look at one place; a worker that takes the step again, or another rank, looks again."""
+    return event.epoch, event.rank, event.step, event.detector, event.site
 
 
 def draw_guard(history: History, width: int) -> Markup:

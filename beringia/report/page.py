@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from beringia.records.events import Answered, Crossing, Exported, Qualified
+from beringia.records.events import Answered, Crossing, Exported, Fallback, Qualified
 from beringia.records.files import write_text
 from beringia.records.run_directory import RunDirectory
 from beringia.report.answer import answer, labelled
@@ -51,6 +51,7 @@ def render_report(history: History) -> str:
             crossings=[_continuity(history, at) for at in history.crossings],
             refused=[at.event for at in history.canaries if not at.event.passed],
             restarts=_restarts(history),
+            fallbacks=_fallbacks(history),
             identities=_identities(history),
             tables=data_tables(history),
             recipe=json.dumps(history.recipe, indent=2, ensure_ascii=False) if history.recipe else "",
@@ -193,9 +194,11 @@ def _guard_caption(history: History) -> str:
     checks = guard_checks(history)
     spent = sum(step.event.guard_seconds for step in history.steps)
     total = sum(step.event.seconds for step in history.steps)
+    beyond, alarms = sum(check.share > 1 for check in checks), len(history.alarms)
+    raised = "" if beyond == alarms else f"; {count(alarms, 'alarm')} came of it"
     words = (
         f"What to see: how far below the dashed line the checks stay. Triangles went beyond their bound: "
-        f"{sum(check.share > 1 for check in checks)} of {count(len(checks), 'check')}. "
+        f"{beyond} of {count(len(checks), 'check')}{raised}. "
         f"The guard took {percent(spent / total if total else 0.0, 2)} of the step time."
     )
     floor = lowest_power(history)
@@ -211,7 +214,7 @@ def _decisions(history: History) -> list[dict[str, Any]]:
             "label": decision_label(at.event),
             "chip": labelled(history, lane_of(history, at)),
             "lost": at.event.lost_steps,
-            "reason": at.event.reason,
+            "reason": "the run had been interrupted" if at.event.only_goes_on else at.event.reason,
         }
         for number, at in enumerate(history.decisions, start=1)
     ]
@@ -238,6 +241,13 @@ def _continuity(history: History, at: At[Crossing]) -> dict[str, Any]:
 def _restarts(history: History) -> dict[str, int]:
     equal = sum(at.event.state_hash == at.event.state_hash_expected for at in history.resumes)
     return {"all": len(history.resumes), "equal": equal}
+
+
+def _fallbacks(history: History) -> list[tuple[At[Fallback], int]]:
+    """Each once, and how often it was told: a chip that is opened again says the same again."""
+    same = [(at.chip, at.event.what, at.event.asked, at.event.used, at.event.reason) for at in history.fallbacks]
+    first = {key: at for key, at in reversed(list(zip(same, history.fallbacks, strict=True)))}
+    return [(at, same.count(key)) for key, at in reversed(first.items())]
 
 
 def _identities(history: History) -> list[dict[str, Any]]:

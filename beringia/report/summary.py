@@ -16,7 +16,7 @@ from beringia.records.run_directory import RunDirectory
 from beringia.report.answer import answer
 from beringia.report.history import Chip, History, same_state
 from beringia.report.toll import toll_of
-from beringia.report.words import duration, percent, short_hash, significant
+from beringia.report.words import count, duration, percent, short_hash, significant
 
 TABLE_COLUMNS = 100
 
@@ -39,6 +39,13 @@ class ChipSummary(Record):
     faults: int
     alarms: int
     note: str = ""
+
+
+class UnopenedSummary(Record):
+    """A chip that has no identity, since it never opened."""
+
+    label: str
+    faults: int
 
 
 class CrossingSummary(Record):
@@ -118,7 +125,9 @@ class Summary(Record):
     crossings: tuple[CrossingSummary, ...]
     decisions: tuple[DecisionSummary, ...]
     unqualified: tuple[QualificationSummary, ...]
-    """Chips without a certificate, in the order in which they were opened, each once."""
+    """Chips without a certificate, in the order in which they were opened, each once, as it was at last."""
+    unopened: tuple[UnopenedSummary, ...]
+    """Chips that were tried and never opened."""
     lost_steps: int
     """Steps that were done and thrown away, over all decisions."""
     redone_steps: int
@@ -154,6 +163,7 @@ def summarise(history: History) -> Summary:
         crossings=_crossings(history),
         decisions=_decisions(history),
         unqualified=_unqualified(history),
+        unopened=_unopened(history),
         lost_steps=toll.steps,
         redone_steps=sum(not step.kept for step in history.steps),
         lost=toll.short(),
@@ -218,12 +228,20 @@ def _unqualified(history: History) -> tuple[QualificationSummary, ...]:
     allowed = [at for at in history.fallbacks if at.event.what == "qualification"]
     told = [(at.seconds, at.chip, at.event.used, True, at.event.reason) for at in allowed]
     told += [(at.seconds, at.chip, at.event.found, False, at.event.reason) for at in history.unqualified]
-    # A chip is opened again after each fault: what is said of it is the same every time.
-    once = {
-        (chip, found, trained): QualificationSummary(chip=chip or "?", found=found, trained=trained, reason=reason)
-        for _, chip, found, trained, reason in sorted(told, key=lambda one: one[0])
+    # A chip is opened again after each fault, and what is said of it then is mostly the same: its last word counts.
+    last = {
+        chip: (seconds, QualificationSummary(chip=chip or "?", found=found, trained=trained, reason=reason))
+        for seconds, chip, found, trained, reason in sorted(told, key=lambda one: one[0])
     }
-    return tuple(once.values())
+    # One that was refused, was given its certificate, and trained then, was let train.
+    trained = {step.chip: step.seconds for step in history.steps}
+    return tuple(one for seconds, one in last.values() if one.trained or trained.get(one.chip, -1.0) < seconds)
+
+
+def _unopened(history: History) -> tuple[UnopenedSummary, ...]:
+    faults = [at.chip or "?" for at in history.faults]
+    labels = [label for label in dict.fromkeys(faults) if history.chip(label) is None]
+    return tuple(UnopenedSummary(label=label, faults=faults.count(label)) for label in labels)
 
 
 def _alarms(history: History) -> tuple[AlarmSummary, ...]:
@@ -316,6 +334,7 @@ def _crossing_line(crossing: CrossingSummary) -> str:
 
 def _closing_lines(summary: Summary) -> list[str]:
     lines = [f"evidence  {_qualification_words(chip)}" for chip in summary.unqualified]
+    lines += [f"unopened  {one.label}: {count(one.faults, 'fault')}, and it never opened" for one in summary.unopened]
     lines += [f"lost      {summary.lost}"]
     if summary.accuracy is not None:
         lines.append(f"accuracy  {accuracy_words(summary.accuracy)}")

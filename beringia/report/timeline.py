@@ -214,6 +214,8 @@ class _Rows:
 
 def decision_label(decision: Decision) -> str:
     """`rollback to step 100`, for the picture."""
+    if decision.only_goes_on:
+        return decision.reason
     where = " the start" if decision.to_step is None else f" step {decision.to_step:,}"
     if decision.action in ("skip", "cross"):
         return f"{decision.action} to {decision.to_chip} from{where}"

@@ -36,7 +36,7 @@ class Part:
 
 def room_for(engine: EngineThread, prompt: ReadPrompt, asked: int | None, limits: RequestLimits) -> int:
     """New tokens at most. Raises Failure where the model has no room for them."""
-    context = engine.engine.config.max_position_embeddings
+    context = engine.engine.config.context_tokens
     if not prompt.tokens:
         raise refused("The prompt has no token.", "prompt")
     left = context - len(prompt.tokens)

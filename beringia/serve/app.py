@@ -60,7 +60,7 @@ class Served:
     @cached_property
     def prompts(self) -> PromptReader:
         """Reads the prompts of all requests."""
-        context = self.engine.engine.config.max_position_embeddings
+        context = self.engine.engine.config.context_tokens
         return PromptReader(self.tokenizer, context=context, most_waiting=self.engine.most_open)
 
 
@@ -120,7 +120,7 @@ def _add_state(app: FastAPI, served: Served) -> None:
         "object": "model",
         "created": served.created,
         "owned_by": "beringia",
-        "max_model_len": served.engine.engine.config.max_position_embeddings,
+        "max_model_len": served.engine.engine.config.context_tokens,
         **served.about,
     }
 

@@ -11,9 +11,14 @@ The rules, in order:
 - a spike of the loss or of gradients is no proof of a fault: training has its own. One that comes again at the very
   step, while no layer computes wrongly, is the training's, and the run goes through it; another one, with no trusted
   checkpoint past the first in between, crosses
+- an alarm of a step whose numbers are not finite, or whose loss is far worse than guessing, may be the training's own.
+  The run goes back once, whatever `supervise.rollbacks` says, and before the step is taken again its worker finds out
+  (`train/divergence.py`): if it is as bad on the CPU, the training diverges, the run is given up, and no chip is
+  crossed from
 - a transient fault, a hang, a lost worker, a machine that no longer answers: try again from the newest complete
   checkpoint; after `supervise.transient_retries` within `supervise.transient_window` steps, cross
-- a lost device: leave it out where other devices of the chip remain, else cross
+- a lost device: leave it out where other devices of the chip remain, else cross; where a launcher has started the
+  ranks it is its user who leaves it out, so cross, or stop and say so
 - a persistent fault, or a canary beyond its band: cross
 - a chip that may not train (`supervise/admission.py`): on to the next one, with no crossing from a chip that never
   held the state; with no chip left the run stops, and when it is started again every such chip is asked again
@@ -28,12 +33,23 @@ The rules, in order:
 from __future__ import annotations
 
 from beringia.history.situation import Situation
-from beringia.records.events import SPIKE, Alarm, Canary, CheckpointRejected, Decision, Fault, Unqualified
+from beringia.records.events import (
+    DIVERGENCE,
+    SPIKE,
+    Alarm,
+    Canary,
+    CheckpointRejected,
+    Decision,
+    Fault,
+    Unqualified,
+    going_on,
+)
 from beringia.records.recipe import Recipe
 
 
-def decide(situation: Situation, recipe: Recipe) -> Decision | None:
-    """The next decision, or None when the run is over."""
+def decide(situation: Situation, recipe: Recipe, *, launched: bool = False) -> Decision | None:
+    """The next decision, or None when the run is over. `launched`: torchrun or Slurm has started the ranks, and starts
+    no fewer."""
     if situation.finished:
         return None
     if situation.chip is None:
@@ -44,7 +60,7 @@ def decide(situation: Situation, recipe: Recipe) -> Decision | None:
     if isinstance(trouble, Alarm):
         return _after_alarm(situation, recipe, trouble)
     if isinstance(trouble, Fault):
-        return _after_fault(situation, recipe, trouble)
+        return _after_fault(situation, recipe, trouble, launched=launched)
     if isinstance(trouble, Unqualified):
         return _after_unqualified(situation, recipe, trouble)
     if isinstance(trouble, Canary):
@@ -53,7 +69,7 @@ def decide(situation: Situation, recipe: Recipe) -> Decision | None:
         return _go_back(
             situation, "retry", f"checkpoint {trouble.step} cannot be used: {trouble.message}", situation.newest
         )
-    reason = "the supervisor was restarted" if situation.restarted else "the worker ended before its work"
+    reason = going_on(situation.newest) if situation.restarted else "the worker ended before its work"
     return _go_back(situation, "retry", reason, situation.newest)
 
 
@@ -61,7 +77,7 @@ def decide_beside(situation: Situation, recipe: Recipe, chip: str) -> Decision:
     """The next decision about a role beside the learner: start it, try it again, or leave it. Never the run's end."""
     trouble = situation.trouble
     if trouble is None:
-        reason = "the supervisor was restarted" if situation.decided else "beside the learner"
+        reason = "the run goes on" if situation.decided else "beside the learner"
         return Decision(action="start", reason=reason, to_chip=chip)
     what = f"{trouble.code}: {trouble.message}" if isinstance(trouble, Fault) else trouble.kind
     transient = isinstance(trouble, Fault) and trouble.category == "transient"
@@ -90,23 +106,35 @@ def _after_unqualified(situation: Situation, recipe: Recipe, unqualified: Unqual
 
 def _after_alarm(situation: Situation, recipe: Recipe, alarm: Alarm) -> Decision:
     what = f"{alarm.detector}: {alarm.message}"
+    if alarm.detector == DIVERGENCE:
+        return Decision(action="stop", reason=_advice(alarm, recipe))
     spike = alarm.detector == SPIKE
     if spike and alarm.step in situation.spikes and alarm.step not in situation.accepted_spikes:
         own = f"{what} (again at the same step, and every layer computes rightly there: the training's own)"
         decision = _go_back(situation, "rollback", own, situation.newest_trusted)
         return decision.model_copy(update={"accepted_spike": alarm.step})
     earlier = max(0 if spike else situation.rollbacks.get(alarm.site, 0), situation.rollbacks_in_vain)
-    if earlier < recipe.supervise.rollbacks:
+    unexplained = alarm.unexplained and alarm.step not in situation.doubted
+    if earlier < recipe.supervise.rollbacks + unexplained:
         return _go_back(situation, "rollback", what, situation.newest_trusted)
     return _cross(situation, recipe, f"{what} (again, after {_times(earlier, 'rollback')})")
 
 
-def _after_fault(situation: Situation, recipe: Recipe, fault: Fault) -> Decision:
+def _advice(alarm: Alarm, recipe: Recipe) -> str:
+    train = recipe.train
+    return (
+        f"{alarm.message} No chip is at fault, and none is crossed from. Begin another run with a smaller "
+        f"train.learning_rate ({train.learning_rate:g}) or weight_decay ({train.weight_decay:g}), or more warmup_steps "
+        f"({train.warmup_steps}), and look at the samples of step {alarm.step}"
+    )
+
+
+def _after_fault(situation: Situation, recipe: Recipe, fault: Fault, *, launched: bool) -> Decision:
     what = f"{fault.code}: {fault.message.splitlines()[0] if fault.message else 'no message'}"
     if fault.category == "ours":
         return Decision(action="stop", reason=what, lost_steps=0)
     if fault.category == "device-lost":
-        return _without_device(situation, recipe, fault, what)
+        return (_without_rank if launched else _without_device)(situation, recipe, fault, what)
     if fault.category == "persistent":
         return _cross(situation, recipe, what)
     window = recipe.supervise.transient_window
@@ -117,13 +145,19 @@ def _after_fault(situation: Situation, recipe: Recipe, fault: Fault) -> Decision
 
 
 def _without_device(situation: Situation, recipe: Recipe, fault: Fault, what: str) -> Decision:
-    assert situation.chip is not None
-    ranks = recipe.chips[situation.chip].ranks
+    section = recipe.chips.get(situation.chip or "")  # work that no decision began may bear another name
+    ranks = section.ranks if section is not None else 1
     device = _device_of(fault.rank or 0, ranks, situation.excluded)
     if ranks - len(situation.excluded) <= 1:
         return _cross(situation, recipe, f"{what} (no device of {situation.chip} is left)")
     decision = _go_back(situation, "exclude", f"{what} (device {device} is left out)", situation.newest)
     return decision.model_copy(update={"excluded_device": device})
+
+
+def _without_rank(situation: Situation, recipe: Recipe, fault: Fault, what: str) -> Decision:
+    left_out = f"{what} (rank {fault.rank or 0}; the launcher starts all ranks or none)"
+    decision = _cross(situation, recipe, left_out)
+    return decision if decision.action == "cross" else decision.model_copy(update={"reason": left_out})
 
 
 def _device_of(rank: int, ranks: int, excluded: set[int]) -> int:

@@ -71,7 +71,7 @@ class Learner:
         for event in untold_checkpoints(supervision.run, supervision.log.situation(), supervision.owner):
             self._append(event, chip=self.chip)
         situation = supervision.log.situation()
-        decision = decide(situation, self._supervision.recipe)
+        decision = decide(situation, supervision.recipe, launched=supervision.launched)
         assert decision is not None, "a finished run is noticed where it finishes"
         self._append(decision, chip=situation.chip)
         if decision.action == "stop":
@@ -110,6 +110,13 @@ class Learner:
         if isinstance(trouble, Fault) and trouble.category == "ours":
             self._finish("stopped", step, decision.reason)
             raise ErrorDocument(code=trouble.code, message=trouble.message).error()
+        if isinstance(trouble, Fault) and trouble.category == "device-lost" and self._supervision.launched:
+            # Not given up: with the device left out the same command goes on.
+            self._finish("stopped", step, decision.reason, told=True)
+            raise Refusal(
+                f"The run was stopped at step {step}: {decision.reason}. Leave the device, or its machine, out of what "
+                "the launcher uses, and start again with fewer ranks: the run goes on from its newest checkpoint."
+            )
         if isinstance(trouble, Unqualified):
             # Not given up: with a certificate the same command goes on.
             self._finish("stopped", step, decision.reason)
@@ -121,8 +128,8 @@ class Learner:
         self._finish("given-up", step, decision.reason)
         raise Refusal(f"The run was given up at step {step}: {decision.reason}.")
 
-    def _finish(self, status: str, step: int, message: str) -> RunFinished:
-        return _finished(self._supervision, status, step, message)
+    def _finish(self, status: str, step: int, message: str, *, told: bool = False) -> RunFinished:
+        return _finished(self._supervision, status, step, message, told=told)
 
     def _append(self, event: Event, chip: str | None) -> AnyEvent:
         return self._supervision.append(event, role=LEARNER, chip=chip)
@@ -135,8 +142,11 @@ def stopped(supervision: Supervision) -> RunFinished:
     return _finished(supervision, "stopped", step, message, number)
 
 
-def _finished(supervision: Supervision, status: str, step: int, message: str, signal: int | None = None) -> RunFinished:
-    finished = RunFinished.model_validate({"status": status, "step": step, "message": message, "signal": signal})
+def _finished(
+    supervision: Supervision, status: str, step: int, message: str, signal: int | None = None, *, told: bool = False
+) -> RunFinished:
+    how = {"status": status, "step": step, "message": message, "signal": signal, "told": told}
+    finished = RunFinished.model_validate(how)
     stamped = supervision.append(finished, role=LEARNER, chip=supervision.log.situation().chip)
     assert isinstance(stamped, RunFinished)
     return stamped

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -16,6 +17,9 @@ from beringia.checkpoint.epoch import advance_epoch
 from beringia.errors import RunError, StaleEpoch
 from beringia.records.files import reporting_storage
 from beringia.records.run_directory import RunDirectory
+
+_ATTEMPTS = 5
+_PAUSE_SECONDS = 0.02
 
 
 class RunLock:
@@ -54,9 +58,7 @@ class RunLock:
 
 def _lock_or_refuse(path: Path) -> IO[str]:
     file = open(path, "a+")  # noqa: SIM115 - held for the life of the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _locked(file):
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
@@ -68,3 +70,15 @@ def _lock_or_refuse(path: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether the lock is ours now. `beringia status` holds it for an instant: asked again a few times."""
+    for _ in range(_ATTEMPTS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE_SECONDS)
+        else:
+            return True
+    return False

@@ -34,6 +34,7 @@ def order_for(recipe: Recipe, situation: Situation, root: str, epoch: int) -> Or
         evaluate=_evaluation_due(situation, recipe.train),
         recent=_recent(situation.steps_before(target or 0)),
         accepted_spikes=tuple(situation.accepted_spikes),
+        doubted_steps=tuple(sorted(situation.doubted)),
     )
 
 

@@ -27,6 +27,9 @@ class Supervision:
     lock: RunLock
     log: EventLog
     stop: StopRequest
+    launched: bool = False
+    """Whether torchrun or Slurm has started every rank of the run: how many there are, and on which devices, is theirs
+    to say."""
 
     def append(self, event: Event, *, role: str, chip: str | None = None) -> AnyEvent:
         """Record an event of a role."""

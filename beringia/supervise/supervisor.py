@@ -19,7 +19,7 @@ from beringia.supervise.chip_command import chip_command
 from beringia.supervise.follower import follow, lead, rank_in
 from beringia.supervise.greeting import greet_later_chips
 from beringia.supervise.learner import Learner, stopped
-from beringia.supervise.meeting import meeting_other_ranks
+from beringia.supervise.meeting import job_name, meeting_other_ranks
 from beringia.supervise.role import Role
 from beringia.supervise.run_files import taking_run
 from beringia.supervise.stop_request import StopRequest, stopping_on_signals
@@ -55,7 +55,14 @@ def supervise(
         try:
             with stopping_on_signals() as stop:
                 supervision = Supervision(
-                    taken.recipe, taken.recipe_hash, taken.owner, run, taken.lock, taken.log, stop
+                    taken.recipe,
+                    taken.recipe_hash,
+                    taken.owner,
+                    run,
+                    taken.lock,
+                    taken.log,
+                    stop,
+                    launched=job_name() is not None,
                 )
                 return _carry(supervision, beside)
         finally:

@@ -74,6 +74,8 @@ class WorkerLife:
         order = order_for(recipe, self._situation, self._root.root, self._epoch)
         identity = self._supervision.owner.run_identity
         self._order = order.model_copy(update={"recipe_hash": self._supervision.recipe_hash, "run_identity": identity})
+        if self._supervision.launched:  # numbers of devices are those of one machine, and ranks may be on several
+            self._order = self._order.model_copy(update={"excluded_devices": ()})
         self._tell_idle_devices(self._order.ranks)
         lead(self._run, self._order)
         try:
@@ -126,7 +128,11 @@ class WorkerLife:
     def _tell_idle_devices(self, used: int) -> None:
         excluded, batch = self._situation.excluded, self._recipe.train.batch
         left = self._recipe.chips[self._label].ranks - len(excluded)
-        if excluded and used < left:
+        if excluded and self._supervision.launched:
+            asked = f"without device {', '.join(map(str, sorted(excluded)))}"
+            reason = "torchrun or Slurm has started the ranks, each on the device that it has there"
+            self._append(Fallback(what="devices", asked=asked, used="the launcher's", reason=reason))
+        elif excluded and used < left:
             reason = f"no more of them share a batch of {batch} evenly; the others stand idle"
             self._append(Fallback(what="ranks", asked=f"{left} devices that are left", used=str(used), reason=reason))
 

@@ -115,7 +115,7 @@ def _perturbed(trainer: Trainer, roundoff: float, seed: int) -> Iterator[None]:
     """Move each weight by a random relative error up to `roundoff` for one forward and backward pass."""
     parameters = [sharding.local(parameter) for parameter in trainer.decoder.parameters()]
     saved = [parameter.detach().clone() for parameter in parameters]
-    generator = torch.Generator().manual_seed(trainer.recipe.seed * 1_000_003 + trainer.step * 101 + seed)
+    generator = torch.Generator().manual_seed((trainer.recipe.seed * 1_000_003 + trainer.step * 101 + seed) % 2**64)
     with torch.no_grad():
         for parameter in parameters:
             relative = torch.empty(parameter.shape).uniform_(-roundoff, roundoff, generator=generator)

@@ -34,10 +34,10 @@ class CrossEntropy(Objective):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        main = Term(LOSS, rise=LEAST_RISE)
+        main = Term(LOSS, rise=LEAST_RISE, nats=True)
         if self.mtp_weight == 0.0:
             return (main,)
-        return (main, Term(MTP_LOSS, self.mtp_weight, LEAST_RISE, ahead=True))
+        return (main, Term(MTP_LOSS, self.mtp_weight, LEAST_RISE, ahead=True, nats=True))
 
     def sums(self, logits_BTV: torch.Tensor, targets: Targets) -> Sums:
         return {LOSS: cross_entropy_sum(logits_BTV, targets["labels_BT"])}

@@ -49,6 +49,8 @@ class Term:
     that it is finite is checked of every term."""
     ahead: bool = False
     """Whether it is of the multi-token layer's predictions."""
+    nats: bool = False
+    """Whether it is a cross-entropy over the vocabulary, in nats: what guessing costs is known."""
 
 
 class Objective(ABC):

@@ -37,12 +37,14 @@ from beringia.train.canary import Replay, run_canary
 from beringia.train.compile_cache import CompileCache
 from beringia.train.compute import UNIT_ROUNDOFF, choose_compute_dtype, reason_not_to_compile
 from beringia.train.cross_entropy import CrossEntropy
+from beringia.train.divergence import beyond_judging, divergence
 from beringia.train.evaluation import evaluate
 from beringia.train.guard import Guard
+from beringia.train.guard.check import GRADIENT
 from beringia.train.reporting import Reporting
 from beringia.train.saving import Saving
 from beringia.train.state import adopt_progress, check_progress, live_tensors, progress_of
-from beringia.train.trainer import Trainer, finite
+from beringia.train.trainer import StepResult, Trainer, finite
 
 End = Literal["done", "stopped", "alarm", "refused"]
 
@@ -192,7 +194,7 @@ class Session:
         size = tokenizer.vocabulary_size if model.preset is not None else None
         decoder = load_model(model.path or model.preset or "", seed=self.recipe.seed, vocabulary_size=size)
         check_vocabulary(tokenizer, decoder.config.vocab_size)
-        length, room = self.recipe.data.sequence_length, decoder.config.max_position_embeddings
+        length, room = self.recipe.data.sequence_length, decoder.config.context_tokens
         if length > room and self.ranks.first:
             reason = f"the model says that it has {room} positions: whoever runs it elsewhere may use no more of them"
             self._fall_back("sequence length", f"at most {room}", f"data.sequence_length = {length}", reason)
@@ -351,8 +353,9 @@ class Session:
             self._evaluate()
         while trainer.step < self.recipe.train.last_step:
             self._check_stop()
-            self._report(trainer)
-            if self._alarmed():
+            if self._diverges():
+                return "alarm"
+            if self._alarmed(self._report(trainer)):
                 return "alarm"
             self.saving.trust(trainer.guard)
             self.saving.collect()
@@ -363,7 +366,7 @@ class Session:
         if self._agree(self.channel.stop_requested.is_set()):
             raise StopRequested
 
-    def _report(self, trainer: Trainer) -> None:
+    def _report(self, trainer: Trainer) -> StepResult:
         result = trainer.train_step()
         self.channel.beat()
         if self.ranks.first:
@@ -380,9 +383,10 @@ class Session:
                     guard_seconds=result.guard_seconds,
                 )
             )
+        return result
 
-    def _alarmed(self) -> bool:
-        """Report what the guard found; whether anything is an alarm."""
+    def _alarmed(self, result: StepResult) -> bool:
+        """Report what the guard found in a step; whether anything is an alarm."""
         guard = self.trainer.guard
         if guard is None:
             return False
@@ -391,9 +395,26 @@ class Session:
         if spikes:
             # A spike alone says little: whether every layer computes rightly comes first, so that it is acted upon.
             events = [*(event for event in events if event not in spikes), *self._check_all_sites(), *spikes]
+        doubtful = beyond_judging(self.trainer, dict(result.numbers) | {GRADIENT: result.gradient_norm}) is not None
         for event in events:
-            self.channel.event(event)
+            is_doubtful = doubtful and isinstance(event, Alarm) and event not in spikes
+            self.channel.event(event.model_copy(update={"doubtful": True}) if is_doubtful else event)
         return any(isinstance(event, Alarm) for event in events)
+
+    def _diverges(self) -> bool:
+        """Whether the step that is due, for which the run went back, is beyond judging wherever it is computed.
+        Reported is that, or which layer computes wrongly and may have led there."""
+        step = self.trainer.step + 1
+        found = divergence(self.trainer, self.channel.beat) if step in self.order.doubted_steps else None
+        if found is None:
+            return False
+        alarms = [event for event in self._check_all_sites() if isinstance(event, Alarm)] if found.layers_judged else []
+        wrong = [alarm for alarm in alarms if alarm.value is not None]
+        for event in wrong:
+            self.channel.event(event)
+        if not self._agree(bool(wrong)) and self.ranks.first:
+            self.channel.event(found.alarm(step))
+        return True
 
     def _check_all_sites(self) -> list[CheckDone | Alarm]:
         """What the guard finds at every site with the weights as they are."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from beringia.processes.ranks import Ranks
 from beringia.records.recipe import Recipe
 from beringia.train.clipping import Clipping
 from beringia.train.guard import Guard
+from beringia.train.guard.check import GRADIENT
 from beringia.train.objective import LOSS, MTP_LOSS, Objective
 from beringia.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from beringia.train.sharding import Sharding, shard, sum_over_ranks, without_gradient_sync
@@ -137,16 +138,49 @@ class Trainer:
         with self.while_computing():
             self._accumulate_gradients()
         self.guard.gradients_ready()
+        self._forget_pass()
+
+    def _forget_pass(self) -> None:
+        """What a forward and backward pass left behind that no update follows."""
         self.optimizer.zero_grad(set_to_none=True)
         for count in self.decoder.expert_counts().values():
             count.zero_()
 
     def batches(self) -> list[Batch]:
         """This rank's share of the step that is due, one batch for each accumulation step."""
+        return [self.stream.samples(start, count) for start, count in self._shares()]
+
+    def _shares(self) -> list[tuple[int, int]]:
+        """First sample and number of samples of each of them."""
         train = self.recipe.train
         count = train.batch // (train.accumulate * self.ranks.count)
-        starts = (self.cursor + (part * self.ranks.count + self.ranks.rank) * count for part in range(train.accumulate))
-        return [self.stream.samples(start, count) for start in starts]
+        parts = range(train.accumulate)
+        return [(self.cursor + (part * self.ranks.count + self.ranks.rank) * count, count) for part in parts]
+
+    @property
+    def number_names(self) -> tuple[str, ...]:
+        """Of what `numbers_of` gives."""
+        return (*(term.name for term in self.objective.terms), GRADIENT)
+
+    def counts(self) -> dict[str, int]:
+        """Targets of each term in the step that is due, over all ranks, 1 where there are none: what sums are divided
+        by."""
+        return self._count([self.objective.targets(batch) for batch in self.batches()])
+
+    def samples(self) -> Iterator[Batch]:
+        """This rank's share of the step that is due, one by one."""
+        for start, count in self._shares():
+            for number in range(start, start + count):
+                yield self.stream.samples(number, 1)
+
+    def numbers_of(self, batch: Batch, counts: Mapping[str, int]) -> dict[str, float]:
+        """What some rows are of a step with these counts, with the weights as they are: their part of the objective's
+        terms, and the norm of their gradient (with that of the other ranks' rows). The gradient is dropped again."""
+        means_N = self._backward(batch, self.objective.targets(batch), counts)
+        norm, _ = self._clipping.clip()
+        self._forget_pass()
+        values = torch.cat((means_N, norm.reshape(1).to(means_N.dtype))).tolist()
+        return dict(zip(self.number_names, values, strict=True))
 
     def _accumulate_gradients(self) -> torch.Tensor:
         """Gradients of the objective over all targets of all ranks. Returns its terms' global means, float32."""

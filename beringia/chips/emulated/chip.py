@@ -18,7 +18,7 @@ import torch
 
 from beringia.chips.arithmetic.products import Fidelity
 from beringia.chips.arithmetic.profile import Format, Profile, read_profile
-from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory
+from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Opening
 from beringia.chips.cpu import classify_cpu, host_memory, make_repeatable
 from beringia.chips.emulated import device, kernels
 from beringia.chips.emulated import faults as planted
@@ -90,6 +90,7 @@ class EmulatedChip(Chip):
             kernels.kernels_of(profile, fidelity), [*kernels.results_of(profile), *self._faults.interposers()]
         )
         self._identity = _identity(profile, fidelity, faults)
+        self.opening = Opening(index, faults, seed, remembers=memory is not None)
         EmulatedChip._open = self
 
     @property

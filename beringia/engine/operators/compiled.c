@@ -4,14 +4,18 @@ weights a product rounds its activations to bfloat16, as matrix units do; sums a
 Weights lie in panels of 16 outputs, k after k, so that a vector holds 16 outputs and nothing is summed across lanes:
 an output is the sum over k in order, whatever other rows and outputs are computed beside it. Attention takes a
 sequence's tokens 32 at a time from the first one. So a row's result depends on nothing but that row: the same bits
-alone and in any batch, as a whole prompt and in chunks. */
+alone and in any batch, as a whole prompt and in chunks.
+
+NaN, infinities, subnormal and the largest numbers come out as in IEEE 754 arithmetic, as torch's operators have them: no
+comparison may drop a NaN, and nothing may overflow that is no part of the result. */
+#include <float.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -24,7 +28,6 @@ alone and in any batch, as a whole prompt and in chunks. */
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 INLINE vec load(const float *from) { vec x; memcpy(&x, from, sizeof x); return x; }
 INLINE void store(float *to, vec x) { memcpy(to, &x, sizeof x); }
@@ -45,7 +48,14 @@ INLINE uint16_t narrowed(float x) { /* round to nearest, ties to even */
 #define REACH(x, by) __builtin_shufflevector(x, x, (0 + by) % 16, (1 + by) % 16, (2 + by) % 16, (3 + by) % 16, (4 + by) % 16, \
   (5 + by) % 16, (6 + by) % 16, (7 + by) % 16, (8 + by) % 16, (9 + by) % 16, (10 + by) % 16, (11 + by) % 16,           \
   (12 + by) % 16, (13 + by) % 16, (14 + by) % 16, (15 + by) % 16)
+/* The second where either is a NaN. */
+#ifdef __AVX512F__
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
+INLINE vec smaller(vec a, vec b) { return choose(a < b, a, b); }
+#endif
 INLINE float largest(vec x) {
   x = larger(x, REACH(x, 8));
   x = larger(x, REACH(x, 4));
@@ -59,13 +69,21 @@ INLINE float total(vec x) {
   return (x + REACH(x, 1))[0];
 }
 
-/* e^x within 2 units in the last place between -87 and 88, outside the value at the nearer end: after the constants of
-   Cephes' expf (S. L. Moshier, netlib.org/cephes). */
+/* x 2^n, rounded once where it is subnormal, and infinite where it is too large. */
+INLINE vec scaled(vec x, vec n) {
+#ifdef __AVX512F__
+  return (vec)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  ints whole = __builtin_convertvector(n, ints), half = whole >> 1; /* 2^n itself may be no number of the format */
+  return x * (vec)((half + 127) << 23) * (vec)((whole - half + 127) << 23);
+#endif
+}
+
+/* e^x within 2 units in the last place, and below 2^-126 within 2^-149; 0 and infinity where float32 ends, NaN of NaN.
+   After the constants of Cephes' expf (S. L. Moshier, netlib.org/cephes). */
 INLINE vec exponential(vec x) {
-  x = choose(x > all(-87.0f), x, all(-87.0f));
-  x = choose(x < all(88.0f), x, all(88.0f));
-  vec shifted = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to an integer in the lowest bits */
-  vec n = shifted - 12582912.0f;
+  x = smaller(all(89.0f), larger(all(-104.0f), x)); /* e^-104 rounds to 0, e^89 is infinite; a NaN stays */
+  vec n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
   vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vec p = all(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -73,8 +91,7 @@ INLINE vec exponential(vec x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return p * (vec)(((ints)shifted - 0x4B400000 + 127) << 23);
+  return scaled(p * (r * r) + r + 1.0f, n);
 }
 
 /* ---- threads: OpenMP's take 40 microseconds to wake where they wait passively, as long as a whole operator here */
@@ -194,6 +211,7 @@ typedef struct {
   const void *x;      /* float32, or pairs of bfloat16 where the weights are pairs; steps count either */
   const char *weight; /* panels */
   const float *bias;  /* or NULL */
+  const uint32_t *delicate; /* whether a row of pairs is; NULL without pairs */
   int64_t out_step, x_step, rows, n, k;
   int narrow, adds;
   int64_t ahead;      /* bytes from a panel to the one that is multiplied with later, and is fetched meanwhile; or 0 */
@@ -214,13 +232,17 @@ INLINE void finish(const product *p, int64_t row, int64_t first, vec sum) {
 }
 
 /* sum + x[even k] weight[even k] + x[odd k] weight[odd k] */
+INLINE vec add_pair_exactly(vec sum, uint32_t x, words weight) {
+  words pair = x - (words){};
+  sum += even_of(pair) * even_of(weight);
+  return sum + odd_of(pair) * odd_of(weight);
+}
+
 INLINE vec add_pair(vec sum, uint32_t x, words weight) {
 #ifdef __AVX512BF16__
   return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)weight);
 #else
-  words pair = x - (words){};
-  sum += even_of(pair) * even_of(weight);
-  return sum + odd_of(pair) * odd_of(weight);
+  return add_pair_exactly(sum, x, weight);
 #endif
 }
 
@@ -231,8 +253,8 @@ INLINE vec add_pair(vec sum, uint32_t x, words weight) {
     for (int j = 0; j < PANELS; j++) __builtin_prefetch(weight + p->ahead + (j * deep + k) * sizeof(vec));    \
   }
 
-#define DEFINE_TILE(ROWS, PANELS)                                                                             \
-  static void tile_##ROWS##_##PANELS(const product *p, int64_t row, int64_t panel) {                          \
+#define DEFINE_TILE(NAME, ROWS, PANELS, ADD_PAIR)                                                             \
+  static void NAME(const product *p, int64_t row, int64_t panel) {                                            \
     /* The tiles of a panel fetch a share each of the lines that come later. */                               \
     const int64_t tiles = (p->rows + 7) / 8, own = row / 8;                                                   \
     int64_t until = p->ahead ? own : INT64_MAX;                                                               \
@@ -246,7 +268,7 @@ INLINE vec add_pair(vec sum, uint32_t x, words weight) {
         _Pragma("GCC unroll 8") for (int j = 0; j < PANELS; j++) {                                            \
           words column = ((const words *)weight)[j * deep + k];                                               \
           _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++)                                              \
-            sum[i][j] = add_pair(sum[i][j], x[i * step + k], column);                                         \
+            sum[i][j] = ADD_PAIR(sum[i][j], x[i * step + k], column);                                         \
         }                                                                                                     \
       }                                                                                                       \
     } else {                                                                                                  \
@@ -262,35 +284,60 @@ INLINE vec add_pair(vec sum, uint32_t x, words weight) {
     for (int i = 0; i < ROWS; i++)                                                                            \
       for (int j = 0; j < PANELS; j++) finish(p, row + i, (panel + j) * LANES, sum[i][j]);                    \
   }
-DEFINE_TILE(8, 3)
-DEFINE_TILE(8, 2)
-DEFINE_TILE(8, 1)
-DEFINE_TILE(4, 4)
-DEFINE_TILE(4, 1)
-DEFINE_TILE(1, 4)
-DEFINE_TILE(1, 1)
+DEFINE_TILE(tile_8_3, 8, 3, add_pair)
+DEFINE_TILE(tile_8_2, 8, 2, add_pair)
+DEFINE_TILE(tile_8_1, 8, 1, add_pair)
+DEFINE_TILE(tile_4_4, 4, 4, add_pair)
+DEFINE_TILE(tile_4_1, 4, 1, add_pair)
+DEFINE_TILE(tile_1_4, 1, 4, add_pair)
+DEFINE_TILE(tile_1_1, 1, 1, add_pair)
+DEFINE_TILE(exact_tile_1_4, 1, 4, add_pair_exactly)
+DEFINE_TILE(exact_tile_1_1, 1, 1, add_pair_exactly)
 
 #define CHUNK 6 /* panels that one task computes for all rows, so that weights are read once */
+
+INLINE int any_delicate(const product *p, int64_t row, int64_t count) {
+  for (int64_t i = 0; p->delicate && i < count; i++)
+    if (p->delicate[row + i]) return 1;
+  return 0;
+}
+
+static void multiply_exactly(const product *p, int64_t row, int64_t panel, int64_t end) {
+  for (; panel + 4 <= end; panel += 4) exact_tile_1_4(p, row, panel);
+  for (; panel < end; panel++) exact_tile_1_1(p, row, panel);
+}
+
+INLINE void multiply_rows(const product *p, int64_t row, int64_t last, int64_t panel, int64_t end) {
+  for (; row < last; row++) {
+    int64_t j = panel;
+    if (any_delicate(p, row, 1)) {
+      multiply_exactly(p, row, panel, end);
+      continue;
+    }
+    for (; j + 4 <= end; j += 4) tile_1_4(p, row, j);
+    for (; j < end; j++) tile_1_1(p, row, j);
+  }
+}
 
 static void multiply_chunk(const product *p, int64_t panel) {
   int64_t panels = (p->n + LANES - 1) / LANES, end = panel + CHUNK < panels ? panel + CHUNK : panels;
   int64_t row = 0;
   for (; row + 8 <= p->rows; row += 8) {
     int64_t j = panel;
+    if (any_delicate(p, row, 8)) {
+      multiply_rows(p, row, row + 8, panel, end);
+      continue;
+    }
     for (; j + 3 <= end; j += 3) tile_8_3(p, row, j);
     for (; j + 2 <= end; j += 2) tile_8_2(p, row, j);
     if (j < end) tile_8_1(p, row, j);
   }
-  for (; row + 4 <= p->rows; row += 4) {
+  for (; row + 4 <= p->rows && !any_delicate(p, row, 4); row += 4) {
     int64_t j = panel;
     for (; j + 4 <= end; j += 4) tile_4_4(p, row, j);
     for (; j < end; j++) tile_4_1(p, row, j);
   }
-  for (; row < p->rows; row++) {
-    int64_t j = panel;
-    for (; j + 4 <= end; j += 4) tile_1_4(p, row, j);
-    for (; j < end; j++) tile_1_1(p, row, j);
-  }
+  multiply_rows(p, row, p->rows, panel, end);
 }
 
 INLINE int64_t chunks_of(int64_t n) { return (n + CHUNK * LANES - 1) / (CHUNK * LANES); }
@@ -313,23 +360,62 @@ INLINE int64_t weight_bytes(int64_t n, int64_t k, int narrow) {
   return (n + LANES - 1) / LANES * panel_bytes(k, narrow);
 }
 
-/* Rows as pairs of bfloat16, filled up with a zero. May be done in place. */
-static void to_pairs(uint32_t *to, const float *x, int64_t k) {
+#ifdef __AVX512BF16__
+/* The instructions for bfloat16 take subnormal numbers for zeros. What a sum of k terms loses by it is below k 2^-100,
+   unless its row has subnormals itself, or numbers of 2^26 and more, beside which a subnormal weight may count. Such a
+   delicate row is multiplied without them. */
+INLINE uint16_t first_lanes(int64_t count) {
+  return count < LANES ? (uint16_t)((1 << (count > 0 ? count : 0)) - 1) : 0xffff;
+}
+INLINE vec load_first(const float *from, int64_t count) { return (vec)_mm512_maskz_loadu_ps(first_lanes(count), from); }
+
+static int is_delicate(const float *x, int64_t k) {
+  const uint32_t smallest = 0x00800000, large = 0x4c800000; /* 2^-126, 2^26 */
+  ints found = {};
+  for (int64_t i = 0; i < k; i += LANES) {
+    words size = (words)load_first(x + i, k - i) & 0x7fffffff;
+    found |= (size - smallest >= large - smallest) & (size != 0);
+  }
+  return largest((vec)(found & (ints)all(1.0f))) > 0;
+}
+
+INLINE void narrow_row(uint32_t *to, const float *x, int64_t k) {
+  for (int64_t i = 0; i < k; i += 2 * LANES) {
+    vec low = load_first(x + i, k - i), high = load_first(x + i + LANES, k - i - LANES);
+    __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    _mm512_mask_storeu_epi32(to + i / 2, first_lanes((k - i + 1) / 2), pairs);
+  }
+}
+#endif
+
+/* A row as pairs of bfloat16, filled up with a zero; may be done in place. Returns whether it is delicate. */
+static uint32_t to_pairs(uint32_t *to, const float *x, int64_t k) {
+#ifdef __AVX512BF16__
+  const int delicate = is_delicate(x, k);
+  if (!delicate) {
+    narrow_row(to, x, k);
+    return 0;
+  }
+#else
+  const int delicate = 0;
+#endif
   for (int64_t i = 0; i < k / 2; i++) to[i] = narrowed(x[2 * i]) | (uint32_t)narrowed(x[2 * i + 1]) << 16;
   if (k % 2) to[k / 2] = narrowed(x[k - 1]);
+  return delicate;
 }
 
 typedef struct {
   product all;
   const float *x;
-  uint32_t *pairs;
+  uint32_t *pairs, *delicate;
   int64_t x_step, out_group, x_group, weight_group, chunks, pieces;
 } grouped_product;
 
 static void pairs_task(const void *context, int64_t row) { /* one row of one group */
   const grouped_product *g = context;
   int64_t group = row / g->all.rows, deep = (g->all.k + 1) / 2;
-  to_pairs(g->pairs + row * deep, g->x + group * g->x_group + row % g->all.rows * g->x_step, g->all.k);
+  const float *x = g->x + group * g->x_group + row % g->all.rows * g->x_step;
+  g->delicate[row] = to_pairs(g->pairs + row * deep, x, g->all.k);
 }
 
 static void linear_task(const void *context, int64_t number) {
@@ -339,18 +425,20 @@ static void linear_task(const void *context, int64_t number) {
   p.out += group * g->out_group;
   p.x = g->pairs ? (const void *)(g->pairs + group * p.rows * p.x_step) : (const void *)(g->x + group * g->x_group);
   p.weight += group * g->weight_group;
+  if (g->pairs) p.delicate = g->delicate + group * p.rows;
   multiply_chunks(&p, piece * g->chunks / g->pieces, (piece + 1) * g->chunks / g->pieces);
 }
 
 /* `groups` products beside each other: group g reads x from g * x_group on and writes out from g * out_group on. With
-   bfloat16 weights `pairs` holds groups rows (k + 1) / 2 words, else it is NULL. */
+   bfloat16 weights `pairs` holds groups rows ((k + 1) / 2 + 1) words, else it is NULL. */
 void linear(float *out, int64_t out_step, int64_t out_group, const float *x, int64_t x_step, int64_t x_group,
             const void *weight, const float *bias, uint32_t *pairs, int64_t groups, int64_t rows, int64_t n, int64_t k,
             int64_t adds) {
   const int narrow = pairs != NULL;
+  uint32_t *delicate = narrow ? pairs + groups * rows * ((k + 1) / 2) : NULL;
   const grouped_product g = {
-      {out, NULL, weight, bias, out_step, narrow ? (k + 1) / 2 : x_step, rows, n, k, narrow, adds, 0},
-      x, pairs, x_step, out_group, x_group, weight_bytes(n, k, narrow), chunks_of(n), pieces_of(chunks_of(n))};
+      {out, NULL, weight, bias, NULL, out_step, narrow ? (k + 1) / 2 : x_step, rows, n, k, narrow, adds, 0},
+      x, pairs, delicate, x_step, out_group, x_group, weight_bytes(n, k, narrow), chunks_of(n), pieces_of(chunks_of(n))};
   if (narrow) in_parallel(pairs_task, &g, groups * rows, groups * rows * k * 4);
   in_parallel(linear_task, &g, groups * g.pieces, groups * rows * n * k);
 }
@@ -492,6 +580,7 @@ void weigh(float *weights, const float *scores, const int64_t *chosen_of, int64_
 typedef struct {
   const char *gate_up, *down;
   float *x_in, *both, *gated, *x_out, *factor;
+  uint32_t *delicate;
   const int64_t *end; /* of each expert's places */
   int64_t hidden, width, narrow;
 } mixture;
@@ -502,25 +591,30 @@ static void expert_task(const void *context, int64_t e) {
   const int narrow = m->narrow;
   if (!count) return;
   float *x_in = m->x_in + first * hidden, *both = m->both + first * 2 * width, *gated = m->gated + first * width;
-  for (int64_t row = 0; narrow && row < count; row++) to_pairs((uint32_t *)x_in + row * hidden, x_in + row * hidden, hidden);
-  product into = {both, x_in, m->gate_up + e * weight_bytes(2 * width, hidden, narrow), NULL,
+  uint32_t *delicate = narrow ? m->delicate + first : NULL;
+  for (int64_t row = 0; narrow && row < count; row++)
+    delicate[row] = to_pairs((uint32_t *)x_in + row * hidden, x_in + row * hidden, hidden);
+  product into = {both, x_in, m->gate_up + e * weight_bytes(2 * width, hidden, narrow), NULL, delicate,
                   2 * width, hidden, count, 2 * width, hidden, narrow, 0, 0};
   multiply_chunks(&into, 0, chunks_of(into.n));
   gate_rows(gated, both, 2 * width, count, width, m->factor + first);
-  for (int64_t row = 0; narrow && row < count; row++) to_pairs((uint32_t *)gated + row * width, gated + row * width, width);
-  product back = {m->x_out + first * hidden, gated, m->down + e * weight_bytes(hidden, width, narrow), NULL,
+  for (int64_t row = 0; narrow && row < count; row++)
+    delicate[row] = to_pairs((uint32_t *)gated + row * width, gated + row * width, width);
+  product back = {m->x_out + first * hidden, gated, m->down + e * weight_bytes(hidden, width, narrow), NULL, delicate,
                   hidden, width, count, hidden, width, narrow, 0, 0};
   multiply_chunks(&back, 0, chunks_of(back.n));
 }
 
-/* `scratch` holds rows chosen (3 width + 2 hidden + 1) floats, `order` rows chosen + experts + 1 integers. */
+/* `scratch` holds rows chosen (3 width + 2 hidden + 2) floats, `order` rows chosen + experts + 1 integers. */
 void experts(float *out, const float *x, const int64_t *expert_of, const float *weight_of, const void *gate_up,
              const void *down, float *scratch, int64_t *order, int64_t rows, int64_t chosen, int64_t num_experts,
              int64_t hidden, int64_t width, int64_t narrow) {
   const int64_t places = rows * chosen;
   int64_t *end = order + places;
   float *both = scratch + places * hidden, *gated = both + places * 2 * width, *x_out = gated + places * width;
-  const mixture m = {gate_up, down, scratch, both, gated, x_out, x_out + places * hidden, end, hidden, width, narrow};
+  float *factor = x_out + places * hidden;
+  uint32_t *delicate = (uint32_t *)(factor + places);
+  const mixture m = {gate_up, down, scratch, both, gated, x_out, factor, delicate, end, hidden, width, narrow};
   memset(end, 0, 8 * (num_experts + 1));
   for (int64_t i = 0; i < places; i++) end[expert_of[i] + 1]++;
   for (int64_t e = 0; e < num_experts; e++) end[e + 1] += end[e];
@@ -607,13 +701,16 @@ static void copy_numbers(float *to, const char *cache, int64_t from, int64_t cou
 }
 
 /* Up to MOST_HEADS heads of one group for one row: softmax over TOKENS tokens at a time with a running maximum (arXiv
-   1805.02867). */
-static void attend_heads(const attention *a, int64_t row, int64_t group, int64_t first, int64_t heads) {
+   1805.02867). Where that is not finite, which also a sum can be whose mean is, `again` is called with the maxima and sums
+   found: shares are divided by their sum before they are multiplied with values, as in a plain softmax. Returns whether
+   all is finite. */
+static int attend_heads(const attention *a, int64_t row, int64_t group, int64_t first, int64_t heads, float *most,
+                        float *sums, int again) {
   const int64_t key_padded = PADDED(a->key_width), value_padded = PADDED(a->value_width);
   /* Rows that are whole vectors are read where they are; others are copied and filled up with zeros. */
   const int in_place = !a->narrow && key_padded == a->key_width && value_padded == a->value_width;
   /* Side by side, not in rows of WIDEST: at steps of 4 KiB all of them would meet in the same lines of the cache. */
-  float queries[MOST_HEADS * WIDEST], outs[MOST_HEADS * WIDEST], most[MOST_HEADS], sums[MOST_HEADS];
+  float queries[MOST_HEADS * WIDEST], outs[MOST_HEADS * WIDEST];
   float key_copy[TOKENS * WIDEST], value_copy[TOKENS * WIDEST];
   const float *keys[TOKENS], *values[TOKENS];
   const int64_t *table = a->tables + a->sequence_of[row] * a->table_step;
@@ -623,8 +720,7 @@ static void attend_heads(const attention *a, int64_t row, int64_t group, int64_t
     float *q = queries + h * key_padded;
     for (int64_t d = 0; d < key_padded; d++) q[d] = d < a->key_width ? from[d] * a->scale : 0.0f;
     memset(outs + h * value_padded, 0, 4 * value_padded);
-    most[h] = -INFINITY;
-    sums[h] = 0;
+    if (!again) most[h] = -INFINITY, sums[h] = 0;
   }
   for (int64_t i = 0; i < TOKENS && !in_place; i++) {
     memset(key_copy + i * key_padded + a->key_width, 0, 4 * (key_padded - a->key_width));
@@ -659,27 +755,38 @@ static void attend_heads(const attention *a, int64_t row, int64_t group, int64_t
       }
       const float before = most[h], highest = largest(now);
       most[h] = highest > before ? highest : before;
+      /* So far all may be minus infinity, which counts nothing beside what comes. */
+      const float least = most[h] > -INFINITY ? most[h] : 0.0f;
       for (int64_t part = 0; part < parts; part++) {
-        vec one = (vec)((ints)exponential(scores[part] - most[h]) & (scores[part] > all(-INFINITY)));
+        vec one = exponential(scores[part] - least);
+        if (again) one /= sums[h];
         store(p + part * LANES, one);
         p_sum += one;
       }
-      float shrink = exponential(all(before - most[h]))[0];
-      sums[h] = sums[h] * shrink + total(p_sum);
+      float shrink = exponential(all(before - least))[0];
+      if (!again) sums[h] = sums[h] * shrink + total(p_sum);
       add_values(outs + h * value_padded, values, p, count, value_padded, shrink);
     }
   }
+  int32_t finite = 1;
   for (int64_t h = 0; h < heads; h++) {
     float *to = a->out + row * a->out_step + (group * a->heads + first + h) * a->value_width;
-    for (int64_t d = 0; d < a->value_width; d++) to[d] = outs[h * value_padded + d] / sums[h];
+    for (int64_t d = 0; d < a->value_width; d++) {
+      to[d] = outs[h * value_padded + d] / (again ? 1.0f : sums[h]);
+      finite &= fabsf(to[d]) <= FLT_MAX;
+    }
   }
+  return finite;
 }
 
 static void attend_task(const void *context, int64_t number) {
   const attention *a = context;
   const int64_t parts = (a->heads + MOST_HEADS - 1) / MOST_HEADS;
-  int64_t first = number % parts * MOST_HEADS, left = a->heads - first;
-  attend_heads(a, number / parts / a->groups, number / parts % a->groups, first, left < MOST_HEADS ? left : MOST_HEADS);
+  const int64_t first = number % parts * MOST_HEADS, left = a->heads - first;
+  const int64_t heads = left < MOST_HEADS ? left : MOST_HEADS;
+  const int64_t row = number / parts / a->groups, group = number / parts % a->groups;
+  float most[MOST_HEADS], sums[MOST_HEADS];
+  if (!attend_heads(a, row, group, first, heads, most, sums, 0)) attend_heads(a, row, group, first, heads, most, sums, 1);
 }
 
 void attend(float *out, int64_t out_step, const float *q, int64_t q_step, const void *cache, int64_t block_tokens,

@@ -131,10 +131,10 @@ class Compiled(Operators):
         return out
 
     def _pairs(self, weight: Panels, groups: int, rows: int) -> int | None:
-        """Where C writes activations in bfloat16; the same memory each time."""
+        """Where C writes activations in bfloat16, and a word about each row; the same memory each time."""
         if not weight.narrow:
             return None
-        wanted = groups * rows * -(-weight.shape[-1] // 2)
+        wanted = groups * rows * (-(-weight.shape[-1] // 2) + 1)
         if self._words.numel() < wanted:
             self._words = torch.empty(wanted, dtype=torch.int32)
         return self._words.data_ptr()
@@ -210,7 +210,7 @@ class Compiled(Operators):
         num_experts, hidden, width = down_EDF.shape
         places = chosen_MA.numel()
         out_MD = torch.empty(x_MD.shape)
-        scratch = torch.empty(places * (2 * hidden + 3 * width + 1))
+        scratch = torch.empty(places * (2 * hidden + 3 * width + 2))
         order = torch.empty(places + num_experts + 1, dtype=torch.int64)
         self._c.experts(
             *(out_MD.data_ptr(), x_MD.data_ptr(), chosen_MA.data_ptr(), weights_MA.data_ptr()),

@@ -84,21 +84,23 @@ class InTorch(Operators):
                 q_NTH = q_MNH.new_zeros(q_MNH.shape[1], TILE, q_MNH.shape[2])
                 q_NTH[:, tile.within] = q_MNH[tile.rows].transpose(0, 1)
                 end = tile.start + TILE
-                k_GSH, v_GSV = (part[:, :end] for part in _parts(cache, tile.table_B, layout))
+                beyond_S = _outside(tile.table_B, cache, start, tile.start + tile.within.stop)
+                k_GSH, v_GSV = (part[:, :end] for part in _parts(cache, tile.table_B, layout, beyond_S))
                 hidden_TS = _hidden(tile.start, end, start, q_MNH.device)
                 found_NTV = _softmax(q_NTH, k_GSH, v_GSV, hidden_TS, scale)
                 out_MNV[tile.rows] = found_NTV[:, tile.within].transpose(0, 1)
             return out_MNV
         decoding = places.decoding
         if decoding is not None:
-            k_CGSH, v_CGSV = _parts(cache, decoding.table_CB, layout)
             hidden_CS = decoding.beyond_CS.clone()
             hidden_CS[:, :start] = True
+            k_CGSH, v_CGSV = _parts(cache, decoding.table_CB, layout, hidden_CS)
             q_CN1H = q_MNH.index_select(0, decoding.rows_C).unsqueeze(2)
             found_CN1V = _softmax(q_CN1H, k_CGSH, v_CGSV, hidden_CS[:, None, None, None], scale)
             out_MNV.index_copy_(0, decoding.rows_C, found_CN1V.squeeze(2))
         for prompt in places.prompts:
-            k_GSH, v_GSV = (part[:, : prompt.end] for part in _parts(cache, prompt.table_B, layout))
+            beyond_S = _outside(prompt.table_B, cache, start, prompt.end)
+            k_GSH, v_GSV = (part[:, : prompt.end] for part in _parts(cache, prompt.table_B, layout, beyond_S))
             q_NTH = q_MNH[prompt.rows].transpose(0, 1)
             found_NTV = _softmax(q_NTH, k_GSH, v_GSV, _hidden(prompt.start, prompt.end, start, q_MNH.device), scale)
             out_MNV[prompt.rows] = found_NTV.transpose(0, 1)
@@ -146,10 +148,21 @@ class InTorch(Operators):
         return torch.cat([operator(*tile) for tile in tiles])[:count]
 
 
-def _parts(cache: torch.Tensor, table_XB: torch.Tensor, layout: CacheLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys X G S H and values X G S V of the blocks in a table."""
+def _outside(table_B: torch.Tensor, cache: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Which tokens of a sequence's blocks are not its own."""
+    token_S = torch.arange(len(table_B) * cache.shape[1], device=cache.device)
+    return (token_S < start) | (token_S >= end)
+
+
+def _parts(
+    cache: torch.Tensor, table_XB: torch.Tensor, layout: CacheLayout, outside_XS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys X G S H and values X G S V of the blocks in a table.
+
+    What is outside a sequence is another's, or was: zeros stand there, because a NaN times a share of 0 is a NaN.
+    """
     blocks = cache.index_select(0, table_XB.flatten())
-    rows_XSW = blocks.view(*table_XB.shape[:-1], -1, blocks.shape[-1])
+    rows_XSW = blocks.view(*table_XB.shape[:-1], -1, blocks.shape[-1]).masked_fill_(outside_XS.unsqueeze(-1), 0.0)
     if layout.groups == 1:
         one = rows_XSW.unsqueeze(-3)
         return one[..., : layout.key_width], one[..., layout.value_start :][..., : layout.value_width]

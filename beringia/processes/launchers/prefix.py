@@ -24,4 +24,4 @@ def check(command: Command) -> None:
 
 def argv(command: Command) -> list[str]:
     """Prefix, interpreter, module."""
-    return [*command.launch, command.interpreter, "-m", FAR_END, command.module]
+    return [*command.launch, *command.run_python, FAR_END, command.module]

@@ -18,5 +18,5 @@ def check(command: Command) -> None:
 def argv(command: Command) -> list[str]:
     """torchrun, then the module in each of its processes."""
     (count,) = command.launch
-    runner = [command.interpreter, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    runner = [*command.run_python, "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return [*runner, "-m", FAR_END, command.module]

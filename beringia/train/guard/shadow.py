@@ -10,7 +10,8 @@ replay in the chip's storage dtype, one rounding at every operation, has the err
 (`numerics.metrics`). The noise is remembered for a site and measured again every `NOISE_VISITS` visits, and whenever
 a tensor exceeds the remembered bound. One replay is one draw of the roundings, and where a sample's gradients nearly
 cancel, draws differ by more than any factor allows for: a tensor that exceeds the bound of this very sample, too, is
-held against the largest of `CONFIRMING_REPLAYS` further draws, whose inputs are moved by up to a rounding. What exceeds
+held against the largest of `CONFIRMING_REPLAYS` further draws, whose inputs are moved by up to a
+rounding, and half of which compute attention as one kernel. What exceeds
 that by little, up to `MARGIN` times, is looked for in `CONFIRMING_SAMPLES` other samples of the step: a fault as weak
 as that, if it is not one sample's ill condition, is in most of them.
 
@@ -21,12 +22,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from beringia.model import Decoder
+from beringia.model import Decoder, fusing_attention
 from beringia.model.layers import precise
 from beringia.numerics.metrics import (
     UNIT_ROUNDOFF,
@@ -73,10 +75,18 @@ class StorageError:
 
     relative: float
     largest: float
+    gain: float = 0.0
 
     def or_larger(self, other: StorageError) -> StorageError:
         """The larger of both, each by itself."""
-        return StorageError(max(self.relative, other.relative), max(self.largest, other.largest))
+        return StorageError(
+            max(self.relative, other.relative), max(self.largest, other.largest), max(self.gain, other.gain)
+        )
+
+    @property
+    def finite(self) -> bool:
+        """Not where numbers are too large for the dtype: then nothing can be said of what a chip makes of them."""
+        return math.isfinite(self.relative)
 
 
 class Shadow:
@@ -133,6 +143,7 @@ class Shadow:
         return [
             judge_tensor(seen.site, name, seen.tensors[name], reference[name], noise[name], seen.dtype, length)
             for name in in_order(reference)
+            if noise[name].finite
         ]
 
 
@@ -149,7 +160,10 @@ def _noise(
     scale = UNIT_ROUNDOFF[seen.dtype] / UNIT_ROUNDOFF[dtype]
     rounded = seen.replay(replica, dtype, change)
     errors = {name: difference(rounded[name], reference[name]) for name in reference}
-    return {name: StorageError(scale * error.relative, scale * error.largest) for name, error in errors.items()}
+    return {
+        name: StorageError(scale * error.relative, scale * error.largest, scale * abs(error.gain))
+        for name, error in errors.items()
+    }
 
 
 def _largest_noise(
@@ -163,8 +177,9 @@ def _largest_noise(
         wide = tensor.to(REFERENCE_DTYPE[tensor.dtype])
         return wide * (1.0 + torch.empty_like(wide).uniform_(-roundoff, roundoff, generator=generator))
 
-    for _ in range(CONFIRMING_REPLAYS):
-        drawn = _noise(seen, replica, reference, move)
+    for number in range(CONFIRMING_REPLAYS):
+        with fusing_attention(replica) if number % 2 else nullcontext():
+            drawn = _noise(seen, replica, reference, move)
         noise = {name: one.or_larger(drawn[name]) for name, one in noise.items()}
     return noise
 
@@ -184,6 +199,8 @@ def judge_tensor(
     relative = max(NOISE_ALLOWED * noise.relative, floor)
     # Zero-mean errors cancel over rows; those of truncating accumulators do not.
     gain = max(relative / math.sqrt(independent_rows(reference)), floor)
+    if noise.gain > gain:  # an overflow inside (the square of a norm, say) has one sign, on the CPU too
+        gain = NOISE_ALLOWED * noise.gain
     # One element's rounding is relative to itself, the largest error to the tensor's root mean square.
     peak = _peak(reference)
     largest = max(LARGEST_ALLOWED * noise.largest, floor * peak)

