@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_runs import beringia, final_hash, of_kind, small_recipe, start, worker_of
 from waiting import until
@@ -32,6 +32,7 @@ BYTES = load_tokenizer("bytes")
 
 
 @given(weights=WEIGHTS)
+@example(weights=[19, 39, 35, 37, 1, 3])  # here the source that lacks most, taken first, leaves another 1.02 rows short
 def test_after_every_row_each_source_is_within_one_row_of_its_share(weights: list[int]) -> None:
     rows = rows_in_a_period(weights)
     order, count = interleave(rows), 2 * sum(rows)

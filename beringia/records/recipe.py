@@ -79,7 +79,7 @@ class MixSection(Record):
     chat: str | None = None
     """Chats, as `data.chat`."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Its share of the rows is this over the sum of all weights: exactly, up to one row, at every moment."""
+    """Its share of the rows is this over the sum of all weights: up to one row, at every moment."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -94,9 +94,10 @@ class DataSection(Record):
     task: str | None = None
     """`digit-sum`, `digit-product` or `digit-sort`: generated, with a checker."""
     text: str | None = None
-    """A directory of text or JSONL files, packed into token shards."""
+    """A directory (or one file) of text, JSONL or Parquet, compressed with gzip or not; packed into token shards."""
     chat: str | None = None
-    """A JSONL file or directory of chats (`messages`); the prompt is masked out of the loss."""
+    """Chats (`messages`): a JSONL or Parquet file, or a directory of them, compressed with gzip or not; the prompt is
+    masked out of the loss."""
     mix: tuple[MixSection, ...] = ()
     """Several data sets, each with a weight; what else stands here holds for all of them."""
     tokenizer: str | None = None

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-LONGEST_PERIOD = 1_000_000
-"""Rows after which the order of sources repeats: it is made once, as a table, at the start of every worker."""
+LONGEST_PERIOD = 100_000
+"""Rows after which the order of sources repeats: a table of it is made at the start of every worker (a second)."""
 
 
 def rows_in_a_period(weights: Sequence[float]) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ nothing.
 from __future__ import annotations
 
 import json
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,11 +139,15 @@ def taking_run(
 
 def _begin(recipe: Recipe, run: RunDirectory) -> Examined:
     """What a new run's recipe names, looked at and made ready."""
-    inputs = _look(recipe, run, NO_INPUTS)
+    inputs, before = _look(recipe, run, NO_INPUTS), _recorded_inputs(run)
+    if run.model.exists() and inputs.content(RUN) != before.content(RUN):
+        raise RunError(
+            f"{run.model} was left by a start with another checkpoint: remove it, or choose a new directory with --out."
+        )
     _write(run.inputs, canonical_json(inputs))  # first: it says that what else is made here is ours
     if recipe.model.run is not None:
-        shutil.rmtree(run.model, ignore_errors=True)  # of a start that was killed, perhaps of another checkpoint
-        _take_model(inputs, run)
+        if not run.model.exists():  # it appears complete: a start that was killed after that need not take it again
+            _take_model(inputs, run)
         inputs = _look(recipe, run, inputs)
     rows = None
     if recipe.train.epochs is not None:
@@ -174,7 +177,7 @@ def _look(recipe: Recipe, run: RunDirectory, known: Inputs) -> Inputs:
             if known == NO_INPUTS:
                 raise
             found[RUN] = Input(path=recipe.model.run, files=())  # not what it was: which is all that matters here
-        if run.model.exists():
+        if run.model.exists() or OWN_MODEL in known.inputs:
             found[OWN_MODEL] = look_at(OWN_MODEL, str(run.model), known.inputs.get(OWN_MODEL))
     return Inputs(inputs=found)
 
@@ -215,7 +218,7 @@ def _may_be_there(path: Path, run: RunDirectory) -> bool:
 
 def _are_inputs(run: RunDirectory) -> bool:
     try:
-        return bool(_recorded_inputs(run))
+        return run.inputs.exists() and bool(_recorded_inputs(run))
     except (RunError, OSError):
         return False
 
