@@ -153,8 +153,8 @@ def _check_same(name: str, found: ChipIdentity, wanted: ChipIdentity | None) -> 
     )
     raise InputError(
         f"{name}, open in this process, was to be certified, but a process of its own finds another chip "
-        f"({differences}): open it with the same settings and environment, or give the chip's name to certify what that "
-        "process finds."
+        f"({differences}): open it with the same settings and environment, or give the chip's name to certify what "
+        "that process finds."
     )
 
 
