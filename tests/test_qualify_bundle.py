@@ -18,7 +18,9 @@ from beringia.chips.cpu import Cpu
 from beringia.cli import main
 from beringia.errors import InputError
 from beringia.qualify.bundle import BUNDLE_SCHEMA, Bundle, BundleManifest, read_bundle, read_manifest, write_bundle
+from beringia.qualify.candidate import _replay
 from beringia.qualify.capture import CallCapture, replay
+from beringia.qualify.evidence import Probed
 from beringia.qualify.operators.watch import Call, Place
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.trace import ChosenRoutes, TraceExtent, Tracer
@@ -370,3 +372,34 @@ def test_the_calls_of_a_bundle_are_sound_on_the_machine_that_made_it(bundle: Bun
         judged = [replay(one, chip) for one in bundle.calls]
     assert all(found is None or found.used <= 1.0 for found in judged)
     assert sum(found is not None for found in judged) > 40
+
+
+# ---- from another vendor's machine
+
+
+def with_foreign_calls(bundle: Bundle, path: Path, target: Path) -> Path:
+    """Two calls of a vendor's operator, and one in a dtype that torch here does not have, among the others."""
+    entries = [entry.model_dump(mode="json") for entry in bundle.manifest.calls]
+    foreign = [
+        entries[0] | {"operator": "npu.npu_rms_norm.default"},
+        entries[1] | {"operator": "npu.npu_rms_norm.default"},
+        entries[2] | {"operator": "aten._to_copy.default", "kwargs": {"dtype": {"dtype": "hifloat8"}}},
+        entries[3] | {"operator": "aten.mm.another_overload"},
+    ]
+    return with_manifest(path, target, calls=[*foreign[:2], *entries, *foreign[2:]])
+
+
+def test_calls_of_a_vendor_s_operators_are_left_out_where_these_are_not_here_and_named(
+    bundle: Bundle, path: Path, tmp_path: Path
+) -> None:
+    found = read_bundle(with_foreign_calls(bundle, path, tmp_path / "foreign.bundle"))
+    assert [one.place for one in found.calls] == [one.place for one in bundle.calls]
+    assert found.not_here == (
+        *["npu.npu_rms_norm.default"] * 2,
+        "aten._to_copy.default in hifloat8",
+        "aten.mm.another_overload",
+    )
+    (judged, told) = (fact.result for fact in _replay(Cpu(), found) if isinstance(fact, Probed))
+    assert judged.outcome == "passed" and f"of {len(bundle.calls)} captured calls" in judged.summary
+    assert (told.outcome, told.subject) == ("told", "operators not here")
+    assert told.summary.startswith("4 captured calls were not made") and "npu.npu_rms_norm.default" in told.summary

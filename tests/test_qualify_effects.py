@@ -24,10 +24,20 @@ from beringia.qualify.effects import (
     distances,
     judge_trace,
     layer_of,
+    minus,
     power_of,
 )
 from beringia.qualify.subject import DecoderSubject
-from beringia.qualify.trace import WIDTH, ChosenRoutes, Trace, TraceExtent, Tracer, moved_by_rounding, sketch
+from beringia.qualify.trace import (
+    WIDTH,
+    ChosenRoutes,
+    Trace,
+    TraceExtent,
+    Tracer,
+    moved_by_rounding,
+    sketch,
+    sketches_of,
+)
 from beringia.records.certificate import ProbeResult
 
 BF16 = torch.bfloat16
@@ -323,3 +333,39 @@ def test_power_is_how_often_an_equal_chip_passes(batches: int) -> None:
     half = stats.t.ppf(0.95, batches - 1) * draws.std(1) / math.sqrt(batches)
     passed = (draws.mean(1).abs() + half < LOSS_MARGIN).double().mean()
     assert power_of(batches) == pytest.approx(float(passed), abs=0.08)
+
+
+# ---- infinities and NaN
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("size", [30, 3 * WIDTH])
+def test_the_same_infinities_are_no_distance_and_others_are_infinitely_far(value: float, size: int) -> None:
+    """As a model's outputs have them that masks a part of its vocabulary."""
+    x = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    x[[3, 7]] = value
+    near = x * (1 + 1e-6)
+
+    def trace(outputs: torch.Tensor) -> Trace:
+        return Trace(sketches_of("outputs/0", "outputs", outputs), torch.ones(1), torch.ones(1))
+
+    far = distances(trace(near), trace(x))["outputs", "", "0"]
+    assert 0 < far < 1e-4
+    assert distances(trace(x), trace(x))["outputs", "", "0"] == 0
+    for other in (1.0, math.inf if value != math.inf else -math.inf, math.nan if value == value else 0.0):
+        changed = x.clone()
+        changed[7] = other
+        for one, two in ((x, changed), (changed, x)):
+            assert distances(trace(one), trace(two))["outputs", "", "0"] == math.inf
+        changed[3] = other
+        assert distances(trace(x), trace(changed))["outputs", "", "0"] == math.inf
+        assert distances(trace(changed), trace(x))["outputs", "", "0"] == math.inf
+
+
+EXTREMES = st.sampled_from([math.inf, -math.inf, math.nan, 1e308, -1e308, 1.0])
+
+
+@given(EXTREMES, EXTREMES)
+def test_a_difference_is_zero_exactly_where_both_are_the_same(one: float, other: float) -> None:
+    found = float(minus(torch.tensor([one], dtype=torch.float64), torch.tensor([other], dtype=torch.float64)))
+    assert (found == 0) == (one == other or (one != one and other != other))

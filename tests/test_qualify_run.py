@@ -16,6 +16,7 @@ from certificates import certificate
 from small_runs import beringia, worker_of
 
 from beringia.chips.chip import Memory
+from beringia.chips.cpu import host_memory, taken_memory_bytes
 from beringia.errors import HandshakeError, InputError, ModelError
 from beringia.processes.command import Command
 from beringia.qualify import fitting
@@ -126,6 +127,15 @@ def test_a_model_that_does_not_fit_says_how_many_layers_would(monkeypatch: pytes
     with_memory(monkeypatch, gibibytes=0.01)
     with pytest.raises(ModelError, match="use a machine with more memory"):
         check_fits("r2-small", None)
+
+
+def test_what_other_processes_hold_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = host_memory().total_bytes
+    assert host_memory().used_bytes <= taken_memory_bytes() < total
+    check_fits("r2-nano", None)
+    monkeypatch.setattr(fitting, "taken_memory_bytes", lambda: total - 2**30)
+    with pytest.raises(ModelError, match="beside what is in use, has 1.0 GiB"):
+        check_fits("r2-nano", None)
 
 
 def with_memory(patch: pytest.MonkeyPatch, *, gibibytes: float) -> None:

@@ -188,6 +188,26 @@ def total_memory_bytes() -> int:
     return total
 
 
+def taken_memory_bytes() -> int:
+    """What all processes hold of the memory of the machine, or of the control group, and cannot be had again."""
+    taken = 0
+    if (information := Path("/proc/meminfo")).exists():
+        fields = _numbers(information)
+        taken = (fields["MemTotal:"] - fields["MemAvailable:"]) * 1024
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (group / "memory.max").read_text().strip().isdigit():
+        # Cached files count as the group's, and go when memory is wanted.
+        cached = _numbers(group / "memory.stat").get("inactive_file", 0)
+        taken = max(taken, int((group / "memory.current").read_text()) - cached)
+    return taken
+
+
+def _numbers(table: Path) -> dict[str, int]:
+    """The first number of each line, by its first word."""
+    lines = (line.split() for line in table.read_text().splitlines())
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1}
+
+
 def subnormals_kept() -> bool:
     """Whether float32 subnormals survive an operation; torch can set this but not read it, so it is measured."""
     return bool((torch.tensor([1e-40]) * 1.0)[0] != 0)

@@ -19,7 +19,7 @@ import struct
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,8 @@ class Bundle:
     routes: ChosenRoutes
     traffic: Mapping[str, Traffic]
     calls: tuple[Call, ...]
+    not_here: tuple[str, ...] = ()
+    """Of captured calls that cannot be made here: an operator, or a dtype, that only the reference's software knows."""
 
     @property
     def plan(self) -> TraceExtent:
@@ -136,8 +138,15 @@ def read_bundle(path: Path) -> Bundle:
     sketches = {name.removeprefix("sketch."): tensor for name, tensor in tensors.items() if name.startswith("sketch.")}
     exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
     noise = RoundingNoise(exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"])
-    calls = tuple(_call(entry, tensors) for entry in manifest.calls)
-    return Bundle(manifest, noise, _routes(tensors, manifest), _traffic(tensors), calls)
+    calls = [_call(entry, tensors) for entry in manifest.calls]
+    return Bundle(
+        manifest,
+        noise,
+        _routes(tensors, manifest),
+        _traffic(tensors),
+        tuple(call for call in calls if isinstance(call, Call)),
+        tuple(call for call in calls if isinstance(call, str)),
+    )
 
 
 def read_manifest(path: Path) -> BundleManifest:
@@ -300,6 +309,14 @@ def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return torch.device("cpu")
 
 
+def _dtypes_in(value: Any) -> Iterator[str]:
+    """Names of the dtypes among arguments as JSON."""
+    if isinstance(value, dict) and isinstance(value.get("dtype"), str):
+        yield value["dtype"]
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _dtypes_in(item)
+
+
 def _ordered(tensor: torch.Tensor, order: list[int]) -> torch.Tensor:
     """The tensor with its dimensions in that order in memory, outermost first."""
     if order == sorted(order):
@@ -308,9 +325,15 @@ def _ordered(tensor: torch.Tensor, order: list[int]) -> torch.Tensor:
     return tensor.permute(order).contiguous().permute(back)
 
 
-def _call(entry: CallEntry, tensors: Mapping[str, torch.Tensor]) -> Call:
+def _call(entry: CallEntry, tensors: Mapping[str, torch.Tensor]) -> Call | str:
+    """The call, or the name of what is not here."""
     namespace, name, overload = entry.operator.split(".")
-    func = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    func = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
+    if func is None:
+        return entry.operator
+    unknown = next((dtype for dtype in _dtypes_in([entry.args, entry.kwargs]) if not hasattr(torch, dtype)), None)
+    if unknown is not None:
+        return f"{entry.operator} in {unknown}"
     place = Place(entry.module, entry.operator, entry.direction, entry.ordinal, entry.position)  # type: ignore[arg-type]  # a literal, checked when written
     kwargs = {key: _unpacked(value, tensors) for key, value in entry.kwargs.items()}
     return Call(place, func, tuple(_unpacked(value, tensors) for value in entry.args), kwargs, ())

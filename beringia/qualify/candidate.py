@@ -20,7 +20,7 @@ from beringia.qualify.hardware.soak import matrix_load, probe_soak
 from beringia.qualify.hardware.speed import probe_speed
 from beringia.qualify.layers import probe_layers
 from beringia.qualify.lengths import LENGTHS, Heads, probe_lengths
-from beringia.qualify.operators.check import RMS_ALLOWED
+from beringia.qualify.operators.check import RMS_ALLOWED, WRONG_FORM
 from beringia.qualify.recording import Recorder, Recording
 from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import Tracer
@@ -90,12 +90,13 @@ def _loosened(measure: Measure, times: float) -> Measure:
 
 def judge_operators(checks: list[OperatorCheck], recording: Recording) -> list[ProbeResult]:
     """One result a direction. A wrong number in a call is told; what it does to the model is what rules a use out. An
-    operator that is missing, or that names wrong integers, rules out at once."""
+    operator that is missing, that names wrong integers, or whose result has another shape, dtype or layout than
+    torch's, rules out at once."""
     results = []
     for direction in ("forward", "decode", "backward", "optimizer"):
         own = [check for check in checks if check.direction == direction]
         beyond = [check for check in own if check.used > 1.0]
-        grave = [check for check in beyond if check.refused or _wrong_integers(check)]
+        grave = [check for check in beyond if check.refused or _wrong_integers(check) or _wrong_form(check)]
         use: Use = "infer" if direction in ("forward", "decode") else "train"
         worst = max(own, key=lambda check: check.used, default=None)
         results.append(
@@ -122,11 +123,17 @@ def _operators_sentence(direction: str, own: list[OperatorCheck], beyond: list[O
         return f"{direction}: {len(own)} operator calls are as in float64"
     first = beyond[0]
     what = f"the chip does not have it ({first.refused})" if first.refused else f"{first.used:.3g} times its bound"
+    what = _wrong_form(first) or what
     return f"{direction}: {len(beyond)} of {len(own)} operator calls are wrong, first {first.name}: {what}"
 
 
 def _wrong_integers(check: OperatorCheck) -> bool:
     return any(measure.name == "other integers" and measure.used > 1.0 for measure in check.measures)
+
+
+def _wrong_form(check: OperatorCheck) -> str:
+    """What it has in place of what; empty where its results have torch's form."""
+    return next((measure.reason for measure in check.measures if measure.name == WRONG_FORM), "")
 
 
 def _lockstep(recording: Recording, bundle: Bundle) -> Iterator[Fact]:
@@ -178,15 +185,16 @@ def _replay(chip: Chip, bundle: Bundle) -> Iterator[Fact]:
     """Every captured call with the reference's arguments. An operator that only the reference has is told."""
     beyond: list[OperatorCheck] = []
     missing: set[str] = set()
+    count = 0
     for call in bundle.calls:
         try:
             check = replay(call, chip)
         except NotImplementedError:
             missing.add(call.place.operator)
             continue
+        count += 1
         if check is not None and _wrong_alone(check):
             beyond.append(check)
-    count = len(bundle.calls) - len(missing)
     yield Probed(
         result=ProbeResult(
             probe="replay",
@@ -208,6 +216,15 @@ def _replay(chip: Chip, bundle: Bundle) -> Iterator[Fact]:
         yield Probed(
             result=_told("replay", "other operators", f"the reference's software uses, and this chip lacks: {names}")
         )
+    if bundle.not_here:
+        names = ", ".join(sorted(set(bundle.not_here)))
+        yield Probed(
+            result=_told(
+                "replay",
+                "operators not here",
+                f"{len(bundle.not_here)} captured calls were not made, since the software here does not know: {names}",
+            )
+        )
 
 
 def _wrong_alone(check: OperatorCheck) -> bool:
@@ -215,7 +232,7 @@ def _wrong_alone(check: OperatorCheck) -> bool:
     rms = used.pop("root mean square error", None)
     if rms is None:  # an operator that moves numbers, or integers: every bit counts
         return check.used > 1.0
-    return rms > REPLAY_ALLOWED or used.get("not finite on one side", 0.0) > 1.0
+    return rms > REPLAY_ALLOWED or any(used.get(name, 0.0) > 1.0 for name in ("not finite on one side", WRONG_FORM))
 
 
 def _lengths(

@@ -23,7 +23,7 @@ import torch
 from scipy import special
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF
-from beringia.qualify.trace import Trace
+from beringia.qualify.trace import NOT_FINITE, Trace
 from beringia.records.certificate import Measure, ProbeResult, Use
 
 EFFECT_ALLOWED = 1.5
@@ -71,8 +71,8 @@ class RoundingNoise:
         drawn, losses_K, losses_N = [], [], []
         for draw in draws:
             drawn.append(distances(draw, exact))
-            losses_K.append(draw.losses_K - exact.losses_K)
-            losses_N.append(draw.losses_N - exact.losses_N)
+            losses_K.append(minus(draw.losses_K, exact.losses_K))
+            losses_N.append(minus(draw.losses_N, exact.losses_N))
         return RoundingNoise(
             exact, distances(reference, exact), tuple(drawn), torch.stack(losses_K), torch.stack(losses_N)
         )
@@ -147,7 +147,7 @@ _WHAT = {
 
 def cell_of(name: str) -> Cell:
     """Where a sketch belongs: outputs by batch, gradients by parameter and batch, updates by layer."""
-    kind, _, rest = name.partition("/")
+    kind, _, rest = name.removesuffix(NOT_FINITE).partition("/")
     if kind == "gradient":
         batch, _, parameter = rest.partition("/")
         return kind, parameter, batch
@@ -206,9 +206,9 @@ def _times(failed: Sequence[Measure]) -> str:
 
 
 def _judge_losses(noise: RoundingNoise, found: Trace) -> ProbeResult:
-    differences = (found.losses_K - noise.exact.losses_K).tolist()
+    differences = minus(found.losses_K, noise.exact.losses_K).tolist()
     spread = _rms(noise.losses_PK.flatten().tolist())
-    margin = LOSS_MARGIN * max(spread, _rounding(float(noise.exact.losses_K.abs().mean())))
+    margin = LOSS_MARGIN * max(spread, _rounding(_mean_size(noise.exact.losses_K)))
     low, high = _interval(differences)
     outside = low > margin or high < -margin or not all(map(math.isfinite, differences))
     inside = -margin < low and high < margin
@@ -236,8 +236,8 @@ def _judge_losses(noise: RoundingNoise, found: Trace) -> ProbeResult:
 def _judge_training(noise: RoundingNoise, found: Trace) -> ProbeResult:
     """Losses of the training steps: their differences grow, for draws as for chips, so each step has its own floor."""
     floor_N = noise.losses_PN.square().mean(0).sqrt()
-    floor_N = floor_N.clamp_min(_rounding(float(noise.exact.losses_N.abs().mean())))
-    effect = float(((found.losses_N - noise.exact.losses_N) / floor_N).square().mean().sqrt())
+    floor_N = floor_N.clamp_min(_rounding(_mean_size(noise.exact.losses_N)))
+    effect = float((minus(found.losses_N, noise.exact.losses_N) / floor_N).square().mean().sqrt())
     failed = not effect <= 2 * EFFECT_ALLOWED
     return ProbeResult(
         probe="lockstep",
@@ -257,6 +257,17 @@ def _judge_training(noise: RoundingNoise, found: Trace) -> ProbeResult:
     )
 
 
+def minus(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The difference; 0 where both are the same infinity, or both NaN."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    return torch.where(same, 0.0, one - other)
+
+
+def _mean_size(numbers: torch.Tensor) -> float:
+    """Of those that are finite."""
+    return float(numbers.nan_to_num(0.0, 0.0, 0.0).abs().mean())
+
+
 def _interval(values: Sequence[float]) -> tuple[float, float]:
     """Where the mean lies by two one-sided tests: the 90 % interval of Student's t."""
     count = len(values)
@@ -269,10 +280,17 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def distances(found: Trace, exact: Trace) -> dict[Cell, float]:
-    """Norms of the differences between two traces, by cell; infinite where one is not finite, or is missing."""
+    """Norms of the differences between two traces, by cell; infinite where not the same elements are infinite or NaN,
+    and where one is missing, or has another shape."""
     differences = {
-        name: other - sketch if (other := found.sketches.get(name)) is not None else torch.full((1,), math.inf)
+        name: other - sketch
+        if (other := found.sketches.get(name)) is not None and other.shape == sketch.shape
+        else torch.full((1,), math.inf)
         for name, sketch in exact.sketches.items()
+    }
+    # Not finite in elements that are so in no other trace.
+    differences |= {
+        name: torch.full((1,), math.inf) for name in found.sketches if NOT_FINITE in name and name not in differences
     }
     return _norms(differences)
 
@@ -280,7 +298,7 @@ def distances(found: Trace, exact: Trace) -> dict[Cell, float]:
 def _norms(sketches: Mapping[str, torch.Tensor]) -> dict[Cell, float]:
     squares: dict[Cell, float] = defaultdict(float)
     for name, sketch in sketches.items():
-        squares[cell_of(name)] += float(sketch.square().sum())
+        squares[cell_of(name)] += float(sketch.square().sum())  # infinite already from 1e154 on
     return {cell: math.sqrt(square) if square == square else math.inf for cell, square in squares.items()}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from beringia.chips.cpu import host_memory
+from beringia.chips.cpu import host_memory, taken_memory_bytes
 from beringia.errors import ModelError
 from beringia.model import Decoder, config_of
 
@@ -28,7 +28,7 @@ def check_fits(source: str, layers: int | None) -> None:
     layer = inside / config.num_hidden_layers
     count = config.num_hidden_layers if layers is None else layers
     memory = host_memory()
-    free = memory.total_bytes - memory.used_bytes
+    free = memory.total_bytes - max(memory.used_bytes, taken_memory_bytes())
     needed = BYTES_BESIDE + BYTES_PER_PARAMETER * (outside + layer * count)
     if needed <= free:
         return
@@ -36,5 +36,6 @@ def check_fits(source: str, layers: int | None) -> None:
     advice = f"give --layers {fitting}" if fitting >= 1 else "use a machine with more memory"
     raise ModelError(
         f"{Path(source).name} needs {needed / 2**30:.1f} GiB to be qualified (float64, gradients, moments), and this "
-        f"machine has {free / 2**30:.1f} GiB: {(needed - free) / 2**30:.1f} GiB are missing; {advice}."
+        f"machine, beside what is in use, has {free / 2**30:.1f} GiB: {(needed - free) / 2**30:.1f} GiB are missing; "
+        f"{advice}."
     )

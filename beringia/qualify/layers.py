@@ -19,7 +19,7 @@ from torch import nn
 
 from beringia.chips.chip import Chip
 from beringia.numerics.metrics import rounding_floor
-from beringia.qualify.effects import EFFECT_ALLOWED
+from beringia.qualify.effects import EFFECT_ALLOWED, minus
 from beringia.qualify.subject import Routes, Subject
 from beringia.qualify.trace import Change, moved_by_rounding
 from beringia.records.certificate import Measure, ProbeResult
@@ -108,9 +108,9 @@ def _judged(name: str, found: Tensors, exact: Tensors, draws: list[Tensors], dty
 def _measure(
     part: str, found: torch.Tensor, exact: torch.Tensor, draws: list[torch.Tensor], dtype: torch.dtype
 ) -> Measure:
-    size = float(exact.norm()) or 1.0
-    floor = math.sqrt(sum(float((draw - exact).norm()) ** 2 for draw in draws) / len(draws)) / size
-    error = float((found - exact).norm()) / size
+    size = float(exact.nan_to_num(0.0, 0.0, 0.0).norm()) or 1.0
+    floor = math.sqrt(sum(float(minus(draw, exact).norm()) ** 2 for draw in draws) / len(draws)) / size
+    error = float(minus(found, exact).norm()) / size if found.shape == exact.shape else math.inf
     return Measure(
         name=f"relative error of the {part}",
         value=error if math.isfinite(error) else None,

@@ -165,6 +165,11 @@ _TRACES = (
         "replace the device, or run it with error correction on",
     ),
     _Trace("an operator that the chip does not have", lambda check: bool(check.refused)),
+    _Trace(
+        "an operator whose result has another shape, dtype or layout than torch's",
+        lambda check: _beyond(check, "results of another form"),
+        "compute this operator from others, or with another version of the chip's plugin",
+    ),
 )
 
 _UNREPEATABLE = _Trace(

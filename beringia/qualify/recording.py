@@ -13,6 +13,7 @@ so the training steps that are watched come first and are those of training.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -170,7 +171,7 @@ class Recorder:
     ) -> None:
         for name, tensor in _state(model, optimizer):
             now = tensor.cpu()
-            if not torch.equal(before[name], now):
+            if not torch.equal(_bits(before[name]), _bits(now)):
                 self._recording.checks.append(_changed_at_rest(name, before[name], now, len(self._recording.checks)))
 
     # Repeating
@@ -245,7 +246,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple
 
 
 def _changed_at_rest(name: str, before: torch.Tensor, now: torch.Tensor, position: int) -> OperatorCheck:
-    differ = before != now
+    differ = (_bits(before) != _bits(now)).view(*before.shape, before.element_size()).any(-1)
     place = int(differ.flatten().to(torch.int8).argmax())
     element = tuple(int(index) for index in torch.unravel_index(torch.tensor(place), before.shape))
     count = float(differ.sum())
@@ -261,9 +262,18 @@ def _changed_at_rest(name: str, before: torch.Tensor, now: torch.Tensor, positio
         error=None,
         measures=(Measure(name="changed", value=count, bound=0.5, unit="elements", reason="memory keeps every bit"),),
         worst_element=element,
-        found=float(now.flatten()[place]),
-        expected=float(before.flatten()[place]),
+        found=_finite(float(now.flatten()[place])),
+        expected=_finite(float(before.flatten()[place])),
     )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes: a NaN that stays is no change, and a zero that changes its sign is one."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

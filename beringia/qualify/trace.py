@@ -131,7 +131,7 @@ class Tracer:
         begin_step()
         with torch.no_grad():
             batch = on_device(self._batches[0], _device(model))
-            sketches["decode"] = sketch("decode", self._subject.decode(model, batch))
+            sketches |= sketches_of("decode", "decode", self._subject.decode(model, batch))
         training, chosen_steps, updates = self._train(model, fused, routes, begin_step)
         return (
             Trace(
@@ -148,10 +148,12 @@ class Tracer:
         """Gradients, loss and outputs of one batch, and the routes taken."""
         begin_step()
         loss, own = self._backward(model, number, None if routes is None else routes.batches[number])
-        sketches = {f"gradient/{number}/{name}": sketch(name, grad) for name, grad in _gradients(model)}
+        sketches: dict[str, torch.Tensor] = {}
+        for name, grad in _gradients(model):
+            sketches |= sketches_of(f"gradient/{number}/{name}", name, grad)
         model.zero_grad(set_to_none=True)
         begin_step()
-        sketches[f"outputs/{number}"] = sketch("outputs", self._outputs(model, number, own))
+        sketches |= sketches_of(f"outputs/{number}", "outputs", self._outputs(model, number, own))
         return sketches, loss, own
 
     def _backward(self, model: nn.Module, number: int, routes: Routes | None) -> tuple[float, Routes]:
@@ -187,10 +189,9 @@ class Tracer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         begin_step()
-        updates = {
-            f"update/{name}": sketch(name, parameter.detach().cpu().double() - before[name])
-            for name, parameter in model.named_parameters()
-        }
+        updates: dict[str, torch.Tensor] = {}
+        for name, parameter in model.named_parameters():
+            updates |= sketches_of(f"update/{name}", name, parameter.detach().cpu().double() - before[name])
         return losses, chosen, updates
 
 
@@ -207,14 +208,34 @@ def make_optimizer(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
 
 
 def sketch(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where it is small, else its elements added up with signs drawn from its name; float64."""
-    flat = tensor.detach().cpu().double().flatten()
+    """The tensor itself where it is small, else its elements added up with signs drawn from its name; float64.
+
+    Infinities and NaN have sketches of their own (`not_finite`): here they are zeros.
+    """
+    flat = tensor.detach().cpu().double().flatten().nan_to_num(0.0, 0.0, 0.0)
     if flat.numel() <= WIDTH:
         return flat
     signed = flat * _signs(name, flat.numel())
     missing = -flat.numel() % WIDTH
     whole = torch.nn.functional.pad(signed, (0, missing)) if missing else signed
     return whole.view(-1, WIDTH).sum(0)
+
+
+NOT_FINITE = "#not-finite"
+"""Follows the name of a sketch that says where its tensor is infinite or NaN."""
+_APART = 1e200
+"""Of such a sketch: one element that is not the same on two sides is farther off than any number's error."""
+
+
+def sketches_of(name: str, kind: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensor's sketch under its name, and, if not all is finite, the one that says what is not. `kind`: what the
+    signs are drawn from."""
+    flat = tensor.detach().cpu()  # a faulty chip must not judge itself
+    found = {name: sketch(kind, flat)}
+    if not bool(flat.isfinite().all()):
+        codes = flat.isnan() * 4.0 + flat.isposinf() * 2.0 + flat.isneginf() * 1.0
+        found[name + NOT_FINITE] = sketch(kind, codes) * _APART
+    return found
 
 
 def moved_by_rounding(seed: int, dtype: torch.dtype) -> Change:

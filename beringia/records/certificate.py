@@ -6,6 +6,7 @@ written as null.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -41,8 +42,8 @@ class Measure(Record):
 
     @property
     def used(self) -> float:
-        """Share of the bound; above 1 it is broken. Infinite where the value is not a number."""
-        return float("inf") if self.value is None else abs(self.value) / self.bound
+        """Share of the bound; above 1 it is broken. Infinite where the value is no finite number."""
+        return math.inf if self.value is None or not math.isfinite(self.value) else abs(self.value) / self.bound
 
 
 class ProbeResult(Record):

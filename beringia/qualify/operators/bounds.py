@@ -80,9 +80,11 @@ class Operation:
         kwargs = {name: _magnitude(value, kinds.get(name, "")) for name, value in self.kwargs.items()}
         return tuple(_magnitude(value, kind) for value, kind in args), kwargs
 
-    def on_magnitudes(self) -> tuple[torch.Tensor, ...]:
-        """The operator applied to the magnitudes of its arguments."""
+    def on_magnitudes(self, *, finite: bool = False) -> tuple[torch.Tensor, ...]:
+        """The operator applied to the magnitudes of its arguments, or of those that are finite."""
         args, kwargs = self.magnitudes()
+        if finite:
+            args, kwargs = (changed(value, _finite) for value in (args, kwargs))
         return evaluate(self.call.func, args, kwargs)
 
     def wide(self, place: int) -> torch.Tensor:
@@ -110,6 +112,10 @@ class Bound:
     """Whether it computes: an operator that only moves numbers must keep every bit."""
     inner: tuple[torch.Tensor, ...] = ()
     """Results with the roundings that a sound chip makes inside; empty where it makes none but in sums."""
+    noise: tuple[torch.Tensor, ...] = ()
+    """Root mean square errors of a sound chip's results that these do not show; empty where there are none."""
+    storing_noise: tuple[torch.Tensor, ...] = ()
+    """And those that they show one draw of."""
 
 
 def bound_of(call: Call, exact: tuple[torch.Tensor, ...]) -> Bound:
@@ -140,6 +146,10 @@ _FEWER_BITS = {dtype for dtype in UNIT_ROUNDOFF if dtype != torch.float64}
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.nan_to_num(0.0, 0.0, 0.0) if tensor.is_floating_point() else tensor
 
 
 def _magnitude(value: Any, kind: str) -> Any:
@@ -231,6 +241,8 @@ def _product(operation: Operation) -> Allowed:
     func = operation.call.func
     packet = func.overloadpacket
     sizes = getattr(packet, "default", func)(*args[: _FACTORS.get(operation.name, len(args))], **kwargs)
+    if not all(bool(size.isfinite().all()) for size in tensors_in(sizes)):
+        sizes = operation.on_magnitudes()  # what overflows in float32 would be allowed everything
     return [roundings * _F32 * size.double() for size in tensors_in(sizes)]
 
 
@@ -300,7 +312,9 @@ def _attention(attention: Attention, operation: Operation) -> Bound:
     make = attention.forward_allowed if attention.grad_BHTV is None else attention.gradients_allowed
     allowed = list(make(storing, computing))
     basis = "two products and a softmax, weights stored between them"
-    return Bound(allowed, basis, attention.k_BHSD.shape[-2], True, attention.stored(operation.call.results[0].dtype))
+    stored = attention.stored(operation.call.results[0].dtype)
+    of_storing = attention.storing_noise(operation.storing)
+    return Bound(allowed, basis, attention.k_BHSD.shape[-2], True, stored, attention.noise(), of_storing)
 
 
 def _measured(operation: Operation) -> Allowed:
@@ -313,10 +327,43 @@ def _measured(operation: Operation) -> Allowed:
         if not exact.is_floating_point() or exact.numel() == 0 or index >= len(results):
             allowed.append(torch.zeros(()))
             continue
-        error = (results[index].double() - exact).abs().amax()
-        scale = exact.square().mean().sqrt()
+        # Equal infinities have a difference that is no number.
+        finite = results[index].isfinite() & exact.isfinite()
+        error = torch.where(finite, results[index].double() - exact, 0.0).abs().amax()
+        scale = torch.where(finite, exact, 0.0).square().mean().sqrt()
         allowed.append(MEASURED_ALLOWED * error + ELEMENTARY_ULPS * 2.0 * _F32 * (scale + exact.abs()))
     return allowed
+
+
+# ---- what overflows inside
+
+
+def may_overflow(call: Call, exact: tuple[torch.Tensor, ...], place: int) -> torch.Tensor:
+    """Where a result that is not NaN may overflow on its way: where the sizes of a sum's finite terms do, whose order
+    is the chip's own, or where the same call on the CPU does, whose operations are those of its definition."""
+    operation = Operation(call, exact)
+    largest = torch.finfo(torch.float64 if operation.storing == UNIT_ROUNDOFF[torch.float64] else torch.float32).max
+    found = torch.zeros(exact[place].shape, dtype=torch.bool)
+    attention = Attention.of(call)
+    if attention is not None:
+        rows = attention.overflows()
+        of_rows = attention.grad_BHTV is None
+        return rows.view(*rows.shape, *[1] * (found.dim() - 3)).expand_as(found) if of_rows else found | rows.any()
+    if operation.name in _PRODUCTS | _ADDED_UP:
+        found |= operation.on_magnitudes(finite=True)[place].abs() >= largest * (1.0 - terms_of(operation) * _F32)
+    args, kwargs = (changed(value, torch.Tensor.clone) for value in (call.args, dict(call.kwargs)))
+    try:
+        result = call.func(*args, **kwargs)
+    except (NotImplementedError, RuntimeError):  # an operator of another device
+        return found
+    own = [*tensors_in(written_values(call.func, args, kwargs)), *tensors_in(result)][place]
+    return found if own.shape != found.shape else found | one_sided(own, exact[place].to(own.dtype))
+
+
+def one_sided(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Which elements are infinite or NaN on one side only, or differently."""
+    differ = (one.isnan() != other.isnan()) | (one.isinf() != other.isinf())
+    return differ | (one.isinf() & other.isinf() & (one != other))
 
 
 # ---- how many terms

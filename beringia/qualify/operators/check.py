@@ -7,13 +7,16 @@ Five measures, each blind to what the others see:
 - the signed error: rounding to nearest cancels in it, truncation and wrong factors add up
 - small numbers that became zero
 - infinities and NaN where float64 has none, or the other way round
+
+Before them stands the form of the results: their number, shapes, dtypes and layouts (`form.py`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -21,8 +24,9 @@ import numpy
 import torch
 
 from beringia.numerics.metrics import accumulation_floor, independent_rows, rounding_floor
-from beringia.qualify.operators.bounds import ELEMENTARY_ULPS, Bound, bound_of
+from beringia.qualify.operators.bounds import ELEMENTARY_ULPS, Bound, bound_of, may_overflow, one_sided
 from beringia.qualify.operators.float64 import in_float64
+from beringia.qualify.operators.form import wrong_form
 from beringia.qualify.operators.parts import in_parts
 from beringia.qualify.operators.watch import Call, RefusedCall, tensors_in
 from beringia.records.certificate import Measure, OperatorCheck
@@ -38,6 +42,8 @@ SMALL_SHARE = 0.5
 subnormals loses none; one that flushes, all."""
 SMALL_COUNT = 8
 """Fewer small numbers than these say nothing: one beside the limit may be rounded to zero."""
+WRONG_FORM = "results of another form"
+"""The measure of a result whose shape, dtype or layout is not torch's."""
 _BASIS_SMALL = "subnormal results that became zero; a chip that keeps them loses none"
 
 _TIES = frozenset({"argsort", "max", "min", "argmax", "argmin"})
@@ -109,18 +115,28 @@ def check(call: Call) -> OperatorCheck | None:
 def _judge(call: Call) -> tuple[list[Judged], str]:
     """Each result of the call judged, and what their bound is made of."""
     exact = in_float64(call)
+    wrong = wrong_form(call, exact)
+    of_form = [] if wrong is None else [_of_another_form(wrong.words)]
+    if wrong is not None and not wrong.has_numbers:
+        return of_form, "results have torch's shapes, dtypes and layouts"
     if call.func.overloadpacket.__name__ in ("topk", "sort") and len(exact) == 2:
         exact = (exact[0], exact[0])
     bound = bound_of(call, exact)
     results = _named_places(call)
+    inside = bound.inner, bound.storing_noise, bound.noise
     judged = [
-        judge_tensor(found, reference, allowed, bound, inner)
-        for found, reference, allowed, inner in zip_longest(
-            results[: len(exact)], exact, bound.allowed, bound.inner[: len(exact)]
+        judge_tensor(found, reference, allowed, bound, inner, noise, partial(may_overflow, call, exact, place))
+        for place, (found, reference, allowed, inner, *noise) in enumerate(
+            zip_longest(results[: len(exact)], exact, bound.allowed, *(one[: len(exact)] for one in inside))
         )
         if found is not None and allowed is not None and _comparable(call, found, reference)
     ]
-    return [one for one in judged if one is not None], bound.basis
+    return of_form + [one for one in judged if one is not None], bound.basis
+
+
+def _of_another_form(words: str) -> Judged:
+    measure = Measure(name=WRONG_FORM, value=1.0, bound=0.5, unit="results", reason=words)
+    return (measure,), _Worst((), None, None, math.inf, 1.0), None
 
 
 def refused(call: RefusedCall) -> OperatorCheck:
@@ -157,19 +173,30 @@ def _argument(call: Call, name: str, default: Any) -> Any:
 
 
 def _comparable(call: Call, found: torch.Tensor, reference: torch.Tensor) -> bool:
+    # Of another shape may be what an operator keeps for its backward pass; all else was judged by its form.
     if found.shape != reference.shape or found.numel() == 0:
         return False
     return found.is_floating_point() or call.func.overloadpacket.__name__ not in _TIES
 
 
 def judge_tensor(
-    found: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor, bound: Bound, stored: torch.Tensor | None
+    found: torch.Tensor,
+    exact: torch.Tensor,
+    allowed: torch.Tensor,
+    bound: Bound,
+    stored: torch.Tensor | None,
+    noise: Sequence[torch.Tensor | None] = (),
+    overflows: Callable[[], torch.Tensor | None] = lambda: None,
 ) -> Judged | None:
     """One result held against float64: its measures, its worst element and its relative error.
 
     `allowed` is the absolute error allowed before the result is stored, `stored` the float64 result with the roundings
-    that a sound chip makes inside (None: none).
+    that a sound chip makes inside (None: none), `noise` how large those are in root mean square, and what else a sound
+    chip is off by inside. `overflows` says which elements may overflow inside (None: it is not known), and is asked
+    only where one did.
     """
+    if found.shape != exact.shape:
+        return _of_another_form(f"{list(found.shape)} where float64 has {list(exact.shape)}")
     if not found.is_floating_point() or not exact.is_floating_point():
         return _judge_integers(found, exact)
     narrow = exact.to(found.dtype)
@@ -178,25 +205,33 @@ def judge_tensor(
         exact = rounded  # a constant among the arguments (`fill_(0.1)`) has no form in the dtype but its rounding
     if torch.equal(found, narrow) and _surely_finite(rounded):
         return _as_rounded(rounded, exact, allowed, bound, found.dtype)
-    wide, struck, one_sided = found.double(), None, 0.0
+    wide, struck, count = found.double(), None, 0.0
     if not (_surely_finite(wide) and _surely_finite(rounded)):
-        differ = _one_sided(wide, rounded)
-        one_sided = float(differ.sum())
-        struck = _not_finite_at(differ, wide, rounded) if one_sided else None
+        differ = one_sided(wide, rounded)
+        if bool(differ.any()):
+            limit = _with_storage(allowed, exact, found.dtype, bound.rounds)
+            differ &= ~_excused(wide, exact, limit, torch.finfo(found.dtype).max, overflows())
+        count = float(differ.sum())
+        struck = _not_finite_at(differ, wide, rounded) if count else None
         finite = rounded.isfinite() & wide.isfinite()
         wide, exact, rounded = (torch.where(finite, tensor, 0.0) for tensor in (wide, exact, rounded))
         allowed = torch.where(finite, allowed, 1.0)
         stored = None if stored is None else torch.where(finite, stored, 0.0)
-    allowed = _with_storage(allowed, exact, found.dtype, bound.rounds)
+        noise = [None if one is None else torch.where(finite, one, 0.0) for one in noise]
+        # A finite result of infinite arguments owes them no error.
+        allowed = torch.where(allowed.isfinite(), allowed, 0.0)
+    inner, allowed = allowed, _with_storage(allowed, exact, found.dtype, bound.rounds)
     difference = wide - exact
     worst = _worst_of(difference, wide, exact, allowed)
-    measures = [_not_finite(one_sided)]
+    measures = [_not_finite(count)]
     measures.append(Measure(name="worst element", value=worst.error, bound=worst.allowed, reason=bound.basis))
     size, error = _rms(exact), _rms(difference)
     if bound.rounds and size > 0.0:
         inside = 0.0 if stored is None else _rms(stored - exact) / size
+        of_storing, *others = (0.0 if one is None else _rms(one) / size for one in (*noise, None))
+        inside = math.hypot(max(inside, of_storing), *others)
         measures += _rms_and_sign(wide, exact, rounded, error, size, bound, inside)
-    small = _small(wide, exact, rounded, found.dtype)
+    small = _small(wide, exact, rounded, found.dtype, inner)
     measures += [small] if small is not None else []
     return tuple(measures), struck or worst, error / size if size else error
 
@@ -250,7 +285,11 @@ def _surely_finite(wide: torch.Tensor) -> bool:
 
 
 def _rms(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor)) / math.sqrt(tensor.numel())
+    norm = float(torch.linalg.vector_norm(tensor))
+    if not math.isfinite(norm) and tensor.numel():  # squares overflow before their root does
+        largest = float(tensor.abs().amax())
+        norm = largest * float(torch.linalg.vector_norm(tensor / largest)) if math.isfinite(largest) else norm
+    return norm / math.sqrt(tensor.numel())
 
 
 def _with_storage(allowed: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, rounds: bool) -> torch.Tensor:
@@ -315,10 +354,16 @@ def _inner_floor(bound: Bound) -> float:
     return accumulation_floor(bound.terms) + ELEMENTARY_ULPS * rounding_floor(torch.float32)
 
 
-def _one_sided(wide: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """Which elements are infinite or NaN on one side only, or differently."""
-    differ = (wide.isnan() != rounded.isnan()) | (wide.isinf() != rounded.isinf())
-    return differ | (wide.isinf() & rounded.isinf() & (wide != rounded))
+def _excused(
+    wide: torch.Tensor, exact: torch.Tensor, limit: torch.Tensor, largest: float, overflows: torch.Tensor | None
+) -> torch.Tensor:
+    """Which elements a sound chip may have on another side of the largest number: those as near to it as their error,
+    and those that overflow inside."""
+    to_infinity = wide.isinf() & (wide.sign() == exact.sign()) & (exact.abs() + limit >= largest)
+    to_infinity |= ~wide.isfinite() & (limit >= largest + exact.abs())
+    from_infinity = wide.isfinite() & ((wide - exact).abs() <= limit)
+    near = exact.isfinite() & (to_infinity | from_infinity)
+    return near if overflows is None else near | (overflows & ~exact.isnan() & ~wide.isfinite())
 
 
 def _not_finite_at(differ: torch.Tensor, wide: torch.Tensor, rounded: torch.Tensor) -> _Worst:
@@ -328,8 +373,11 @@ def _not_finite_at(differ: torch.Tensor, wide: torch.Tensor, rounded: torch.Tens
     return _Worst(element, here, there, math.inf, 1.0, len(wrong) / differ.numel(), first, last)
 
 
-def _small(wide: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype) -> Measure | None:
-    small = exact.abs() < torch.finfo(dtype).tiny
+def _small(
+    wide: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype, allowed: torch.Tensor
+) -> Measure | None:
+    # What may be off by as much as itself may be zero, too.
+    small = (exact.abs() < torch.finfo(dtype).tiny) & (exact.abs() > allowed)
     if int(small.count_nonzero()) < SMALL_COUNT:
         return None
     small &= rounded != 0
