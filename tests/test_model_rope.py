@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from beringia.errors import ModelError
 from beringia.model import rope
 from beringia.model.hugging_face_config import config_from_document, document_of
-from beringia.model.hugging_face_rope import _KINDS
+from beringia.model.hugging_face_rope import _KINDS, _NULL
 
 # Both compute in float32 by the same formulas; powers and logarithms of two libraries differ by a few units in the
 # last place.
@@ -167,3 +167,33 @@ def test_a_model_has_as_many_positions_as_its_scaling_makes_of_them(
     config = config_from_document({**SMALL, "model_type": "llama", "rope_scaling": scaling})
     assert config.context_tokens == positions
     assert config_from_document(document_of(config)).context_tokens == positions
+
+
+# Widths at which a bound that is rounded, or not, moves several pairs.
+WIDE = {**SMALL, "model_type": "llama", "head_dim": 64, "max_position_embeddings": 256}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+    "beta_slow": 2.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+    "attention_factor": 1.5,
+    "truncate": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, None) for name in _NULL] + [("beta_fast", 0), ("beta_slow", 0), ("truncate", False), ("mscale", 0)],
+)
+@pytest.mark.parametrize("without", [{}, {"attention_factor": None}])
+def test_null_and_nought_mean_to_yarn_what_they_mean_to_transformers(
+    name: str, value: Any, without: dict[str, None]
+) -> None:
+    document = {**WIDE, "rope_parameters": {**YARN, **without, name: value}}
+    found, wanted = ours(document), of_transformers(document)
+    assert wanted is not None
+    torch.testing.assert_close(found[0], wanted[0], rtol=FREQUENCIES, atol=0)
+    assert found[1] == pytest.approx(wanted[1], rel=1e-12)

@@ -136,8 +136,8 @@ def _check_attention(config: DecoderConfig) -> None:
     if not config.latent:
         if heads % groups:
             raise ModelError(
-                f"{heads} attention heads (num_attention_heads) cannot share {groups} key-value heads "
-                "(num_key_value_heads) evenly."
+                f"{heads} attention heads cannot share {groups} key-value heads evenly (num_attention_heads, "
+                "num_key_value_heads)."
             )
         return
     if heads != groups:

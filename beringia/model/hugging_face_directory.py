@@ -126,10 +126,12 @@ def _with_whole_drafts(config: DecoderConfig, reader: TensorReader) -> tuple[Dec
     prefix = multi_token_prefix(config)
     found = {name for name in reader.tensors if name.startswith(prefix)}
     without = replace(config, num_nextn_predict_layers=0)
-    if not any(name.removeprefix(prefix) in _MULTI_TOKEN for name in found):
-        return without, set(), []  # transformers drops the layer when it saves, and announces it all the same
     if not config.num_nextn_predict_layers:
+        if not any(name.removeprefix(prefix) in _MULTI_TOKEN for name in found):
+            return config, set(), []
         return config, found, [f"its files hold a multi-token layer and its config says {DRAFTS} = 0: left out."]
+    if not found:
+        return without, set(), []  # transformers drops the layer when it saves, and announces it all the same
     missing = sorted(multi_token_names(config) - found)
     if not missing:
         return config, set(), []

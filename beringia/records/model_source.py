@@ -10,6 +10,7 @@ from pathlib import Path
 
 from beringia.errors import ModelError
 from beringia.records.files import sha256_of_file
+from beringia.records.given_files import why_no_directory, why_unreadable
 from beringia.records.record import canonical_hash
 
 
@@ -23,10 +24,7 @@ def configuration_hash(preset: str | None, path: str | None) -> str:
     if path is None:
         return canonical_hash({"preset": preset})
     file = Path(path) / "config.json"
-    try:
-        return sha256_of_file(file)
-    except OSError as error:
-        raise ModelError(
-            f"The model at {path} was asked for, but {file} cannot be read ({error.strerror}): "
-            "give a Hugging Face directory."
-        ) from None
+    wrong = why_no_directory(path) or why_unreadable(file)
+    if wrong is not None:
+        raise ModelError(f"The model at {path} was asked for: {wrong} Give a Hugging Face directory.")
+    return sha256_of_file(file)

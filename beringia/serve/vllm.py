@@ -6,7 +6,6 @@ signals on, and shows the end of its log when it fails. Opens no chip itself.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from beringia.chips.open import serve_arguments
 from beringia.errors import BeringiaError, InputError
 from beringia.processes.patience import POLL_SECONDS
 from beringia.processes.program import Program
+from beringia.records.given_files import json_object
 
 _KEY_VARIABLE = "VLLM_API_KEY"
 
@@ -75,12 +75,9 @@ def command_of(settings: VllmSettings) -> tuple[list[str], dict[str, str]]:
     """The command but its port, and its environment."""
     if not settings.python.exists():
         raise InputError(f"There is no interpreter {settings.python}: name one that has vLLM (`make vllm-cpu`).")
-    path = settings.model / "config.json"
-    try:
-        configuration = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise InputError(f"vLLM serves a Hugging Face directory, and {path} cannot be read: {problem}.") from None
-    method = (configuration.get("quantization_config") or {}).get("quant_method")
+    configuration = json_object(settings.model / "config.json", InputError)
+    quantisation = configuration.get("quantization_config")
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     if (settings.model / "quant_model_description.json").exists():
         method = "ascend"
     needed = serve_arguments(
