@@ -192,9 +192,9 @@ class Attention:
         # The centre is made from the stored output, rounded; what is subtracted may be larger than what is left.
         dscores = weights * (products + centre) * (relative + computing * self.v_BHSV.shape[-1])
         dscores += moved * (products + centre) + (weights + moved) * (moved * products).sum(-1, keepdim=True)
-        dscores += self._underflow()
-        dq = dscores @ self.k_BHSD.abs() * abs(self.scale)
-        dk = dscores.mT @ self.q_BHTD.abs() * abs(self.scale)
+        dscores = dscores * abs(self.scale) + self._underflow() * (1.0 + abs(self.scale))
+        dq = dscores @ self.k_BHSD.abs()
+        dk = dscores.mT @ self.q_BHTD.abs()
         return dq, self.joined(dk), self.joined((weights * relative + moved).mT @ grad)
 
     def noise(self) -> tuple[torch.Tensor, ...]:
@@ -232,13 +232,16 @@ class Attention:
         weights, logsumexp = self.weights()
         squares = weights.square() * (roundoff**2 / 3.0)
         if self.grad_BHTV is None:
-            return (squares @ self.v_BHSV.square()).sqrt(), torch.zeros_like(logsumexp)
+            # Exponentials need be no better than their stored form, and may be off alike.
+            return (squares @ self.v_BHSV.square()).sqrt(), torch.full_like(logsumexp, roundoff / math.sqrt(3.0))
         products = self._grad @ self.v_BHSV.mT
         of_output = (self._grad * (weights @ self.v_BHSV)).square().sum(-1, keepdim=True) * (roundoff**2 / 3.0)
         of_centre = of_output + (squares * products.square()).sum(-1, keepdim=True)
         dscores = self._dscores(weights).square() * (roundoff**2 / 3.0) + weights.square() * of_centre
-        dq = (dscores @ self.k_BHSD.square()).sqrt() * abs(self.scale)
-        dk = self.joined(dscores.mT @ self.q_BHTD.square()).sqrt() * abs(self.scale)
+        # They may be stored with the scale in them, and are small numbers then.
+        dscores = dscores * self.scale**2 + self._underflow().square()
+        dq = (dscores @ self.k_BHSD.square()).sqrt()
+        dk = self.joined(dscores.mT @ self.q_BHTD.square()).sqrt()
         return dq, dk, self.joined(squares.mT @ self._grad.square()).sqrt()
 
     def overflows(self) -> torch.Tensor:
