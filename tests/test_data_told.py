@@ -304,6 +304,7 @@ def test_chats_for_a_tokenizer_without_an_end_are_refused_before_they_are_packed
     configuration = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del configuration["eos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(configuration))
+    (tmp_path / "special_tokens_map.json").unlink()
     path = write_chats(tmp_path / "chats.jsonl", *ordinary())
     with pytest.raises(DataError, match="names no end token: set eos_token"):
         open_chats(path, load_tokenizer(tmp_path))
