@@ -102,3 +102,20 @@ def test_an_export_appears_with_its_tokenizer_or_not_at_all(exported: Path, monk
     with pytest.raises(Killed):
         export(RunDirectory(exported / "run"), exported / "half-done")
     assert {path.name for path in exported.iterdir()} == before
+
+
+def test_every_template_of_the_tokenizer_goes_along(tmp_path: Path) -> None:
+    from beringia.data import load_tokenizer, write_tokenizer
+    from beringia.records.recipe import parse_recipe
+    from beringia.train.trained_model import write_model
+
+    source = tmp_path / "tokenizer"
+    write_tokenizer("bytes", source)
+    (source / "chat_template.jinja").write_text("plain")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    recipe = parse_recipe(small_recipe() | {"data": {"text": "unused", "tokenizer": str(source)}}, "test")
+    decoder = load_model("r2-nano", vocabulary_size=load_tokenizer(source).vocabulary_size)
+    write_model(decoder, recipe, tmp_path / "written")
+    before, after = load_tokenizer(source), load_tokenizer(tmp_path / "written")
+    assert (after.tool_template, after.chat_template, after.hash) == ("with tools", "plain", before.hash)

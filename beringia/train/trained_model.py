@@ -67,7 +67,8 @@ def _write_tokenizer_of(tokenizer: Tokenizer, directory: Path) -> None:
         if tokenizer.source == kind:
             write_tokenizer(kind, directory)
             return
-    for name in _TOKENIZER_FILES:
-        source = Path(tokenizer.source) / name
-        if source.exists():
-            write_bytes(directory / name, source.read_bytes())
+    source = Path(tokenizer.source)
+    templates = [path.relative_to(source) for path in sorted(source.glob("additional_chat_templates/*.jinja"))]
+    for name in (*map(Path, _TOKENIZER_FILES), *templates):
+        if (source / name).exists():
+            write_bytes(directory / name, (source / name).read_bytes())
