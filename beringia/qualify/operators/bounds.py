@@ -112,6 +112,10 @@ class Bound:
     """Whether it computes: an operator that only moves numbers must keep every bit."""
     inner: tuple[torch.Tensor, ...] = ()
     """Results with the roundings that a sound chip makes inside; empty where it makes none but in sums."""
+    noise: tuple[torch.Tensor, ...] = ()
+    """Root mean square errors of a sound chip's results that these do not show; empty where there are none."""
+    storing_noise: tuple[torch.Tensor, ...] = ()
+    """And those that they show one draw of."""
 
 
 def bound_of(call: Call, exact: tuple[torch.Tensor, ...]) -> Bound:
@@ -308,7 +312,9 @@ def _attention(attention: Attention, operation: Operation) -> Bound:
     make = attention.forward_allowed if attention.grad_BHTV is None else attention.gradients_allowed
     allowed = list(make(storing, computing))
     basis = "two products and a softmax, weights stored between them"
-    return Bound(allowed, basis, attention.k_BHSD.shape[-2], True, attention.stored(operation.call.results[0].dtype))
+    stored = attention.stored(operation.call.results[0].dtype)
+    of_storing = attention.storing_noise(operation.storing)
+    return Bound(allowed, basis, attention.k_BHSD.shape[-2], True, stored, attention.noise(), of_storing)
 
 
 def _measured(operation: Operation) -> Allowed:
@@ -338,6 +344,11 @@ def may_overflow(call: Call, exact: tuple[torch.Tensor, ...], place: int) -> tor
     operation = Operation(call, exact)
     largest = torch.finfo(torch.float64 if operation.storing == UNIT_ROUNDOFF[torch.float64] else torch.float32).max
     found = torch.zeros(exact[place].shape, dtype=torch.bool)
+    attention = Attention.of(call)
+    if attention is not None:
+        rows = attention.overflows()
+        of_rows = attention.grad_BHTV is None
+        return rows.view(*rows.shape, *[1] * (found.dim() - 3)).expand_as(found) if of_rows else found | rows.any()
     if operation.name in _PRODUCTS | _ADDED_UP:
         found |= operation.on_magnitudes(finite=True)[place].abs() >= largest * (1.0 - terms_of(operation) * _F32)
     args, kwargs = (changed(value, torch.Tensor.clone) for value in (call.args, dict(call.kwargs)))

@@ -14,7 +14,7 @@ Before them stands the form of the results: their number, shapes, dtypes and lay
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import zip_longest
@@ -123,10 +123,11 @@ def _judge(call: Call) -> tuple[list[Judged], str]:
         exact = (exact[0], exact[0])
     bound = bound_of(call, exact)
     results = _named_places(call)
+    inside = bound.inner, bound.storing_noise, bound.noise
     judged = [
-        judge_tensor(found, reference, allowed, bound, inner, partial(may_overflow, call, exact, place))
-        for place, (found, reference, allowed, inner) in enumerate(
-            zip_longest(results[: len(exact)], exact, bound.allowed, bound.inner[: len(exact)])
+        judge_tensor(found, reference, allowed, bound, inner, noise, partial(may_overflow, call, exact, place))
+        for place, (found, reference, allowed, inner, *noise) in enumerate(
+            zip_longest(results[: len(exact)], exact, bound.allowed, *(one[: len(exact)] for one in inside))
         )
         if found is not None and allowed is not None and _comparable(call, found, reference)
     ]
@@ -184,13 +185,15 @@ def judge_tensor(
     allowed: torch.Tensor,
     bound: Bound,
     stored: torch.Tensor | None,
+    noise: Sequence[torch.Tensor | None] = (),
     overflows: Callable[[], torch.Tensor | None] = lambda: None,
 ) -> Judged | None:
     """One result held against float64: its measures, its worst element and its relative error.
 
     `allowed` is the absolute error allowed before the result is stored, `stored` the float64 result with the roundings
-    that a sound chip makes inside (None: none), `overflows` says which elements may overflow inside (None: it is not
-    known), and is asked only where one did.
+    that a sound chip makes inside (None: none), `noise` how large those are in root mean square, and what else a sound
+    chip is off by inside. `overflows` says which elements may overflow inside (None: it is not known), and is asked
+    only where one did.
     """
     if found.shape != exact.shape:
         return _of_another_form(f"{list(found.shape)} where float64 has {list(exact.shape)}")
@@ -214,9 +217,10 @@ def judge_tensor(
         wide, exact, rounded = (torch.where(finite, tensor, 0.0) for tensor in (wide, exact, rounded))
         allowed = torch.where(finite, allowed, 1.0)
         stored = None if stored is None else torch.where(finite, stored, 0.0)
+        noise = [None if one is None else torch.where(finite, one, 0.0) for one in noise]
         # A finite result of infinite arguments owes them no error.
         allowed = torch.where(allowed.isfinite(), allowed, 0.0)
-    allowed = _with_storage(allowed, exact, found.dtype, bound.rounds)
+    inner, allowed = allowed, _with_storage(allowed, exact, found.dtype, bound.rounds)
     difference = wide - exact
     worst = _worst_of(difference, wide, exact, allowed)
     measures = [_not_finite(count)]
@@ -224,8 +228,11 @@ def judge_tensor(
     size, error = _rms(exact), _rms(difference)
     if bound.rounds and size > 0.0:
         inside = 0.0 if stored is None else _rms(stored - exact) / size
+        of_storing, *others = (0.0 if one is None else _rms(one) / size for one in (*noise, None))
+        inside = math.hypot(max(inside, of_storing), *others)
+        inside *= _few(independent_rows(exact)) if noise and exact.dim() > 1 else 1.0
         measures += _rms_and_sign(wide, exact, rounded, error, size, bound, inside)
-    small = _small(wide, exact, rounded, found.dtype)
+    small = _small(wide, exact, rounded, found.dtype, inner)
     measures += [small] if small is not None else []
     return tuple(measures), struck or worst, error / size if size else error
 
@@ -343,6 +350,12 @@ def _rms_and_sign(
     ]
 
 
+def _few(rows: float) -> float:
+    """Times what it should be, the root mean square of so many errors may be: chi-square's tail of one in 10^4 (Laurent
+    and Massart 2000: n + 2 sqrt(n x) + 2 x, with x = 9)."""
+    return math.sqrt((rows + 6.0 * math.sqrt(rows) + 18.0) / rows)
+
+
 def _inner_floor(bound: Bound) -> float:
     """Relative error before storing: the worst sound accumulator over the terms, or an elementary function's."""
     return accumulation_floor(bound.terms) + ELEMENTARY_ULPS * rounding_floor(torch.float32)
@@ -354,6 +367,7 @@ def _excused(
     """Which elements a sound chip may have on another side of the largest number: those as near to it as their error,
     and those that overflow inside."""
     to_infinity = wide.isinf() & (wide.sign() == exact.sign()) & (exact.abs() + limit >= largest)
+    to_infinity |= ~wide.isfinite() & (limit >= largest + exact.abs())
     from_infinity = wide.isfinite() & ((wide - exact).abs() <= limit)
     near = exact.isfinite() & (to_infinity | from_infinity)
     return near if overflows is None else near | (overflows & ~exact.isnan() & ~wide.isfinite())
@@ -366,8 +380,11 @@ def _not_finite_at(differ: torch.Tensor, wide: torch.Tensor, rounded: torch.Tens
     return _Worst(element, here, there, math.inf, 1.0, len(wrong) / differ.numel(), first, last)
 
 
-def _small(wide: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype) -> Measure | None:
-    small = exact.abs() < torch.finfo(dtype).tiny
+def _small(
+    wide: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype, allowed: torch.Tensor
+) -> Measure | None:
+    # What may be off by as much as itself may be zero, too.
+    small = (exact.abs() < torch.finfo(dtype).tiny) & (exact.abs() > allowed)
     if int(small.count_nonzero()) < SMALL_COUNT:
         return None
     small &= rounded != 0

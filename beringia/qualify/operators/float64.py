@@ -8,6 +8,7 @@ Letters: B batch, H heads, G heads of keys and values, T queries, S keys, D head
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from beringia.numerics.metrics import UNIT_ROUNDOFF, accumulation_floor, rounding_floor
 from beringia.qualify.operators.watch import Call, changed, tensors_in, written_arguments, written_values
 
 _WIDE = torch.float64
@@ -81,6 +83,8 @@ class Attention:
     is_causal: bool
     scale: float
     grad_BHTV: torch.Tensor | None
+    spacing: float = 0.0
+    """Of the smallest numbers in the operands' dtype."""
 
     @staticmethod
     def of(call: Call) -> Attention | None:
@@ -106,6 +110,7 @@ class Attention:
             bool(given.get("is_causal", False)),
             q.shape[-1] ** -0.5 if scale is None else scale,
             None if grad is None else grad.to(_WIDE),
+            torch.finfo(given["query"].dtype).smallest_normal * torch.finfo(given["query"].dtype).eps,
         )
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,33 +173,133 @@ class Attention:
     def forward_allowed(self, storing: float, computing: float) -> tuple[torch.Tensor, ...]:
         """How far output and log-sum-exp may be from exact, elementwise and without the rounding of the result.
 
-        Weights are stored in the operands' dtype before they meet the values (`storing` relative to each), and carry
+        Weights are stored in the operands' dtype before they meet the values (`storing` relative to each), and moved by
         the scores' error: D products of size |q||k|, each rounded (`computing` a term).
         """
         weights, logsumexp = self.weights()
         scores = self._score_error(computing)
-        relative = storing + scores + computing * (4 + weights.shape[-1] ** 0.5)
-        out = (weights * relative) @ self.v_BHSV.abs()
-        # An error of the log-sum-exp is a relative error of the weights.
+        relative = storing + computing * (4 + weights.shape[-1] ** 0.5)
+        out = (weights * relative + self._moved(scores) + self._underflow()) @ self.v_BHSV.abs()
         return out, storing + scores.amax(-1) + computing * (8 + logsumexp.abs())
 
     def gradients_allowed(self, storing: float, computing: float) -> tuple[torch.Tensor, ...]:
         """The same for the gradients of queries, keys and values."""
         weights, _ = self.weights()
-        grad = self._grad.abs()
+        grad, moved = self._grad.abs(), self._moved(self._score_error(computing), anew=computing) + self._underflow()
         products = grad @ self.v_BHSV.abs().mT
         centre = (weights * products).sum(-1, keepdim=True)
-        relative = storing + 2 * self._score_error(computing) + computing * (8 + weights.shape[-1] ** 0.5)
+        relative = storing + computing * (8 + weights.shape[-1] ** 0.5)
         # The centre is made from the stored output, rounded; what is subtracted may be larger than what is left.
         dscores = weights * (products + centre) * (relative + computing * self.v_BHSV.shape[-1])
-        dq = dscores @ self.k_BHSD.abs() * abs(self.scale)
-        dk = dscores.mT @ self.q_BHTD.abs() * abs(self.scale)
-        return dq, self.joined(dk), self.joined((weights * relative).mT @ grad)
+        dscores += moved * (products + centre) + (weights + moved) * (moved * products).sum(-1, keepdim=True)
+        dscores = dscores * abs(self.scale) + self._underflow() * (1.0 + abs(self.scale))
+        dq = dscores @ self.k_BHSD.abs()
+        dk = dscores.mT @ self.q_BHTD.abs()
+        return dq, self.joined(dk), self.joined((weights * relative + moved).mT @ grad)
+
+    def noise(self) -> tuple[torch.Tensor, ...]:
+        """What the scores' error does to output and log-sum-exp, or to the gradients, in root mean square: how large
+        the errors of a sound chip are, where the bounds above say how large they may be.
+
+        A score is off by what adding its D products up costs, relative to its size or that of a random walk of its
+        terms; errors of different scores are independent of each other, so their squares add up. Beside one weight of
+        almost 1 a score's gradient is a difference of equal numbers, of which their roundings are left.
+        """
+        weights, _ = self.weights()
+        score_error = self._score_noise()
+        # Few errors are six times their root mean square; what even those move in the first order is left out.
+        anew = 0.0 if self.grad_BHTV is None else rounding_floor(torch.float32)
+        if anew:
+            score_error = score_error + anew * self.weights()[1].abs().unsqueeze(-1)
+        moved = weights * score_error
+        moved += (self._moved(_FAR * score_error, anew=_FAR * anew) - _FAR * 2.0 * moved).clamp_min(0.0)
+        squares = moved.square()
+        if self.grad_BHTV is None:
+            return (squares @ self.v_BHSV.square()).sqrt(), (weights * score_error).square().sum(-1).sqrt()
+        products = self._grad @ self.v_BHSV.mT
+        centre = (weights * products).sum(-1, keepdim=True)
+        sizes = (self._grad.square() @ self.v_BHSV.square().mT).sqrt() + products.abs() + centre.abs()
+        of_products = _adding_up(self.v_BHSV.shape[-1]) * sizes
+        of_centre = (squares * products.square()).sum(-1, keepdim=True) + of_products.square()
+        dscores = squares * (products - centre).square() + (weights + moved).square() * of_centre
+        dq = (dscores @ self.k_BHSD.square()).sqrt() * abs(self.scale)
+        dk = self.joined(dscores.mT @ self.q_BHTD.square()).sqrt() * abs(self.scale)
+        return dq, dk, self.joined(squares.mT @ self._grad.square()).sqrt()
+
+    def storing_noise(self, roundoff: float) -> tuple[torch.Tensor, ...]:
+        """What the roundings in `stored` do in root mean square: where few elements count, one draw of them says
+        little. A rounding is off by a unit roundoff over the root of three."""
+        weights, logsumexp = self.weights()
+        squares = weights.square() * (roundoff**2 / 3.0)
+        if self.grad_BHTV is None:
+            # Exponentials need be no better than their stored form, and may be off alike.
+            return (squares @ self.v_BHSV.square()).sqrt(), torch.full_like(logsumexp, roundoff / math.sqrt(3.0))
+        products = self._grad @ self.v_BHSV.mT
+        of_output = (self._grad * (weights @ self.v_BHSV)).square().sum(-1, keepdim=True) * (roundoff**2 / 3.0)
+        of_centre = of_output + (squares * products.square()).sum(-1, keepdim=True)
+        dscores = self._dscores(weights).square() * (roundoff**2 / 3.0) + weights.square() * of_centre
+        # They may be stored with the scale in them, and are small numbers then.
+        dscores = dscores * self.scale**2 + self._underflow().square()
+        dq = (dscores @ self.k_BHSD.square()).sqrt()
+        dk = self.joined(dscores.mT @ self.q_BHTD.square()).sqrt()
+        return dq, dk, self.joined(squares.mT @ self._grad.square()).sqrt()
+
+    def overflows(self) -> torch.Tensor:
+        """Rows B H T in which a score may overflow in float32, or a weight that is computed anew for the gradients."""
+        size = self.q_BHTD.abs() @ self.k_BHSD.abs().mT
+        rows = (size * max(1.0, abs(self.scale))).amax(-1) >= torch.finfo(torch.float32).max / 2
+        if self.grad_BHTV is None:
+            return rows
+        _, logsumexp = self.weights()
+        return rows | (16.0 * UNIT_ROUNDOFF[torch.float32] * logsumexp.abs() >= math.log(_LARGEST_EXPONENTIAL_32))
 
     def _score_error(self, computing: float) -> torch.Tensor:
         terms = self.q_BHTD.shape[-1] + 4
         size = self.q_BHTD.abs() @ self.k_BHSD.abs().mT * abs(self.scale)
         return computing * terms * size
+
+    def _score_noise(self) -> torch.Tensor:
+        walk = self.q_BHTD.square() @ self.k_BHSD.square().mT
+        score = self.q_BHTD @ self.k_BHSD.mT
+        return _adding_up(self.q_BHTD.shape[-1]) * abs(self.scale) * (walk + score.square()).sqrt()
+
+    def _moved(self, errors: torch.Tensor, *, anew: float = 0.0) -> torch.Tensor:
+        """How far the weights may move where each score is off by up to its error: from p to p e^d / sum of p e^d, with
+        the sum between e^-c and e^c, c the logarithm of the sum of p e^|d|. To 1 at most, from 1 to 0 at most.
+
+        For gradients kernels compute them anew as e^(score - log-sum-exp), both rounded (`anew` relative to these):
+        what is large then is not divided by a sum that is as large.
+        """
+        weights, logsumexp = self.weights()
+        logarithms, errors = weights.log(), errors.clamp_max(_LARGEST_ERROR)
+        both = errors + torch.logsumexp(logarithms + errors, -1, keepdim=True)
+        largest = 0.0
+        if anew:
+            both, largest = both + anew * (8.0 + logsumexp.abs().unsqueeze(-1)), _LARGEST_LOGARITHM
+        raised = torch.exp((logarithms + both).clamp_max(largest)) - weights
+        return torch.maximum(raised, -weights * torch.expm1(-both)).nan_to_num(0.0)
+
+    def _underflow(self) -> torch.Tensor:
+        """What a weight, or a score's gradient, may lose as too small a number: an exponential below 2^-126, and in
+        float16 a subnormal's last place."""
+        weights, _ = self.weights()
+        lost = max(torch.finfo(torch.float32).tiny, self.spacing)
+        return torch.where(weights > 0, lost, 0.0)
+
+
+_FAR = 6.0
+"""Root mean squares: once in 10^9."""
+_LARGEST_LOGARITHM = 230.0
+"""Of what a weight may become: far beyond float32, and its squares are numbers in float64."""
+_LARGEST_EXPONENTIAL_32 = 1e30
+"""Of a weight, with which a gradient in float32 is a number for certain."""
+_LARGEST_ERROR = 1e30
+"""Of a score, whose exponential is infinite long before."""
+
+
+def _adding_up(terms: int) -> float:
+    """Relative error of a sum that is stored in float32."""
+    return accumulation_floor(terms) + rounding_floor(torch.float32)
 
 
 def _spread(x_BGSD: torch.Tensor, q_BHTD: torch.Tensor) -> torch.Tensor:
