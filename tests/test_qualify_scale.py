@@ -52,7 +52,7 @@ def attention_calls(
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated:h800"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     SCALES,
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
