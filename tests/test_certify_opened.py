@@ -20,7 +20,7 @@ def test_the_process_opens_what_was_opened() -> None:
     with opened("emulated:h800") as sound:
         order = qualification.request_for(sound, "r2-nano", 0).order("candidate", Path())
         assert (order.chip, order.faults) == ("emulated:h800", None)
-    faulty = open_chip("emulated:h800@exact", **FAULTY)
+    faulty = open_chip("emulated:h800", **FAULTY)
     order = qualification.request_for(faulty, "r2-nano", 3).order("candidate", Path())
     faulty.close()
     again = open_chip(order.chip, faults=order.faults, seed=order.seed)

@@ -77,7 +77,7 @@ def the_same(
         assert bool((right | decided).all()), (found[~right & ~decided], exact[~right & ~decided])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 19), st.integers(1, 40), st.integers(1, 120), FORMATS, st.booleans(), st.booleans(), *[PLANTS] * 3
 )
@@ -276,7 +276,7 @@ def one_sequence(tokens: int, rows: int, block_tokens: int) -> Places:
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.integers(1, 100),
     st.sampled_from([(1, 2, 32, 16), (1, 9, 24, 10), (2, 1, 16, 16)]),
