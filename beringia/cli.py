@@ -547,11 +547,11 @@ def _answer(as_json: bool, document: dict[str, Any], sentence: str) -> None:
 
 
 def _explain(sentence: str, kind: str, as_json: bool) -> None:
+    """For a program on standard output where it asked for that, for a person on standard error in any case."""
     if as_json:
         print(json.dumps({"error": kind, "message": sentence}))
-    else:
-        with suppress(BrokenPipeError):
-            print(f"beringia: {sentence}", file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):
+        print(f"beringia: {sentence}", file=sys.stderr, flush=True)
 
 
 def _print_summary(summary: Summary, as_json: bool) -> None:

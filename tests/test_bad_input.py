@@ -317,6 +317,7 @@ def test_an_out_that_is_a_file_or_below_one_is_one_sentence(tmp_path: Path) -> N
     assert (tmp_path / "file").read_text() == "a user's"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", *(pytest.param(one, marks=pytest.mark.slow) for one in ("seven", "-1"))])
 def test_an_epoch_that_is_no_number_says_what_to_do_and_that_helps(tmp_path: Path, content: str) -> None:
     recipe, run = str(write_recipe(tmp_path, small_recipe(train={"steps": 4}))), tmp_path / "run"

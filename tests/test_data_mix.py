@@ -271,6 +271,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_checkpoint_says_how_far_each_data_set_is(undisturbed: Path) -> None:
     progress = CheckpointDirectory(undisturbed / "run" / "checkpoints").manifest(80).progress
     assert progress["cursor"] == 320 and progress["cursors"] == [160, 96, 64]

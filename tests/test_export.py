@@ -43,6 +43,7 @@ def weights(directory: Path) -> Mapping[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_bf16_values_are_those_of_float32_rounded_to_nearest_even(exported: Path) -> None:
     whole, half = weights(exported / DEFAULT), weights(exported / HALF)
     assert whole.keys() == half.keys()

@@ -127,6 +127,7 @@ def test_probe_writes_the_profile_and_says_what_each_unit_is(tmp_path: Path) -> 
     assert read_profile(str(out)).assumed() == ["units.float64"]
 
 
+@pytest.mark.slow
 def test_a_unit_that_fits_no_scheme_is_inconclusive_and_marked_as_assumed(tmp_path: Path) -> None:
     """The fast fidelity leaves the order within 128 terms to the CPU."""
     out = tmp_path / "fast.toml"

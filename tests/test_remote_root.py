@@ -128,6 +128,7 @@ def test_a_checkpoint_that_cannot_come_home_is_a_fallback_and_not_counted_on(tmp
     assert machines.home.steps() == []
 
 
+@pytest.mark.slow
 def test_a_machine_that_goes_silent_while_sending_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     machines = Machines(tmp_path, before="echo welcome; sleep 3600", patience_seconds=0.5)
     machines.root.receive(machines.save(7))

@@ -179,6 +179,7 @@ def test_an_alarm_that_coincides_with_a_stop_is_decided_about_when_the_run_goes_
     assert final_hash(run) == final_hash(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_chip_that_comes_back_with_other_settings_is_told(terminated: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(terminated, tmp_path / "run"))
     assert beringia("train", str(run / "recipe.toml"), "--out", str(run), OMP_NUM_THREADS="2").returncode == 0

@@ -105,6 +105,7 @@ def test_a_stop_that_reaches_every_process_before_the_first_step_is_a_stop(
     assert of_kind(run, "fault") == []
 
 
+@pytest.mark.slow
 def test_a_worker_alone_that_is_ended_before_its_hello_is_started_again(evaluated: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start("train", str(evaluated / "small.toml"), "--out", str(run))

@@ -8,4 +8,7 @@ computes their logits from `weights.py` and `cache.py` with `operators/`, `sampl
 from beringia.engine.engine import Completion, Engine, EngineLimits
 from beringia.engine.sampling import Sampling, TokenLogprobs
 
-__all__ = ["Completion", "Engine", "EngineLimits", "Sampling", "TokenLogprobs"]
+Limits = EngineLimits
+"""As callers outside know it, beside `Engine`."""
+
+__all__ = ["Completion", "Engine", "EngineLimits", "Limits", "Sampling", "TokenLogprobs"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from beringia.processes.patience import HEARTBEAT_SECONDS, STACKS_SHARE
+from beringia.processes.patience import HEARTBEAT_SECONDS, LOCKED_STACKS_SHARE, STACKS_SHARE
 from beringia.processes.protocol import Go, Heartbeat, Job, Line, Stop, to_far_end
 from beringia.processes.words import ORPHANED_STATUS
 from beringia.records.record import Record
@@ -108,27 +109,41 @@ class Channel:
 class Watchdog:
     """Writes the stacks of all threads of this process into a file when it is not fed for too long.
 
-    A thread of the interpreter's own does it, so it works while the computing thread hangs in a driver, and without a
-    signal from outside, which would not pass a launch prefix.
+    Inside the process, without a signal from outside, which would not pass a launch prefix. A thread does it that holds
+    the interpreter's lock: the others stand still meanwhile. Where the computing thread hangs in a driver and keeps the
+    lock, faulthandler's own timer does it a little later: it reads the stacks without the lock, which is safe while
+    they do not change, and crashed processes that were only slow (in imports, on a busy machine).
     """
 
     def __init__(self, file: Path, patience_seconds: float) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(file, "w")  # noqa: SIM115 - must stay open until the last moment
-        self._seconds = patience_seconds * STACKS_SHARE
+        self._patience_seconds = patience_seconds
+        self._closed = threading.Event()
+        self._due = math.inf
         self.feed()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def feed(self) -> None:
         """All is well; begin to wait anew."""
-        faulthandler.dump_traceback_later(self._seconds, file=self._file)
+        self._due = time.monotonic() + self._patience_seconds * STACKS_SHARE
+        faulthandler.dump_traceback_later(self._patience_seconds * LOCKED_STACKS_SHARE, file=self._file)
 
     def close(self) -> None:
         """Stop watching; an empty file is removed."""
+        self._closed.set()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         path = Path(self._file.name)
         if path.stat().st_size == 0:
             path.unlink()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._patience_seconds / 50)):
+            if time.monotonic() >= self._due and not self._closed.is_set():
+                self._due = math.inf
+                faulthandler.cancel_dump_traceback_later()
+                faulthandler.dump_traceback(file=self._file)
 
 
 def _exit_orphaned() -> None:

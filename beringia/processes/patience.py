@@ -40,8 +40,10 @@ EXEC_SECONDS = 0.2
 """A process that has just been told to execute a program shows its environment within so long (milliseconds, on a
 machine that is not busy)."""
 
-STACKS_SHARE = 0.8
+STACKS_SHARE = 0.7
 """Of the time after which silence is called a hang: the stacks must be written before the starter kills."""
+LOCKED_STACKS_SHARE = 0.85
+"""Likewise where nobody could take the interpreter's lock since."""
 
 
 @dataclass(frozen=True)
