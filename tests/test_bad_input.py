@@ -355,12 +355,14 @@ def test_variables_that_no_launcher_stands_behind_are_one_sentence_at_once(
     assert done.returncode == 2 and "Traceback" not in done.stderr and "env -u" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_batch_script_of_slurms_is_no_task_of_its_own(tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, small_recipe(train={"steps": 4})))
     batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
     assert beringia("train", recipe, "--out", str(tmp_path / "run"), **batch).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_banner_that_does_not_end_its_line_hides_nothing(tmp_path: Path) -> None:
     launch = [script(tmp_path, "printf 'Welcome '; exec \"$@\"")]
     document = small_recipe(chips={"first": {"use": "cpu", "launch": launch}}, train={"steps": 4})
@@ -373,6 +375,7 @@ def test_a_banner_that_does_not_end_its_line_hides_nothing(tmp_path: Path) -> No
     "closed",
     ["2>&1 | head -n 1", *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-", ">&- 2>&-"))],
 )
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path, closed: str) -> None:
     recipe, run = str(write_recipe(tmp_path, small_recipe(train={"steps": 8}))), tmp_path / "run"
     line = f"set -o pipefail; {sys.executable} -m beringia train {recipe} --out {run} {closed}"

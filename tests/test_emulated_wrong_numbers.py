@@ -605,6 +605,7 @@ def rank_0(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obje
     return {name: json.loads(line) for name, line in zip(COLLECTIVES, lines, strict=True)}
 
 
+@pytest.mark.slow
 def test_without_its_own_part_a_rank_s_results_lack_it(rank_0: dict[str, dict[str, object]]) -> None:
     assert rank_0["missing"] == RIGHT | {
         "sum": [11.0, 22.0, 30.0, 40.0],

@@ -144,6 +144,7 @@ def test_a_server_that_answers_with_text_only_is_refused(server: Server) -> None
         Endpoint(url)
 
 
+@pytest.mark.slow
 def test_a_server_with_keys_is_asked_with_one(tmp_path: Any) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret\n")

@@ -210,6 +210,7 @@ def test_a_prefix_that_asks_for_a_password_is_told_as_such(tmp_path: Path) -> No
     assert 'asks something, and nobody answers there: "root@node7\'s password:"' in words and "chips.first" in words
 
 
+@pytest.mark.slow
 def test_a_prefix_that_asks_on_standard_error_is_told_as_such(tmp_path: Path) -> None:
     prefix = script(tmp_path, "printf 'Are you sure you want to continue connecting (yes/no)? ' >&2; sleep 3600")
     assert "asks something" in death(errand(tmp_path, ["say", "one"], launch=(prefix,)))

@@ -200,6 +200,7 @@ def test_a_run_without_events_is_rebuilt_from_its_manifests_and_says_so(
     assert final_hash(run) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_users_copy_of_a_checkpoint_stays_where_it_is(stopped: Path, undisturbed: str, tmp_path: Path) -> None:
     run, newest = copied(stopped, tmp_path)
     copy = run / "checkpoints" / f"step-{newest:06d}-good"

@@ -525,6 +525,7 @@ def test_a_body_is_refused_however_deep_it_is_nested(server: Server) -> None:
             assert _asked(connection, "/v1/completions", body.encode())[0] == 400, depth
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_foresaw_is_told_and_counted_and_the_connection_goes_on(tmp_path: Path) -> None:
     patched = tmp_path / "broken.py"
     patched.write_text(
