@@ -58,7 +58,9 @@ def read_document(directory: Path) -> dict[str, Any]:
 
 def open_directory(directory: Path) -> TensorReader:
     """The tensors of a directory with a config. Raises ModelError."""
-    read_document(directory)  # its fault is told first: weights without a config are no model
+    document = read_document(directory)
+    document.pop(QUANTIZATION, None)  # what the files hold says whether it is true
+    config_from_document(document)  # its faults are told first: weights without a config that we know are no model
     return open_hugging_face(directory)
 
 
