@@ -6,6 +6,7 @@ Two chips are two processes, also on one machine: the reference's writes a bundl
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -188,11 +189,23 @@ def reference_for(request: Request, directory: Path, say: Say = lambda text: Non
     bundle = directory / f"reference-{dtype}.bundle"
     if bundle.exists():
         return bundle
-    say("recording the reference")
     order = request.order("reference", bundle.absolute())
     here = order.model_copy(update={"chip": REFERENCE, "compute_dtype": dtype})
-    gather(here, Command("the reference"), directory / "reference.log", say=say)
+    begun = _begun_by("recording the reference", say)
+    gather(here, Command("the reference"), directory / "reference.log", say=begun)
     return bundle
+
+
+def _begun_by(stage: str, say: Say) -> Say:
+    """Says the stage before the first thing that is said of it: what is refused before it began is one sentence."""
+    first = itertools.count()
+
+    def relay(text: str) -> None:
+        if next(first) == 0:
+            say(stage)
+        say(text)
+
+    return relay
 
 
 def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Request:
