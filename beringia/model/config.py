@@ -9,6 +9,7 @@ there; everything else asks the flags. Names are those of Hugging Face's `config
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from beringia.errors import ModelError
@@ -117,7 +118,7 @@ class DecoderConfig:
         """Width of a head's values."""
         return self.v_head_dim if self.latent else self.head_dim
 
-    @property
+    @cached_property  # asked for every token of every request
     def context_tokens(self) -> int:
         """The longest sequence that the model is made for: what the file says, or what its linear or yarn scaling
         stretches that to (whoever adds such a block seldom changes the other)."""
