@@ -13,7 +13,7 @@ from beringia.processes.channel import Watchdog
 
 watchdog = Watchdog(Path(sys.argv[1]), 0.06)
 source = open(tokenize.__file__).read()[:20000]
-end = time.monotonic() + 3
+end = time.monotonic() + 2
 while time.monotonic() < end:
     for _ in range(12):  # longer than its patience
         list(tokenize.generate_tokens(io.StringIO(source).readline))
@@ -26,9 +26,9 @@ from pathlib import Path
 from beringia.processes.channel import Watchdog
 
 def hang_in_a_driver():
-    ctypes.PyDLL(None).usleep(900_000)  # keeps the interpreter's lock
+    ctypes.PyDLL(None).usleep(2_200_000)  # keeps the interpreter's lock
 
-watchdog = Watchdog(Path(sys.argv[1]), 0.5)
+watchdog = Watchdog(Path(sys.argv[1]), 2.0)
 hang_in_a_driver()
 """
 
@@ -40,7 +40,7 @@ def stacks(program: str, file: Path) -> str:
 
 
 def test_a_process_that_is_only_slow_is_not_ended_by_being_looked_at(tmp_path: Path) -> None:
-    assert stacks(BUSY, tmp_path / "stacks.txt").count("most recent call first") > 10
+    assert stacks(BUSY, tmp_path / "stacks.txt").count("most recent call first") >= 2
 
 
 def test_a_hang_that_keeps_the_interpreters_lock_leaves_its_stack(tmp_path: Path) -> None:
