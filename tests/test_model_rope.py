@@ -82,7 +82,7 @@ def of_transformers(document: dict[str, Any]) -> tuple[torch.Tensor, float, floa
         scale = width**-0.5
         if document["model_type"] == "deepseek_v3":
             scale = yarn_apply_mscale(config.rope_parameters, scale)
-    except Exception:
+    except Exception:  # it refuses settings with classes of several libraries: there is nothing to compare with
         return None
     return embedding.inv_freq, embedding.attention_scaling, scale
 
