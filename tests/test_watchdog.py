@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from beringia.processes.words import ORPHANED_STATUS
+
 BUSY = """
 import io, sys, tokenize
 from pathlib import Path
@@ -30,6 +32,16 @@ def hang_in_a_driver():
 watchdog = Watchdog(Path(sys.argv[1]), 2.0)
 hang_in_a_driver()
 """
+ORPHANED = """
+import sys, threading
+from pathlib import Path
+from beringia.processes.channel import Channel, Watchdog
+
+channel = Channel()
+channel.watchdog = Watchdog(Path(sys.argv[1]), 600.0)
+channel.listen()
+threading.Event().wait()
+"""
 
 
 def stacks(program: str, file: Path) -> str:
@@ -44,3 +56,9 @@ def test_a_process_that_is_only_slow_is_not_ended_by_being_looked_at(tmp_path: P
 
 def test_a_hang_that_keeps_the_interpreters_lock_leaves_its_stack(tmp_path: Path) -> None:
     assert "hang_in_a_driver" in stacks(LOCKED, tmp_path / "stacks.txt")
+
+
+def test_a_process_whose_starter_is_gone_leaves_no_empty_file(tmp_path: Path) -> None:
+    file = tmp_path / "stacks.txt"
+    ended = subprocess.run([sys.executable, "-c", ORPHANED, str(file)], stdin=subprocess.DEVNULL)
+    assert ended.returncode == ORPHANED_STATUS and not file.exists()

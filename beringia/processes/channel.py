@@ -5,6 +5,7 @@ Standard output belongs to messages alone, so everything else that a library pri
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import math
@@ -47,7 +48,7 @@ class Channel:
     def listen(self, on_close: Callable[[], None] | None = None) -> None:
         """Hear the starter from now on. When it is gone the process exits at once: nothing may be published that
         nobody watches, and what was not published is as if it had not been."""
-        threading.Thread(target=self._listen, args=(on_close or _exit_orphaned,), daemon=True).start()
+        threading.Thread(target=self._listen, args=(on_close or self._exit_orphaned,), daemon=True).start()
 
     def stop_on_signals(self) -> None:
         """SIGTERM and SIGINT ask to stop, as the starter may."""
@@ -105,6 +106,11 @@ class Channel:
                     pass  # read from the environment
         on_close()
 
+    def _exit_orphaned(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.close()
+        os._exit(ORPHANED_STATUS)
+
 
 class Watchdog:
     """Writes the stacks of all threads of this process into a file when it is not fed for too long.
@@ -126,6 +132,8 @@ class Watchdog:
 
     def feed(self) -> None:
         """All is well; begin to wait anew."""
+        if self._closed.is_set():
+            return
         self._due = time.monotonic() + self._patience_seconds * STACKS_SHARE
         faulthandler.dump_traceback_later(self._patience_seconds * LOCKED_STACKS_SHARE, file=self._file)
 
@@ -135,8 +143,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         path = Path(self._file.name)
-        if path.stat().st_size == 0:
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # both threads of a process that ends may come here
+            if path.stat().st_size == 0:
+                path.unlink()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._patience_seconds / 50)):
@@ -144,7 +153,3 @@ class Watchdog:
                 self._due = math.inf
                 faulthandler.cancel_dump_traceback_later()
                 faulthandler.dump_traceback(file=self._file)
-
-
-def _exit_orphaned() -> None:
-    os._exit(ORPHANED_STATUS)
