@@ -21,7 +21,7 @@ from beringia.qualify.operators import parts
 from beringia.qualify.operators.bounds import bound_of
 from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown, in_float64
-from beringia.qualify.operators.watch import Call, Watch, changed
+from beringia.qualify.operators.watch import Call, Place, Watch, changed
 from beringia.qualify.trace import make_optimizer
 from beringia.records.certificate import OperatorCheck
 
@@ -578,6 +578,48 @@ def test_an_operator_without_a_rule_is_measured_on_the_cpu() -> None:
     call = only_call(lambda: x.logcumsumexp(1), "logcumsumexp")
     assert judged(call).basis.startswith("measured") and not broken(call)
     assert broken(with_result(call, call.results[0] * 1.001))
+
+
+def mixed_product() -> Call:
+    """As on a chip that multiplies bfloat16 with float32, which torch's own devices refuse."""
+    alike = only_call(lambda: random(2, 4, 8) @ random(2, 8, 3, seed=1), "bmm")
+    a, b = alike.args
+    return replace(alike, args=(a.bfloat16(), b), results=((a.bfloat16().float() @ b).bfloat16(),))
+
+
+def test_a_dtype_that_no_device_here_can_say_is_told_and_the_numbers_are_judged() -> None:
+    call = mixed_product()
+    told = judged(call)
+    assert "whether its dtype is right is not known here" in told.basis and not broken(call)
+    assert broken(with_result(call, call.results[0] * 1.1))
+
+
+@pytest.mark.parametrize("makes_its_gradients", [False, True])
+def test_the_dtypes_of_an_attention_of_mixed_arguments_are_those_of_what_it_is_about(makes_its_gradients: bool) -> None:
+    q, k, v = (random(1, 2, 5, 8, seed=seed, dtype=torch.bfloat16).requires_grad_() for seed in range(3))
+    mask = torch.zeros(5, 5, dtype=torch.bfloat16)
+    calls = calls_of(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward())
+    wanted = "attention_for_cpu_backward" if makes_its_gradients else "attention_for_cpu"
+    call = next(call for call in calls if call.func.overloadpacket.__name__.endswith(wanted))
+    wider = tuple(one.float() if getattr(one, "shape", None) == mask.shape else one for one in call.args)
+    mixed = replace(call, args=wider)
+    assert not broken(mixed)
+    first, *others = call.results
+    assert broken(replace(mixed, results=(first.float(), *others))) >= {"results of another form"}
+
+
+def test_an_operator_that_the_cpu_refuses_in_float64_is_not_judged_and_says_why() -> None:
+    a, b = random(16, 32).to(torch.float8_e4m3fn), random(32, 16, seed=1).to(torch.float8_e4m3fn)
+    one = torch.ones(())
+    call = Call(
+        Place("", "aten._scaled_mm.default", "forward", 0, 0),
+        torch.ops.aten._scaled_mm.default,
+        (a, b, one, one),
+        {"out_dtype": torch.bfloat16},
+        ((a.float() @ b.float()).bfloat16(),),
+    )
+    with pytest.raises(NotKnown):
+        check(call)
 
 
 # ---- products, whatever the numbers

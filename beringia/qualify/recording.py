@@ -25,7 +25,7 @@ from torch import nn
 from beringia.chips.chip import Chip
 from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown
-from beringia.qualify.operators.watch import Call, Place, Watch, tensors_in
+from beringia.qualify.operators.watch import REFUSALS, Call, Place, Watch, tensors_in
 from beringia.qualify.subject import Batch, Subject, on_device
 from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
@@ -120,7 +120,7 @@ class Recorder:
                     del before  # as large as weights and moments
                 try:
                     self._training_step(watch, model, optimizer, self._batch(number))
-                except RuntimeError as error:
+                except REFUSALS as error:
                     if not self._was_refused(watch, error):
                         raise
                     return False
@@ -142,13 +142,13 @@ class Recorder:
         with Watch(model, self._chip.device, self._take) as watch, watch.direction("decode"), torch.no_grad():
             try:
                 self._subject.decode(model, self._batch(0))
-            except RuntimeError as error:
+            except REFUSALS as error:
                 if not self._was_refused(watch, error):
                     raise
                 return False
         return True
 
-    def _was_refused(self, watch: Watch, error: RuntimeError) -> bool:
+    def _was_refused(self, watch: Watch, error: Exception) -> bool:
         """Whether an operator is missing on the chip: a finding. A fault of the chip goes on to the caller."""
         if watch.refused is None or self._chip.classify(error) is not None:
             return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -20,6 +19,7 @@ from beringia.errors import RecipeError
 from beringia.records.certificate import PublicKey
 from beringia.records.record import Record, canonical_hash
 from beringia.records.shares import rows_in_a_period
+from beringia.records.toml_file import read_toml
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _LABEL = re.compile(r"\w[\w .+-]{0,99}")
@@ -300,7 +300,7 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe file; `overrides` maps dotted keys (`train.steps`) to values, or to None where the key is to be as
     if it did not stand there. Raises RecipeError."""
     try:
-        document = tomllib.loads(path.read_text())
+        document = read_toml(path)
     except FileNotFoundError:
         raise RecipeError(
             f"There is no recipe at {path}. Give the path of a TOML file, or a name that `beringia recipes` lists."
@@ -309,7 +309,7 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         raise RecipeError(
             f"{path} cannot be read as a recipe: {error.strerror}. Give the path of a TOML file."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}.") from None
     changes = overrides or {}
     for key in (key for key, value in changes.items() if value is None):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from beringia.errors import ChipUnavailable
 from beringia.records.record import Record, canonical_hash
+from beringia.records.toml_file import read_toml
 
 PROFILES = Path(__file__).parent.parent / "catalogue" / "arithmetic"
 
@@ -206,13 +206,15 @@ def read_profile(name: str) -> Profile:
 def parse(kind: type[R], path: Path) -> R:
     """A record from a TOML file; ChipUnavailable with the file and the first thing that is wrong in it."""
     try:
-        return kind.model_validate_json(json.dumps(tomllib.loads(path.read_text())))
-    except tomllib.TOMLDecodeError as error:
-        raise ChipUnavailable(f"{path} is not valid TOML: {error}.") from None
+        return kind.model_validate_json(json.dumps(read_toml(path), default=str))
+    except OSError as error:
+        raise ChipUnavailable(f"{path} cannot be read: {error.strerror}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ChipUnavailable(f"{path}: {where or 'the file'}: {first['msg']} (found {first['input']!r}).") from None
+    except ValueError as error:
+        raise ChipUnavailable(f"{path} is not valid TOML: {error}.") from None
 
 
 def unknown(what: str, name: str, known: list[str]) -> str:

@@ -704,8 +704,8 @@ static void copy_numbers(float *to, const char *cache, int64_t from, int64_t cou
    1805.02867). Where that is not finite, which also a sum can be whose mean is, `again` is called with the maxima and sums
    found: shares are divided by their sum before they are multiplied with values, as in a plain softmax. Returns whether
    all is finite. */
-static int attend_heads(const attention *a, int64_t row, int64_t group, int64_t first, int64_t heads, float *most,
-                        float *sums, int again) {
+INLINE int attend_heads(const attention *a, int64_t row, int64_t group, int64_t first, int64_t heads,
+                        float *restrict most, float *restrict sums, const int again) {
   const int64_t key_padded = PADDED(a->key_width), value_padded = PADDED(a->value_width);
   /* Rows that are whole vectors are read where they are; others are copied and filled up with zeros. */
   const int in_place = !a->narrow && key_padded == a->key_width && value_padded == a->value_width;
@@ -779,6 +779,11 @@ static int attend_heads(const attention *a, int64_t row, int64_t group, int64_t 
   return finite;
 }
 
+static __attribute__((noinline)) void attend_again(const attention *a, int64_t row, int64_t group, int64_t first,
+                                                   int64_t heads, float *most, float *sums) {
+  attend_heads(a, row, group, first, heads, most, sums, 1);
+}
+
 static void attend_task(const void *context, int64_t number) {
   const attention *a = context;
   const int64_t parts = (a->heads + MOST_HEADS - 1) / MOST_HEADS;
@@ -786,7 +791,7 @@ static void attend_task(const void *context, int64_t number) {
   const int64_t heads = left < MOST_HEADS ? left : MOST_HEADS;
   const int64_t row = number / parts / a->groups, group = number / parts % a->groups;
   float most[MOST_HEADS], sums[MOST_HEADS];
-  if (!attend_heads(a, row, group, first, heads, most, sums, 0)) attend_heads(a, row, group, first, heads, most, sums, 1);
+  if (!attend_heads(a, row, group, first, heads, most, sums, 0)) attend_again(a, row, group, first, heads, most, sums);
 }
 
 void attend(float *out, int64_t out_step, const float *q, int64_t q_step, const void *cache, int64_t block_tokens,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from beringia.chips.chip import Chip
+from beringia.qualify.operators.watch import REFUSALS
 
 T = TypeVar("T")
 _LONGEST_REASON = 160
@@ -25,7 +26,7 @@ def attempt(chip: Chip, compute: Callable[[], T]) -> T | RefusedAttempt:
     try:
         result = compute()
         chip.synchronize()
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # NotImplementedError is a RuntimeError
+    except REFUSALS as error:
         if chip.classify(error) is not None:
             raise
         return RefusedAttempt(first_line(error))

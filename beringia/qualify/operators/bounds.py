@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF
-from beringia.qualify.operators.float64 import Attention, evaluate
-from beringia.qualify.operators.watch import Call, changed, tensors_in, written_values
+from beringia.qualify.operators.float64 import Attention, NotKnown, evaluate, in_own_dtypes
+from beringia.qualify.operators.watch import Call, changed, tensors_in
 
 ELEMENTARY_ULPS = 8.0
 """Largest error of an elementary function in float32, in units in the last place. Documented: CUDA at most 2, HIP at
@@ -319,9 +319,7 @@ def _attention(attention: Attention, operation: Operation) -> Bound:
 
 def _measured(operation: Operation) -> Allowed:
     """From the error of the same call on the CPU, in its own dtypes: its largest, for every element."""
-    call = operation.call
-    args, kwargs = (changed(value, torch.Tensor.clone) for value in (call.args, dict(call.kwargs)))
-    results = [*tensors_in(written_values(call.func, args, kwargs)), *tensors_in(call.func(*args, **kwargs))]
+    results = in_own_dtypes(operation.call, "cpu")
     allowed = []
     for index, exact in enumerate(operation.exact):
         if not exact.is_floating_point() or exact.numel() == 0 or index >= len(results):
@@ -340,7 +338,8 @@ def _measured(operation: Operation) -> Allowed:
 
 def may_overflow(call: Call, exact: tuple[torch.Tensor, ...], place: int) -> torch.Tensor:
     """Where a result that is not NaN may overflow on its way: where the sizes of a sum's finite terms do, whose order
-    is the chip's own, or where the same call on the CPU does, whose operations are those of its definition."""
+    is the chip's own, or where the same call on the CPU does, whose operations are those of its definition; where the
+    CPU has no such call, only the former excuses."""
     operation = Operation(call, exact)
     largest = torch.finfo(torch.float64 if operation.storing == UNIT_ROUNDOFF[torch.float64] else torch.float32).max
     found = torch.zeros(exact[place].shape, dtype=torch.bool)
@@ -351,12 +350,10 @@ def may_overflow(call: Call, exact: tuple[torch.Tensor, ...], place: int) -> tor
         return rows.view(*rows.shape, *[1] * (found.dim() - 3)).expand_as(found) if of_rows else found | rows.any()
     if operation.name in _PRODUCTS | _ADDED_UP:
         found |= operation.on_magnitudes(finite=True)[place].abs() >= largest * (1.0 - terms_of(operation) * _F32)
-    args, kwargs = (changed(value, torch.Tensor.clone) for value in (call.args, dict(call.kwargs)))
     try:
-        result = call.func(*args, **kwargs)
-    except (NotImplementedError, RuntimeError):  # an operator of another device
+        own = in_own_dtypes(call, "cpu")[place]
+    except NotKnown:  # what is not known excuses nothing: the element is judged
         return found
-    own = [*tensors_in(written_values(call.func, args, kwargs)), *tensors_in(result)][place]
     return found if own.shape != found.shape else found | one_sided(own, exact[place].to(own.dtype))
 
 

@@ -25,8 +25,8 @@ import torch
 
 from beringia.numerics.metrics import accumulation_floor, independent_rows, rounding_floor
 from beringia.qualify.operators.bounds import ELEMENTARY_ULPS, Bound, bound_of, may_overflow, one_sided
-from beringia.qualify.operators.float64 import in_float64
-from beringia.qualify.operators.form import wrong_form
+from beringia.qualify.operators.float64 import NotKnown, in_float64
+from beringia.qualify.operators.form import dtypes_due, wrong_form
 from beringia.qualify.operators.parts import in_parts
 from beringia.qualify.operators.watch import Call, RefusedCall, tensors_in
 from beringia.records.certificate import Measure, OperatorCheck
@@ -115,10 +115,11 @@ def check(call: Call) -> OperatorCheck | None:
 def _judge(call: Call) -> tuple[list[Judged], str]:
     """Each result of the call judged, and what their bound is made of."""
     exact = in_float64(call)
-    wrong = wrong_form(call, exact)
+    dtypes, apart = _dtypes(call)
+    wrong = wrong_form(call, exact, dtypes)
     of_form = [] if wrong is None else [_of_another_form(wrong.words)]
     if wrong is not None and not wrong.has_numbers:
-        return of_form, "results have torch's shapes, dtypes and layouts"
+        return of_form, f"results have torch's shapes, dtypes and layouts{apart}"
     if call.func.overloadpacket.__name__ in ("topk", "sort") and len(exact) == 2:
         exact = (exact[0], exact[0])
     bound = bound_of(call, exact)
@@ -131,7 +132,15 @@ def _judge(call: Call) -> tuple[list[Judged], str]:
         )
         if found is not None and allowed is not None and _comparable(call, found, reference)
     ]
-    return of_form + [one for one in judged if one is not None], bound.basis
+    return of_form + [one for one in judged if one is not None], bound.basis + apart
+
+
+def _dtypes(call: Call) -> tuple[list[torch.dtype], str]:
+    """Those that its results should have, and what is told where that is not known."""
+    try:
+        return dtypes_due(call), ""
+    except NotKnown as reason:
+        return [], f"; whether its dtype is right is not known here ({str(reason).splitlines()[0]})"
 
 
 def _of_another_form(words: str) -> Judged:

@@ -17,13 +17,13 @@ import torch
 from torch._ops import OpOverload
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF, accumulation_floor, rounding_floor
-from beringia.qualify.operators.watch import Call, changed, tensors_in, written_arguments, written_values
+from beringia.qualify.operators.watch import REFUSALS, Call, changed, tensors_in, written_arguments, written_values
 
 _WIDE = torch.float64
 
 
 class NotKnown(Exception):
-    """There is no float64 form of this operator here."""
+    """This machine's CPU cannot compute this operator, in float64 or as it was called."""
 
 
 def in_float64(call: Call) -> tuple[torch.Tensor, ...]:
@@ -51,9 +51,29 @@ def evaluate(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             wide_args = (*wide_args[:place], False, *wide_args[place + 1 :])
     try:
         result = func(*wide_args, **wide_kwargs)
-    except NotImplementedError as error:
+    except REFUSALS as error:  # `_scaled_mm` takes nothing but 8 bits
         raise NotKnown(str(error)) from error
-    written = written_values(func, wide_args, wide_kwargs)
+    return _written_first(written_values(func, wide_args, wide_kwargs), result)
+
+
+def in_own_dtypes(call: Call, device: str) -> tuple[torch.Tensor, ...]:
+    """The same call on another device of this machine, in its own dtypes: what it wrote in place, then what it
+    returned. Raises NotKnown where that device has no such call."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device(device)
+        return changed(value, lambda tensor: tensor.to(device, copy=True))
+
+    args, kwargs = tuple(moved(value) for value in call.args), {name: moved(one) for name, one in call.kwargs.items()}
+    try:
+        result = call.func(*args, **kwargs)
+    except REFUSALS as error:
+        raise NotKnown(str(error)) from error
+    return _written_first(written_values(call.func, args, kwargs), result)
+
+
+def _written_first(written: list[Any], result: Any) -> tuple[torch.Tensor, ...]:
     first = list(tensors_in(written))
     return (*first, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in first)))
 
@@ -85,6 +105,8 @@ class Attention:
     grad_BHTV: torch.Tensor | None
     spacing: float = 0.0
     """Of the smallest numbers in the operands' dtype."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Of its own results: the output's is the queries'; the gradients' are those of what they are of."""
 
     @staticmethod
     def of(call: Call) -> Attention | None:
@@ -111,6 +133,7 @@ class Attention:
             q.shape[-1] ** -0.5 if scale is None else scale,
             None if grad is None else grad.to(_WIDE),
             torch.finfo(given["query"].dtype).smallest_normal * torch.finfo(given["query"].dtype).eps,
+            tuple(given[part].dtype for part in (("query",) if grad is None else ("query", "key", "value"))),
         )
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:

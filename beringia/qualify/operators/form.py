@@ -1,19 +1,21 @@
 """Whether a call's results have the number, shapes, dtypes and layouts that torch gives: the form, before any number.
 
 Shapes, layouts and the dtypes of integers are those of the call in float64; floating dtypes are those of the arguments,
-or, where these differ or name another, what torch says without computing (its meta device). Strides are the chip's own
-affair: numbers are compared by index. So is the form of what an operator hands to its own backward pass beside its
-result (a log-sum-exp, a norm's deviations).
+or, where these differ or name another, what torch says without computing (its meta device), or else what the same call
+gives on the CPU; attention's, which no two chips call alike, are its queries' or those of what a gradient is of.
+Strides are the chip's own affair: numbers are compared by index. So is the form of what an operator hands to its own
+backward pass beside its result (a log-sum-exp, a norm's deviations).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from beringia.qualify.operators.watch import Call, changed, tensors_in, written_values
+from beringia.qualify.operators.float64 import Attention, NotKnown, in_own_dtypes
+from beringia.qualify.operators.watch import Call, tensors_in
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,11 @@ class WrongForm:
     """Whether its elements can be compared nevertheless: only the dtype is another."""
 
 
-def wrong_form(call: Call, exact: tuple[torch.Tensor, ...]) -> WrongForm | None:
-    """The first result of another form; None where there is none."""
+def wrong_form(call: Call, exact: tuple[torch.Tensor, ...], dtypes: Sequence[torch.dtype]) -> WrongForm | None:
+    """The first result of another form; None where there is none. `dtypes` are those due, as far as they are known."""
     due = exact[: _own_results(call, len(exact))]
     if len(call.results) < len(due):
         return WrongForm(f"{len(call.results)} results where torch gives {len(due)}", has_numbers=False)
-    dtypes = _dtypes(call)
     for place, (found, one) in enumerate(zip(call.results, due, strict=False)):
         dtype = one.dtype if not one.is_floating_point() else dtypes[place] if place < len(dtypes) else found.dtype
         here, there = _form(found.shape, found.dtype, found.layout), _form(one.shape, dtype, one.layout)
@@ -56,28 +57,22 @@ def _own_results(call: Call, count: int) -> int:
 _KEEPS_FOR_BACKWARD = frozenset({"native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm"})
 
 
-def _dtypes(call: Call) -> list[torch.dtype]:
-    """Of the results; empty where it is not known."""
+def dtypes_due(call: Call) -> list[torch.dtype]:
+    """Of the results that are the operator's own. Raises NotKnown where no device here has such a call."""
     given = {tensor.dtype for tensor in tensors_in((call.args, dict(call.kwargs))) if tensor.is_floating_point()}
     if len(given) == 1 and not _names_a_dtype(call):
         return [*given] * len(call.results)
-    args, kwargs = changed(call.args, _shadow), {name: _shadow(value) for name, value in call.kwargs.items()}
+    attention = Attention.of(call)
+    if attention is not None:
+        return list(attention.dtypes)
     try:
-        result = call.func(*args, **kwargs)
-    except (NotImplementedError, RuntimeError):  # not every operator has such a form
-        return []
-    written = list(tensors_in(written_values(call.func, args, kwargs)))
-    made = [tensor for tensor in tensors_in(result) if not any(tensor is one for one in written)]
-    return [tensor.dtype for tensor in (*written, *made)]
+        results = in_own_dtypes(call, "meta")
+    except NotKnown:  # not every operator has a form without numbers
+        results = in_own_dtypes(call, "cpu")
+    return [tensor.dtype for tensor in results]
 
 
 def _names_a_dtype(call: Call) -> bool:
     named = [argument.name for argument in call.func._schema.arguments]
     values = [*zip(named, call.args, strict=False), *call.kwargs.items()]
     return any(isinstance(value, torch.dtype) or (name == "half_to_float" and value) for name, value in values)
-
-
-def _shadow(value: Any) -> Any:
-    if isinstance(value, torch.device):
-        return torch.device("meta")
-    return changed(value, lambda tensor: tensor.to("meta"))

@@ -41,6 +41,9 @@ _NOT_COMPUTED = (
 _NOT_OF_THE_MODEL = ("profiler", "prim", "prims", "c10d", "_c10d_functional", "higher_order")
 """Namespaces of marks and of collectives, which have a probe of their own. Operators of a vendor's own are watched."""
 
+REFUSALS = (RuntimeError, IndexError, TypeError, ValueError)
+"""What torch and its plugins raise for a call that they do not have (NotImplementedError is a RuntimeError)."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -139,7 +142,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         kept_kwargs = {name: _copied(value) if name in writes else value for name, value in kwargs.items()}
         try:
             result = func(*args, **kwargs)
-        except RuntimeError as error:  # NotImplementedError is one
+        except REFUSALS as error:
             self._refuse(func, args, backward, error)
             raise
         written = written_values(func, args, kwargs)
