@@ -750,7 +750,7 @@ WITH_NUMBERS: dict[str, Callable[[Any, Any], torch.Tensor]] = {
 @given(NUMBERS, NUMBERS)
 @settings(max_examples=40, deadline=None)
 def test_no_number_beside_the_tensors_makes_a_sound_chip_wrong(operator: str, alpha: float, beta: float) -> None:
-    """Whatever its sign and size, and a wrong product is found whatever they are."""
+    """Whatever its sign and size, and a wrong product of normal numbers is found whatever they are."""
     if operator in ("index_add",) and isinstance(alpha, int):
         alpha = float(alpha)
     WITH_NUMBERS[operator](alpha, beta)  # draws its tensors: no call to be judged
@@ -760,7 +760,7 @@ def test_no_number_beside_the_tensors_makes_a_sound_chip_wrong(operator: str, al
     last = calls[-1]
     size = max(float(result.abs().max()) for result in last.results)
     wrong = with_result(last, *(result + 0.01 * size for result in last.results))
-    assert size == 0 or broken(wrong)
+    assert size < torch.finfo(torch.float32).tiny or broken(wrong)
 
 
 @pytest.mark.parametrize("scale", [-3.0, -0.25, 0.0, 3.0])

@@ -158,7 +158,10 @@ def _magnitude(value: Any, kind: str) -> Any:
         return type(value)([_magnitude(item, kind) for item in value])
     if isinstance(value, torch.Tensor):
         return value.abs() if value.is_floating_point() else value
-    return abs(value) if "number" in kind and isinstance(value, int | float) else value
+    if "number" not in kind or not isinstance(value, int | float) or value == 0:
+        return value
+    # Below the smallest normal number it is stored no more exactly than that one.
+    return max(abs(value), torch.finfo(torch.float32).smallest_normal)
 
 
 # ---- rules

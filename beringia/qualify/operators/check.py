@@ -24,7 +24,14 @@ import numpy
 import torch
 
 from beringia.numerics.metrics import accumulation_floor, independent_rows, rounding_floor
-from beringia.qualify.operators.bounds import ELEMENTARY_ULPS, Bound, bound_of, may_overflow, one_sided
+from beringia.qualify.operators.bounds import (
+    ARITHMETIC_ROUNDINGS,
+    ELEMENTARY_ULPS,
+    Bound,
+    bound_of,
+    may_overflow,
+    one_sided,
+)
 from beringia.qualify.operators.float64 import NotKnown, in_float64
 from beringia.qualify.operators.form import dtypes_due, wrong_form
 from beringia.qualify.operators.parts import in_parts
@@ -44,6 +51,8 @@ SMALL_COUNT = 8
 """Fewer small numbers than these say nothing: one beside the limit may be rounded to zero."""
 WRONG_FORM = "results of another form"
 """The measure of a result whose shape, dtype or layout is not torch's."""
+_SMALLEST = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+"""The spacing of numbers below the smallest normal one where operators compute."""
 _BASIS_SMALL = "subnormal results that became zero; a chip that keeps them loses none"
 
 _TIES = frozenset({"argsort", "max", "min", "argmax", "argmin"})
@@ -260,7 +269,7 @@ def _as_rounded(
         return tuple(measures), _Worst(element, here, there, off, limit), 0.0
     size, rounding = _rms(exact), _rms(error)
     if size > 0.0:
-        relative = RMS_ALLOWED * (rounding / size + _inner_floor(bound))
+        relative = RMS_ALLOWED * (rounding / size + _inner_floor(bound, size))
         reason = f"{RMS_ALLOWED:g} times storing and adding up"
         measures.append(Measure(name="root mean square error", value=rounding / size, bound=relative, reason=reason))
     return tuple(measures), _Worst(element, here, there, off, limit), rounding / size if size else rounding
@@ -336,13 +345,14 @@ def _rms_and_sign(
     inside: float,
 ) -> list[Measure]:
     storing = math.hypot(_rms(rounded - exact) / size, inside)
-    inner = _inner_floor(bound)
-    relative = RMS_ALLOWED * (storing + inner)
+    relative = RMS_ALLOWED * (storing + _inner_floor(bound, size))
     excess = wide - rounded
     spread = _rms(excess) / size
     total = float(torch.linalg.vector_norm(exact, 1))
     gain = float(excess.mul_(exact.sign()).sum()) / total
-    signed = inner + SIGNED_DEVIATIONS * spread / math.sqrt(independent_rows(exact) if exact.dim() > 1 else 1.0)
+    signed = _inner_floor(bound, total / exact.numel()) + SIGNED_DEVIATIONS * spread / math.sqrt(
+        independent_rows(exact) if exact.dim() > 1 else 1.0
+    )
     return [
         Measure(
             name="root mean square error",
@@ -365,9 +375,12 @@ def _few(rows: float) -> float:
     return math.sqrt((rows + 6.0 * math.sqrt(rows) + 18.0) / rows)
 
 
-def _inner_floor(bound: Bound) -> float:
-    """Relative error before storing: the worst sound accumulator over the terms, or an elementary function's."""
-    return accumulation_floor(bound.terms) + ELEMENTARY_ULPS * rounding_floor(torch.float32)
+def _inner_floor(bound: Bound, size: float) -> float:
+    """Error before storing, relative to results of this size: the worst sound accumulator over the terms, or an
+    elementary function's. What comes between, a term or a scaled sum, may be below the smallest normal number, where a
+    rounding costs up to a whole spacing whatever it is of."""
+    below_normal = (bound.terms + ARITHMETIC_ROUNDINGS) * _SMALLEST / size
+    return accumulation_floor(bound.terms) + ELEMENTARY_ULPS * rounding_floor(torch.float32) + below_normal
 
 
 def _excused(
