@@ -289,9 +289,24 @@ def test_a_client_that_sends_its_request_byte_by_byte_does_not_keep_its_connecti
     )
     with serving("r2-nano", "--chip", "cpu", program=(str(patched),)) as running:
         with _connected(running) as connection:
+            for pause_seconds in (0.0, 1.5, 1.5):  # idle for longer than a head may take
+                threading.Event().wait(pause_seconds)
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+                answer = http.client.HTTPResponse(connection)
+                answer.begin()
+                assert answer.status == 200 and answer.read()
+            letters = itertools.cycle(b"GET /health HTTP/1.1\r\nHost: a\r\n")
+            until(lambda: not _takes(connection, bytes([next(letters)])), "it is closed on")
+        with _connected(running) as connection:
             letters = itertools.cycle(b"GET /health HTTP/1.1\r\nHost: a\r\n")
             until(lambda: not _takes(connection, bytes([next(letters)])), "it is closed on")
         assert running.get("/health").status_code == 200
+
+
+def test_an_idle_connection_outlives_the_patience_of_clients_that_keep_theirs() -> None:
+    from beringia.serve.server import IDLE_SECONDS
+
+    assert IDLE_SECONDS > 15, "aiohttp's; httpx keeps one for 5 seconds"
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,9 @@ from beringia.serve.metrics import Metrics
 HEADER_SECONDS = 20.0
 """For a request's head to arrive. A client that sends it byte by byte would else keep its connection for ever."""
 
-IDLE_SECONDS = 5
-"""A connection without a request stays open this long."""
+IDLE_SECONDS = 75
+"""A connection without a request stays open this long: longer than clients keep one for their next request (httpx, and
+so OpenAI's client, 5 seconds; aiohttp 15), or a request would meet a connection that is just being closed."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,7 @@ class _Patience(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.transport.is_closing():
-            self._arm()
+        self._disarm()  # the next request's head is waited for from its first byte on
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
