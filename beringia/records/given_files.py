@@ -68,3 +68,10 @@ def why_no_directory(name: str) -> str | None:
             f"here; get it first (hf download {name} --local-dir DIR) and give that directory."
         )
     return f"There is no directory {name}."
+
+
+def why_no_model(directory: Path) -> str | None:
+    """What a directory is that holds no model in Hugging Face form; None where nothing is known of it."""
+    if (directory / "recipe.json").is_file() and (directory / "checkpoints").is_dir():
+        return f"{directory} is a run: `beringia export {directory} --to DIR` makes a directory of its model."
+    return None
