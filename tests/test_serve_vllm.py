@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import openai
 import pytest
 from served import serving
+from waiting import until
 
 from beringia.data.tokenizer import load_tokenizer, write_tokenizer
 from beringia.errors import ChipUnavailable, InputError
 from beringia.model import load_model, save_model
+from beringia.processes.program import Program
 from beringia.serve.vllm import VllmSettings, command_of
 
 PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
@@ -63,6 +66,17 @@ def test_one_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path)
         started,
     ):
         pass
+
+
+def test_of_a_long_log_the_first_error_is_shown_too() -> None:
+    """What follows it is its echo in the processes that waited."""
+    script = "echo '(Worker) ValueError: too little memory'; seq -f 'step %06.0f' 2000; echo 'RuntimeError: see above'"
+    program = Program(["sh", "-c", script], dict(os.environ))
+    until(lambda: not program.running, "it has ended")
+    said = program.last_words().splitlines()
+    program.end()
+    assert said[0] == "(Worker) ValueError: too little memory" and said[1] == "..."
+    assert said[-1] == "RuntimeError: see above"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -15,6 +16,8 @@ from beringia.processes.protocol import MARK_VARIABLE
 from beringia.processes.words import how_ended
 
 _LAST_BYTES = 4000
+_ERROR = re.compile(rb"\b\w*(Error|Exception): \S")
+"""How Python writes one."""
 
 
 class Program:
@@ -52,10 +55,15 @@ class Program:
             self._process.send_signal(signal.Signals(number))
 
     def last_words(self) -> str:
-        """The end of its log."""
+        """The end of its log, and above it the first error that the log names: what follows is often its echo."""
         size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - _LAST_BYTES))
-        return self._log.read().decode(errors="replace")
+        before = max(0, size - _LAST_BYTES)
+        self._log.seek(0)
+        first = next((line for line in self._log if _ERROR.search(line)), None)
+        found_at = self._log.tell()
+        self._log.seek(before)
+        end = self._log.read().decode(errors="replace")
+        return end if first is None or found_at > before else f"{first.decode(errors='replace')}...\n{end}"
 
     def end(self, grace_seconds: float = 0.0) -> None:
         """Give it so long to end by itself, ask it, kill what is left of it and of what it started."""
