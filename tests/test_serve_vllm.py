@@ -70,13 +70,14 @@ def test_one_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path)
 
 def test_of_a_long_log_the_first_error_is_shown_too() -> None:
     """What follows it is its echo in the processes that waited."""
-    script = "echo '(Worker) ValueError: too little memory'; seq -f 'step %06.0f' 2000; echo 'RuntimeError: see above'"
+    errors = "echo 'may cause `OSError: 24`'; echo '(Worker) ValueError: too little memory'"
+    script = f"{errors}; seq -f 'step %06.0f' 2000; echo no more"
     program = Program(["sh", "-c", script], dict(os.environ))
     until(lambda: not program.running, "it has ended")
     said = program.last_words().splitlines()
     program.end()
     assert said[0] == "(Worker) ValueError: too little memory" and said[1] == "..."
-    assert said[-1] == "RuntimeError: see above"
+    assert said[-1] == "no more"
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from beringia.processes.protocol import MARK_VARIABLE
 from beringia.processes.words import how_ended
 
 _LAST_BYTES = 4000
-_ERROR = re.compile(rb"\b\w*(Error|Exception): \S")
-"""How Python writes one."""
+_ERROR = re.compile(rb"(^|[])] +)[\w.]*(Error|Exception): \S")
+"""How Python writes one, at the beginning of a line or of what a logger says."""
 
 
 class Program:
