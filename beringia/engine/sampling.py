@@ -140,8 +140,8 @@ def choose(
 def with_choice(logits_RV: torch.Tensor, tokens: Sequence[int]) -> list[bool]:
     """Whether each row's logits left something to choose: a NaN, plus infinity and a row of minus infinity alone are
     what `choose` takes first, so the token that it took shows them."""
-    finite: list[bool] = np.isfinite(logits_RV.numpy()[np.arange(len(tokens)), tokens]).tolist()  # every step: numpy
-    return finite
+    rows_RV = logits_RV.numpy()  # in every step: of a tensor, one number takes ten times as long
+    return [math.isfinite(rows_RV.item(row, token)) for row, token in enumerate(tokens)]
 
 
 def _tokens(chosen_R: torch.Tensor) -> list[int]:
