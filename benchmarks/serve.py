@@ -76,8 +76,8 @@ class Server:
     def __init__(self, command: list[str]) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         began = time.perf_counter()
-        # GiB; its default takes most of the machine. Its own choice of threads is the best here: with one on every core,
-        # as in `engine.py`, it gave 3,450 tokens a second for 4,810, for its front needs one.
+        # GiB; its default takes most of the machine. Its own choice of threads is the best here: with one on every
+        # core, as in `engine.py`, it gave 3,450 tokens a second for 4,810, for its front needs one.
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2"}
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment)
         assert self._process.stdout is not None
