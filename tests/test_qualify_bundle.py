@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,20 @@ def with_foreign_calls(bundle: Bundle, path: Path, target: Path) -> Path:
         entries[3] | {"operator": "aten.mm.another_overload"},
     ]
     return with_manifest(path, target, calls=[*foreign[:2], *entries, *foreign[2:]])
+
+
+def test_a_captured_call_that_cannot_be_judged_is_told_and_not_counted(bundle: Bundle) -> None:
+    drawing = replace(
+        bundle.calls[0],
+        place=replace(bundle.calls[0].place, operator="aten.bernoulli.default"),
+        func=torch.ops.aten.bernoulli.default,
+        args=(torch.full((4,), 0.5),),
+        kwargs={},
+    )
+    found = replace(bundle, calls=(drawing, *bundle.calls))
+    (judged, told) = (fact.result for fact in _replay(Cpu(), found) if isinstance(fact, Probed))
+    assert judged.outcome == "passed" and f"of {len(bundle.calls)} captured calls" in judged.summary
+    assert (told.outcome, told.subject) == ("told", "not judged") and "aten.bernoulli.default" in told.summary
 
 
 def test_calls_of_a_vendor_s_operators_are_left_out_where_these_are_not_here_and_named(

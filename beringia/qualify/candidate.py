@@ -21,6 +21,7 @@ from beringia.qualify.hardware.speed import probe_speed
 from beringia.qualify.layers import probe_layers
 from beringia.qualify.lengths import LENGTHS, Heads, probe_lengths
 from beringia.qualify.operators.check import RMS_ALLOWED, WRONG_FORM
+from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.recording import Recorder, Recording
 from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import Tracer
@@ -185,12 +186,16 @@ def _replay(chip: Chip, bundle: Bundle) -> Iterator[Fact]:
     """Every captured call with the reference's arguments. An operator that only the reference has is told."""
     beyond: list[OperatorCheck] = []
     missing: set[str] = set()
+    unjudged: set[str] = set()
     count = 0
     for call in bundle.calls:
         try:
             check = replay(call, chip)
         except NotImplementedError:
             missing.add(call.place.operator)
+            continue
+        except NotKnown:
+            unjudged.add(call.place.operator)
             continue
         count += 1
         if check is not None and _wrong_alone(check):
@@ -216,6 +221,9 @@ def _replay(chip: Chip, bundle: Bundle) -> Iterator[Fact]:
         yield Probed(
             result=_told("replay", "other operators", f"the reference's software uses, and this chip lacks: {names}")
         )
+    if unjudged:
+        names = ", ".join(sorted(unjudged))
+        yield Probed(result=_told("replay", "not judged", f"without a float64 form, so not judged: {names}"))
     if bundle.not_here:
         names = ", ".join(sorted(set(bundle.not_here)))
         yield Probed(

@@ -14,7 +14,6 @@ import torch
 
 from beringia.chips.chip import Chip
 from beringia.qualify.operators.check import check
-from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.operators.watch import Call, changed, tensors_in, written_values
 from beringia.records.certificate import OperatorCheck
 
@@ -64,7 +63,8 @@ def signature(call: Call) -> str:
 def replay(call: Call, chip: Chip) -> OperatorCheck | None:
     """The call made on a chip, outside any model, with the arguments that the reference had.
 
-    None where it has no number to judge. Raises what the chip raises.
+    None where it has no number to judge. Raises NotKnown where nothing says what it should have given, and whatever the
+    chip raises.
     """
 
     def there(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,10 +76,7 @@ def replay(call: Call, chip: Chip) -> OperatorCheck | None:
     written = written_values(call.func, args, kwargs)
     first = list(tensors_in(written))
     results = [*first, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in first))]
-    try:
-        return check(Call(call.place, call.func, call.args, call.kwargs, tuple(tensor.cpu() for tensor in results)))
-    except NotKnown:
-        return None
+    return check(Call(call.place, call.func, call.args, call.kwargs, tuple(tensor.cpu() for tensor in results)))
 
 
 def _on(kwargs: dict[str, Any], chip: Chip) -> dict[str, Any]:
