@@ -134,6 +134,12 @@ def test_the_same_command_runs_inside_an_environment_that_torchrun_has_set_up(on
     assert done.returncode == 0, done.stderr[-2000:]
     assert of_kind(tmp_path / "run", "chip")[0].ranks == 2
     assert losses(tmp_path / "run") == pytest.approx(losses(one_rank), abs=SAME_LOSS)
+    # Done already, the first rank is gone again at once: no other may miss it.
+    before = (tmp_path / "run" / "events.jsonl").read_bytes()
+    again = inside_torchrun(tmp_path / "small.toml", tmp_path / "run")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
+    assert not list((tmp_path / "run" / "ranks").glob("here-*"))
 
 
 @pytest.mark.slow

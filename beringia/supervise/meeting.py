@@ -2,8 +2,9 @@
 directory, which all of them see.
 
 Each leaves a file with a word of its own. The first reads them all and leaves a file that says which words it has read;
-another rank goes on when its own is among them. What an attempt that was killed has left has other words, so nobody
-takes it for the ranks of this one, though a launcher with a fixed port or number gives every attempt the same name.
+another rank goes on when its own is among them, and takes its file away, so that the first knows that it may go. What
+an attempt that was killed has left has other words, so nobody takes it for the ranks of this one, though a launcher
+with a fixed port or number gives every attempt the same name.
 """
 
 from __future__ import annotations
@@ -49,9 +50,14 @@ def meeting_other_ranks(run: RunDirectory) -> Iterator[None]:
     try:
         if ranks.first:
             _gather(run, ranks)
+            try:
+                yield
+            finally:
+                _wait_until_read(run, ranks)
         else:
             _join(run, ranks, mine, word)
-        yield
+            mine.unlink(missing_ok=True)
+            yield
     finally:
         mine.unlink(missing_ok=True)
 
@@ -86,6 +92,13 @@ def _join(run: RunDirectory, ranks: Ranks, mine: Path, word: str) -> None:
             deadline = time.monotonic() + PEERS_SECONDS
         if time.monotonic() > deadline:
             raise _alone(run, ranks, 0)
+        time.sleep(POLL_SECONDS)
+
+
+def _wait_until_read(run: RunDirectory, ranks: Ranks) -> None:
+    """Until the others have seen what the first leaves: of a run that is done it is there for an instant alone."""
+    deadline = time.monotonic() + PEERS_SECONDS
+    while any(_shown(run, rank).exists() for rank in range(1, ranks.count)) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
 
