@@ -22,6 +22,7 @@ from beringia.qualify.operators.bounds import bound_of
 from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown, in_float64
 from beringia.qualify.operators.watch import Call, Place, Watch, changed
+from beringia.qualify.refusals import first_line
 from beringia.qualify.trace import make_optimizer
 from beringia.records.certificate import OperatorCheck
 
@@ -618,8 +619,13 @@ def test_an_operator_that_the_cpu_refuses_in_float64_is_not_judged_and_says_why(
         {"out_dtype": torch.bfloat16},
         ((a.float() @ b.float()).bfloat16(),),
     )
-    with pytest.raises(NotKnown):
+    with pytest.raises(NotKnown, match="^ValueError: "):
         check(call)
+
+
+def test_a_refusal_without_words_is_told_by_its_kind() -> None:
+    assert first_line(NotImplementedError()) == "NotImplementedError: "
+    assert first_line(RuntimeError("\n no kernel\nand more")) == "RuntimeError: no kernel"
 
 
 # ---- products, whatever the numbers

@@ -25,7 +25,8 @@ from torch import nn
 from beringia.chips.chip import Chip
 from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown
-from beringia.qualify.operators.watch import REFUSALS, Call, Place, Watch, tensors_in
+from beringia.qualify.operators.watch import Call, Place, Watch, tensors_in
+from beringia.qualify.refusals import REFUSALS
 from beringia.qualify.subject import Batch, Subject, on_device
 from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
@@ -161,7 +162,7 @@ class Recorder:
         try:
             judged = check(call)
         except NotKnown as reason:
-            self._recording.not_judged[str(call.func)] = str(reason).splitlines()[0]
+            self._recording.not_judged[str(call.func)] = str(reason)
             return
         if judged is not None:
             self._recording.checks.append(judged)

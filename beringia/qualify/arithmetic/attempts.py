@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from beringia.chips.chip import Chip
-from beringia.qualify.operators.watch import REFUSALS
+from beringia.qualify.refusals import REFUSALS, first_line
 
 T = TypeVar("T")
-_LONGEST_REASON = 160
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,3 @@ def attempt(chip: Chip, compute: Callable[[], T]) -> T | RefusedAttempt:
             raise
         return RefusedAttempt(first_line(error))
     return result
-
-
-def first_line(error: BaseException) -> str:
-    """An error for a sentence."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:_LONGEST_REASON]}"

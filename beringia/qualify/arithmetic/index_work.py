@@ -16,7 +16,7 @@ from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
 from beringia.processes.far_end import FarEnd
 from beringia.processes.protocol import Ended
-from beringia.qualify.arithmetic.attempts import first_line
+from beringia.qualify.refusals import first_line
 from beringia.records.record import Record
 
 ROWS, COLUMNS = 64, 8

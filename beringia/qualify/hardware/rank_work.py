@@ -20,7 +20,6 @@ from beringia.chips.open import open_chip
 from beringia.processes.far_end import FarEnd
 from beringia.processes.protocol import Ended
 from beringia.processes.ranks import Ranks
-from beringia.qualify.arithmetic.attempts import first_line
 from beringia.qualify.hardware.bandwidth import measure_bandwidth
 from beringia.qualify.hardware.collective_calls import communicate
 from beringia.qualify.hardware.collective_cases import (
@@ -33,6 +32,7 @@ from beringia.qualify.hardware.collective_cases import (
     given,
     sum_bound,
 )
+from beringia.qualify.refusals import first_line
 from beringia.train.sharding import join, leave
 
 ABSENT = "a peer that does not come"

@@ -149,7 +149,7 @@ def _dtypes(call: Call) -> tuple[list[torch.dtype], str]:
     try:
         return dtypes_due(call), ""
     except NotKnown as reason:
-        return [], f"; whether its dtype is right is not known here ({str(reason).splitlines()[0]})"
+        return [], f"; whether its dtype is right is not known here ({reason})"
 
 
 def _of_another_form(words: str) -> Judged:

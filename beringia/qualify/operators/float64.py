@@ -17,7 +17,8 @@ import torch
 from torch._ops import OpOverload
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF, accumulation_floor, rounding_floor
-from beringia.qualify.operators.watch import REFUSALS, Call, changed, tensors_in, written_arguments, written_values
+from beringia.qualify.operators.watch import Call, changed, tensors_in, written_arguments, written_values
+from beringia.qualify.refusals import REFUSALS, first_line
 
 _WIDE = torch.float64
 
@@ -52,7 +53,7 @@ def evaluate(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     try:
         result = func(*wide_args, **wide_kwargs)
     except REFUSALS as error:  # `_scaled_mm` takes nothing but 8 bits
-        raise NotKnown(str(error)) from error
+        raise NotKnown(first_line(error)) from error
     return _written_first(written_values(func, wide_args, wide_kwargs), result)
 
 
@@ -69,7 +70,7 @@ def in_own_dtypes(call: Call, device: str) -> tuple[torch.Tensor, ...]:
     try:
         result = call.func(*args, **kwargs)
     except REFUSALS as error:
-        raise NotKnown(str(error)) from error
+        raise NotKnown(first_line(error)) from error
     return _written_first(written_values(call.func, args, kwargs), result)
 
 

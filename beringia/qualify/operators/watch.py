@@ -22,6 +22,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from beringia.qualify.refusals import REFUSALS
 from beringia.records.certificate import Direction
 
 _NOT_COMPUTED = (
@@ -40,9 +41,6 @@ _NOT_COMPUTED = (
 """Operators whose results are no numbers, or no new ones."""
 _NOT_OF_THE_MODEL = ("profiler", "prim", "prims", "c10d", "_c10d_functional", "higher_order")
 """Namespaces of marks and of collectives, which have a probe of their own. Operators of a vendor's own are watched."""
-
-REFUSALS = (RuntimeError, IndexError, TypeError, ValueError)
-"""What torch and its plugins raise for a call that they do not have (NotImplementedError is a RuntimeError)."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         if self.refused is None:
             shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(args))
             self.refused = RefusedCall(
-                self._place(func, args, backward), func, shapes, str(error).splitlines()[0][:300]
+                self._place(func, args, backward),
+                func,
+                shapes,
+                (str(error).splitlines() or [type(error).__name__])[0][:300],
             )
 
     def _place(self, func: OpOverload, args: tuple[Any, ...], backward: bool) -> Place:
