@@ -275,11 +275,14 @@ def test_one_emulated_chip_is_open_at_a_time() -> None:
     EmulatedChip("h800").close()
 
 
-def test_unknown_names_are_answered_with_a_suggestion_and_the_list() -> None:
+def test_unknown_names_are_answered_with_a_suggestion_and_the_list(tmp_path: Path) -> None:
     with pytest.raises(ChipUnavailable, match="no arithmetic profile called 'h80'. Did you mean 'h800'.*ascend-910b"):
         EmulatedChip("h80")
     with pytest.raises(ChipUnavailable, match="no fault script called 'r2-2026'. Did you mean 'r2-2025'.*none"):
         EmulatedChip("exact", faults="r2-2026")
+    (tmp_path / "script.toml").mkdir()
+    with pytest.raises(ChipUnavailable, match="script.toml cannot be read: Is a directory"):
+        EmulatedChip("exact", faults=str(tmp_path / "script.toml"))
     with pytest.raises(ChipUnavailable, match="Fidelity 'slow' was asked for; emulated chips compute in fast or exact"):
         open_chip("emulated:h800@slow")
 

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from report_story import EMULATED, PROCESSOR, Story, write_story
 from rich.console import Console
 
-from beringia.records.events import Alarm, AnyEvent, CheckpointRejected, Fallback, Fault, StepDone, Unqualified
+from beringia.records.events import (
+    Alarm,
+    AnyEvent,
+    CheckpointRejected,
+    CheckpointWritten,
+    Fallback,
+    Fault,
+    StepDone,
+    Unqualified,
+)
 from beringia.report.curves import guard_checks
 from beringia.report.history import read_history
 from beringia.report.page import render_report
@@ -184,3 +193,22 @@ def test_what_was_lost_is_counted_from_what_happened(tmp_path: Path) -> None:
     )
     assert (lost.lost_steps, lost.unusable_checkpoints, lost.restarts_from_0, lost.steps_without_loss) == (30, 1, 1, 1)
     assert "no state" not in "\n".join(printed(lost))
+
+
+def test_steps_of_which_nothing_is_recorded_are_counted(tmp_path: Path) -> None:
+    """A worker whose supervisor was killed goes on to a checkpoint, which is taken up: its last steps were told to
+    nobody."""
+    story = Story(tmp_path / "run", steps=60)
+    story.begin()
+    story.decide("start", "first", to_chip="fallback")
+    story.open("fallback")
+    story.train(1, 17)
+    found = CheckpointWritten(
+        step=20, directory="", bytes=0, state_hash="0", pause_seconds=0, write_seconds=0, found=True
+    )
+    story.tell(found)
+    story.train(21, 60)
+    summary = summarise(read_history(story.end()))
+    assert summary.answer.endswith("; no step was lost, nothing is recorded of 3 steps.")
+    assert (summary.untold_steps, summary.redone_steps) == (3, 0)
+    assert "the record of 3 steps" in "\n".join(printed(summary))

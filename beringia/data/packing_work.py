@@ -10,7 +10,7 @@ from beringia.data.stream import open_stream
 from beringia.data.tokenizer import choose_tokenizer
 from beringia.processes.far_end import FarEnd
 from beringia.processes.protocol import Ended
-from beringia.records.orders import PackedRows, PackOrder
+from beringia.records.orders import PackOrder, RowCounts
 
 
 def work(document: dict[str, Any], far_end: FarEnd) -> Ended:
@@ -21,5 +21,5 @@ def work(document: dict[str, Any], far_end: FarEnd) -> Ended:
     stream = open_stream(
         data, seed=seed, directory=Path(order.directory), split="train", tokenizer=tokenizer, beat=channel.beat
     )
-    channel.line(PackedRows(rows=stream.rows_of_each))
+    channel.line(RowCounts(rows=stream.rows_of_each))
     return Ended(why="done")

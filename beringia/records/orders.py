@@ -68,7 +68,7 @@ class PackOrder(Record):
     directory: str
 
 
-class PackedRows(Record):
+class RowCounts(Record):
     """The answer to a `PackOrder`."""
 
     rows: tuple[int | None, ...]

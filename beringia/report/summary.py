@@ -140,6 +140,8 @@ class Summary(Record):
     """How often all of the work was thrown away."""
     steps_without_loss: int
     """Steps that count, and whose loss is no finite number."""
+    untold_steps: int
+    """Steps that count, and of which nothing is recorded."""
     alarms: tuple[AlarmSummary, ...]
     loss: float | None
     """Held-out loss, nats per token."""
@@ -170,6 +172,7 @@ def summarise(history: History) -> Summary:
         unusable_checkpoints=toll.unusable,
         restarts_from_0=toll.from_the_start,
         steps_without_loss=toll.no_number,
+        untold_steps=toll.untold,
         alarms=_alarms(history),
         loss=held_out.event.loss if held_out else None,
         accuracy=_accuracy(history),

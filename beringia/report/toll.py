@@ -20,6 +20,8 @@ class Toll:
     """How often all of the work was thrown away."""
     no_number: int
     """Steps that count, and whose loss is no finite number."""
+    untold: int
+    """Steps that count, and of which nothing is recorded: their worker outlived its supervisor until a checkpoint."""
 
     @property
     def keeps_state(self) -> bool:
@@ -38,7 +40,10 @@ class Toll:
             told.append(f"{count(self.unusable, 'checkpoint')} could not be used")
         if self.no_number:
             told.append(f"the loss was no finite number in {count(self.no_number, 'step')}")
-        return ", ".join(told) or "no step was lost"
+        told = told or ["no step was lost"]
+        if self.untold:
+            told.append(f"nothing is recorded of {count(self.untold, 'step')}")
+        return ", ".join(told)
 
     def short(self) -> str:
         """For a table: `93 steps of work, no state`."""
@@ -46,6 +51,7 @@ class Toll:
         told += [f"{count(self.unusable, 'checkpoint')} that could not be used"] if self.unusable else []
         told += [f"all of them {_times(self.from_the_start)}"] if self.from_the_start else []
         told += [f"a finite loss in {count(self.no_number, 'step')}"] if self.no_number else []
+        told += [f"the record of {count(self.untold, 'step')}"] if self.untold else []
         return ", ".join(told)
 
 
@@ -57,6 +63,7 @@ def toll_of(history: History) -> Toll:
         unusable=len({at.event.step for at in history.rejections}),
         from_the_start=sum(not decision.to_step for decision in thrown),
         no_number=sum(step.kept and step.event.loss is None for step in history.steps),
+        untold=max(0, history.step - sum(step.kept for step in history.steps)),
     )
 
 

@@ -15,7 +15,7 @@ from beringia.processes.child import lines_of, start
 from beringia.processes.command import Command
 from beringia.processes.patience import Patience
 from beringia.records.inputs import Input, InputFile
-from beringia.records.orders import PackedRows, PackOrder, TakeModelOrder
+from beringia.records.orders import PackOrder, RowCounts, TakeModelOrder
 from beringia.records.recipe import ModelSection, Recipe
 from beringia.records.run_directory import RunDirectory
 
@@ -95,6 +95,6 @@ def count_rows(run: RunDirectory, recipe: Recipe) -> tuple[int, ...]:
     """Rows of each data set, which is packed for it; the recipe's paths are whole. Raises DataError."""
     order = PackOrder(recipe=recipe, directory=str(run.data.absolute()))
     (line,) = lines_of(start(Command("packing", "beringia.data.packing_work"), order, run.logs / _LOG))
-    rows = PackedRows.model_validate(line, strict=False).rows
+    rows = RowCounts.model_validate(line, strict=False).rows
     assert None not in rows, "the recipe does not let epochs of a task through"
     return tuple(count for count in rows if count is not None)

@@ -343,6 +343,6 @@ def script_names() -> list[str]:
 def read_script(name: str) -> FaultScript:
     """A script by name, or by the path of a TOML file. Raises ChipUnavailable."""
     path = Path(name) if name.endswith(".toml") else SCRIPTS / f"{name}.toml"
-    if not path.is_file():
+    if not path.exists():
         raise ChipUnavailable(unknown("fault script", name, script_names()))
     return parse(FaultScript, path)
