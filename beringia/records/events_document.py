@@ -18,6 +18,7 @@ from beringia.records import events
 from beringia.records.events import AnyEvent, Event
 from beringia.records.identity import ChipIdentity
 from beringia.records.manifest import CleanCheck
+from beringia.records.words_in_code import one_line, words_under
 
 INTRODUCTION = f"""# events.jsonl
 
@@ -264,19 +265,19 @@ def document() -> str:
     """The whole of docs/events.md."""
     lines = [INTRODUCTION, "## In every line\n", _table(Event, skip=set()), "\n## Kinds\n"]
     lines.append("| kind | what it says |\n|---|---|")
-    lines += [f"| [`{_kind(model)}`](#{_kind(model)}) | {_words(model.__doc__)} |" for model in kinds()]
+    lines += [f"| [`{_kind(model)}`](#{_kind(model)}) | {one_line(model.__doc__)} |" for model in kinds()]
     told = examples()
     for model in kinds():
         lines.append(_section(model, told[_kind(model)]))
     for part in (ChipIdentity, CleanCheck):
-        lines.append(f"\n## {part.__name__}\n\n{_words(part.__doc__)}\n\n{_table(part, skip=set())}")
+        lines.append(f"\n## {part.__name__}\n\n{one_line(part.__doc__)}\n\n{_table(part, skip=set())}")
     return "\n".join(lines) + "\n"
 
 
 def _section(model: type[Event], example: Event) -> str:
     line = json.dumps(example.model_dump(mode="json"), ensure_ascii=False, separators=(",", ":"))
     table = _table(model, skip={*Event.model_fields, "kind"})
-    return f"\n### {_kind(model)}\n\n{_words(model.__doc__)}\n\n{table}\n\n```json\n{line}\n```"
+    return f"\n### {_kind(model)}\n\n{one_line(model.__doc__)}\n\n{table}\n\n```json\n{line}\n```"
 
 
 def _kind(model: type[Event]) -> str:
@@ -284,18 +285,15 @@ def _kind(model: type[Event]) -> str:
 
 
 def _table(model: type[BaseModel], *, skip: set[str]) -> str:
-    rows = [_row(name, field) for name, field in model.model_fields.items() if name not in skip]
+    words = words_under(model)
+    rows = [_row(name, field, words.get(name, "")) for name, field in model.model_fields.items() if name not in skip]
     return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
 
 
-def _row(name: str, field: FieldInfo) -> str:
+def _row(name: str, field: FieldInfo, words: str) -> str:
     default = "" if field.default is PydanticUndefined else f" Default: `{json.dumps(field.default)}`."
-    meaning = f"{_words(field.description)}{default}".strip()
+    meaning = f"{words}{default}".strip()
     return f"| `{name}` | {_type(field.annotation)} | {meaning} |"
-
-
-def _words(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|")
 
 
 _NAMES = {str: "string", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any"}

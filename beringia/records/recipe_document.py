@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from beringia.records.recipe import Recipe
 from beringia.records.recipe_identity import Rule, rule_of
+from beringia.records.words_in_code import one_line, words_under
 
 INTRODUCTION = """# The recipe
 
@@ -87,13 +88,14 @@ def document() -> str:
     lines += [f"| {word} | {sentence} |" for word, sentence in CHANGES.values()]
     for section in sections():
         heading = f"`[{section.heading}]`" if section.heading else "At the top"
-        lines.append(f"\n## {heading}\n\n{_words(section.model.__doc__)}\n\n{_table(section)}")
+        lines.append(f"\n## {heading}\n\n{one_line(section.model.__doc__)}\n\n{_table(section)}")
     return "\n".join(lines) + "\n"
 
 
 def _table(section: Section) -> str:
+    words = words_under(section.model)
     rows = [
-        (f"`{name}`", _values(field), _default(field), _change(section.prefix + name), _meaning(name, field))
+        (f"`{name}`", _values(field), _default(field), _change(section.prefix + name), _meaning(name, words))
         for name, field in section.model.model_fields.items()
         if _inner(field.annotation) is None
     ]
@@ -117,13 +119,9 @@ def _default(field: FieldInfo) -> str:
     return "none" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
-def _meaning(name: str, field: FieldInfo) -> str:
-    assert field.description, f"the recipe's key {name} has no words under it in records/recipe.py"
-    return _words(field.description)
-
-
-def _words(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|")
+def _meaning(name: str, words: dict[str, str]) -> str:
+    assert words.get(name), f"the recipe's key {name} has no words under it in records/recipe.py"
+    return words[name]
 
 
 _SIGNS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 class Record(BaseModel):
     """Strict and frozen: an unknown key or a value of another type is refused, never dropped or converted."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Built when first used: most processes use few of the records that they import.
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", defer_build=True)
 
 
 def canonical_json(value: Any) -> bytes:
