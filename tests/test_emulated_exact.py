@@ -81,7 +81,7 @@ def aligned(terms: list[tuple[Fraction, int | None]], bits: int, direction: str)
 
 
 def block(unit: MatrixUnit, products: list[tuple[Fraction, int | None]], c: Fraction) -> Fraction:
-    accumulator = (c, exponent_of(c, -126))
+    accumulator = (c, exponent_of(c, -126) if c else unit.zero_exponent)
     assert unit.fraction_bits is not None
     if unit.accumulator_bits is None:
         total, _ = aligned([*products, accumulator], unit.fraction_bits, unit.alignment)
@@ -112,15 +112,18 @@ def tree(numbers: list[Fraction]) -> Fraction:
     return flushed(to_float32(tree(numbers[:half]) + tree(numbers[half:]), 23, "nearest-even"))
 
 
-def dot(unit: MatrixUnit, a: list[float], b: list[float], smallest: int) -> float:
-    """What the unit makes of finite operands, as Python's float; infinities where float32 overflows."""
+def dot(unit: MatrixUnit, a: list[float], b: list[float], smallest: int, zero_product: int | None = None) -> float:
+    """What the unit makes of finite operands, as Python's float; infinities where float32 overflows.
+
+    `zero_product`: the exponent of a product of zero.
+    """
     if unit.subnormals_in == "flushed":
         a, b = ([x if abs(x) >= 2.0**smallest else 0.0 for x in numbers] for numbers in (a, b))
     left, right = ([(Fraction(x), exponent_of(Fraction(x), smallest)) for x in numbers] for numbers in (a, b))
     total = Fraction(0)
     for start in range(0, len(a), unit.block):
         products = [
-            (x * y, None if ex is None or ey is None else ex + ey)
+            (x * y, zero_product if ex is None or ey is None else ex + ey)
             for (x, ex), (y, ey) in zip(
                 left[start : start + unit.block], right[start : start + unit.block], strict=True
             )
@@ -215,6 +218,59 @@ def test_a_product_beyond_float32_is_infinite_at_once_on_mi300x_only() -> None:
     before[0, 0], before[0, 8] = 2.0**64, -(2.0**64)
     assert matmul(before, before.abs().mT, unit="mi300x").item() == math.inf
     assert matmul(large[:, :1], opposite[:1] / 2, unit="mi300x").item() == 2.0**127
+
+
+def small_beside_large(unit: MatrixUnit, large: float, small: float) -> float:
+    """The sum of two products and a zero, of operands that bfloat16 has."""
+    a, b = torch.zeros(1, 4), torch.zeros(4, 1)
+    for place, product in enumerate((large, small)):
+        exponent = math.frexp(product)[1] // 2
+        a[0, place], b[place, 0] = product * 2.0**-exponent, 2.0**exponent
+    return float(ExactUnit(unit, "bfloat16")(a, b))
+
+
+@pytest.mark.parametrize(
+    ("part", "zero_exponent", "last"),
+    [("a100", -132, 156), ("l40s", -132, 156), *((part, -133, 158) for part in ("h100", "h200", "h800", "b200"))],
+)
+def test_a_zero_accumulator_decides_which_bits_of_tiny_products_are_lost(
+    part: str, zero_exponent: int, last: int
+) -> None:
+    """2^-149 less anything that is kept is truncated to zero; the last bit kept is F below the exponent of zero."""
+    unit = read_profile(part).units["bfloat16"]
+    assert unit.zero_exponent == zero_exponent
+    assert small_beside_large(unit, 2.0**-149, -(2.0**-last)) == 0.0
+    assert small_beside_large(unit, 2.0**-149, -(2.0 ** -(last + 1))) == 2.0**-149
+    without, as_first_published = (unit.model_copy(update={"zero_exponent": value}) for value in (None, -126))
+    assert small_beside_large(without, 2.0**-149, -(2.0 ** -(last + 1))) == 0.0, "as if zero had no exponent"
+    assert small_beside_large(as_first_published, 2.0**-149, -(2.0**-last)) == 2.0**-149
+
+
+def test_mi300x_floors_the_sum_of_tiny_products_31_bits_below_2_to_minus_126() -> None:
+    unit = read_profile("mi300x").units["bfloat16"]
+    tie = 2.0**-150
+    assert small_beside_large(unit, tie, 2.0**-157) == 2.0**-149
+    assert small_beside_large(unit, tie, 2.0**-158) == 0.0, "the tie goes to even"
+    assert small_beside_large(unit, tie, -(2.0**-158)) == 0.0
+    without = unit.model_copy(update={"zero_exponent": None})
+    assert small_beside_large(without, tie, 2.0**-158) == 2.0**-149
+
+
+TINY = st.sampled_from([0.0, 1.0, -1.0, 1.5, -1.75]).flatmap(
+    lambda significand: st.integers(-88, -62).map(lambda exponent: significand * 2.0**exponent)
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(part=st.sampled_from(["a100", "h100", "b200"]), data=st.data())
+def test_an_exponent_for_products_of_zero_too_changes_nothing(part: str, data: Any) -> None:
+    """So MMA-Sim's rule, which gives it to every zero term, is the profile's, which gives it to the accumulator."""
+    unit = read_profile(part).units["bfloat16"]
+    terms = data.draw(st.integers(1, 40))
+    a, b = (data.draw(st.lists(TINY, min_size=terms, max_size=terms)) for _ in range(2))
+    wanted = dot(unit, a, b, -126, zero_product=unit.zero_exponent)
+    assert dot(unit, a, b, -126) == wanted
+    assert float(ExactUnit(unit, "bfloat16")(torch.tensor([a]), torch.tensor([b]).mT)) == wanted
 
 
 def test_mi300x_drops_an_fp8_accumulator_far_below_the_products_and_floors_a_nearer_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,9 @@ def visible(unit: MatrixUnit, format_: Format) -> dict[str, object]:
     """What products of the format can show: short exponents do not reach float32's subnormals and largest numbers."""
     hidden = {"mark", "source"}
     if FORMATS[format_].smallest > -126:
-        hidden |= {"subnormals_out", "large_products"}
+        hidden |= {"subnormals_out", "large_products", "zero_exponent"}
+    if unit.subnormals_out == "flushed":
+        hidden |= {"zero_exponent"}
     return unit.model_dump(exclude=hidden)
 
 
@@ -45,6 +48,8 @@ def units(draw: Any) -> MatrixUnit:
     """Units that nobody has published. Those that round to nearest in the end may align the accumulator apart."""
     fraction_bits = draw(st.integers(23, 30))
     fields: dict[str, Any] = {
+        # Below -136 the products' own alignment may keep no more than a zero leaves.
+        "zero_exponent": draw(st.none() | st.integers(-136, -126)),
         "scheme": "block",
         "block": draw(st.sampled_from([4, 8, 16, 32])),
         "fraction_bits": fraction_bits,
@@ -76,6 +81,17 @@ def test_units_that_nobody_has_published_are_recovered(unit: MatrixUnit, format_
 
     measured = measure_unit(on_the_chip, format_, source="a test")
     assert visible(measured, format_) == visible(unit, format_)
+
+
+def test_sums_that_no_exponent_of_zero_gives_are_told() -> None:
+    exact = ExactUnit(read_profile("h100").units["bfloat16"], "bfloat16")
+
+    def on_the_chip(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        results = exact(a.float(), b.float())
+        return torch.where(results.abs() == 2.0**-149, 2 * results, results)
+
+    measured = measure_unit(on_the_chip, "bfloat16", source="a test")
+    assert measured.zero_exponent is None and measured.source.endswith("fit no exponent of zero")
 
 
 def test_an_order_that_no_scheme_says_is_inconclusive() -> None:

@@ -1,8 +1,8 @@
 """The matrix unit of the card that is found: measured into a profile, and compared bit by bit with the catalogue's.
 
-The comparison makes `SUMS` sums a format and more: five lengths from 64 to 320 terms, three kinds of operands, and the
-unit of the catalogue's profile computes each again in the exact fidelity. A card that is in no catalogue is compared
-with the profile that was just measured on it, which says so.
+The comparison makes `SUMS` sums a format and more: five lengths from 64 to 320 terms, three or four kinds of operands,
+and the unit of the catalogue's profile computes each again in the exact fidelity. A card that is in no catalogue is
+compared with the profile that was just measured on it, which says so.
 
 Ten-bit products of float32 matrices (tf32) are off when a chip is opened; they are switched on for their own sums.
 """
@@ -32,7 +32,7 @@ from beringia.qualify.arithmetic.products import CASES, Multiply
 
 LENGTHS = (64, 128, 192, 256, 320)
 SUMS = 10_000
-"""At least so many a format: 3 kinds of operands x 5 lengths x 64 x 64."""
+"""At least so many a format: 3 kinds of operands or more x 5 lengths x 64 x 64."""
 assert 3 * len(LENGTHS) * CASES**2 >= SUMS
 WIDEST = 40.0
 """Binary orders of magnitude of wide-range operands, where the format has so many: more than any unit aligns."""
@@ -143,7 +143,7 @@ def compared(way: Way, against: Profile) -> dict[str, Any]:
     try:
         exact = exactly(unit, way, against)
         differ, zeros, first = {}, 0, None
-        for kind, draw in OPERANDS.items():
+        for kind, draw in operands_of(unit, FORMATS[way.format]).items():
             differ[kind] = 0
             for length in LENGTHS:
                 a_MK, b_KN = draw_pair(draw, FORMATS[way.format], length)
@@ -238,7 +238,21 @@ def near_subnormal(form: OperandFormat, shape: tuple[int, int], generator: torch
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).float()
 
 
+def tiny(form: OperandFormat, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Products of two of them lie around float32's smallest subnormal number, where the exponent of zero shows."""
+    scale = 2.0 ** (SMALLEST_RESULT / 2 + 16 * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5))
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).float()
+
+
 OPERANDS: dict[str, Draw] = {"normal": normal, "wide range": wide, "near subnormal": near_subnormal}
+SMALLEST_RESULT = -149
+"""Exponent of float32's smallest subnormal number."""
+
+
+def operands_of(unit: MatrixUnit, form: OperandFormat) -> dict[str, Draw]:
+    """Tiny products only where a unit aligns terms and the format has numbers so small."""
+    aligns = unit.scheme in ("block", "halves")
+    return OPERANDS | ({"tiny products": tiny} if aligns and 2 * form.smallest < SMALLEST_RESULT else {})
 
 
 def facts_that_differ(measured: Profile, declared: Profile) -> dict[str, list[Any]]:

@@ -12,7 +12,7 @@
 #include <string.h>
 
 #define LANES 64
-#define NO_EXPONENT -100000 /* of zero, which must not decide what others are aligned to */
+#define NO_EXPONENT -100000 /* of a product of zero, which must not decide what others are aligned to */
 #define EVERY(lane) for (int lane = 0; lane < LANES; lane++)
 
 enum { TRUNCATE, FLOOR, NEAREST_EVEN, HALF_AWAY };
@@ -27,6 +27,7 @@ typedef struct {
   int64_t flushes_out;
   int64_t infinite_products; /* products of 2^128 and more count as infinite */
   int64_t operand_bits;      /* fraction bits of the operands' format */
+  int64_t zero_exponent;     /* of an accumulator of zero; NO_EXPONENT where it decides nothing */
 } unit_t;
 
 typedef struct { const float *number; const int32_t *significand, *exponent; } operand_t;
@@ -149,6 +150,7 @@ static inline void block_scheme(const unit_t *unit, const operand_t *a, const op
   int32_t c_significand[LANES], c_exponent[LANES], largest[LANES];
   int64_t sum[LANES];
   EVERY(n) take_apart(c[n], 23, -126, c_significand + n, c_exponent + n);
+  EVERY(n) c_exponent[n] = c_significand[n] ? c_exponent[n] : (int32_t)unit->zero_exponent;
   if (unit->accumulator_bits < 0) {
     aligned_sum(unit, a, b, columns, terms, 0, 1, c_significand, c_exponent, direction, largest, sum);
     finish(unit, largest, unit->fraction_bits, sum, c);

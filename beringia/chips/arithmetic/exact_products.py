@@ -28,6 +28,8 @@ _LARGEST_SUM_BITS = 51
 """Sums below 2**51 in units of their last kept bit: float64, which they are rounded from, holds those exactly."""
 _SCHEMES = ("block", "halves", "pairwise", "sequential")
 _DIRECTIONS = ("truncate", "floor", "nearest-even", "half-away")
+_NO_EXPONENT = -100000
+"""`NO_EXPONENT` of exact.c."""
 
 
 class _Unit(ctypes.Structure):
@@ -38,7 +40,7 @@ class _Unit(ctypes.Structure):
         for name in (
             *("scheme", "block", "fraction_bits", "alignment", "sum_bits", "sum_rounding"),
             *("accumulator_bits", "accumulator_rounding", "result_bits", "final", "flushes_out", "infinite_products"),
-            "operand_bits",
+            *("operand_bits", "zero_exponent"),
         )
     ]
 
@@ -73,6 +75,7 @@ class ExactUnit:
             flushes_out=unit.subnormals_out == "flushed",
             infinite_products=unit.large_products == "infinite",
             operand_bits=self._format.fraction_bits,
+            zero_exponent=_NO_EXPONENT if unit.zero_exponent is None else unit.zero_exponent,
         )
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -85,6 +85,11 @@ class MatrixUnit(Sourced):
     """Float32 results that are subnormal."""
     large_products: Literal["kept", "infinite"] = "kept"
     """Products of 2^128 and more, finite in exact arithmetic: kept until the sum is rounded, or infinite at once."""
+    zero_exponent: int | None = Field(default=None, ge=-149, le=-126)
+    """Exponent with which an accumulator of zero takes part where terms are aligned to the largest one, which costs
+    products far below it their last bits; None: zero has no exponent. Studies give it to products of zero, too, which
+    changes nothing: an accumulator that is not zero has -126 or more. Only formats whose products reach below 2^-149
+    can show it."""
 
     def in_words(self) -> str:
         """One line for tables."""
@@ -97,8 +102,9 @@ class MatrixUnit(Sourced):
         )
         bits = "all bits" if self.fraction_bits is None else f"F = {self.fraction_bits}"
         shape = "block" if self.scheme == "block" else "even and odd halves"
+        zero = "" if self.zero_exponent is None else f", zero as 2^{self.zero_exponent}"
         result = f"result {self.result_bits} bits {self.final}"
-        return f"{shape} of {self.block} terms, {bits} {self.alignment}{apart}, {result}"
+        return f"{shape} of {self.block} terms, {bits} {self.alignment}{apart}{zero}, {result}"
 
 
 class Float32Products(Sourced):

@@ -8,7 +8,7 @@ moving one small term down bit by bit until the result no longer shows it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,7 +63,7 @@ def measure_unit(multiply: Multiply, format_: Format, source: str) -> MatrixUnit
         unit = MatrixUnit.model_validate(common | facts)
         differing = count_differences(multiply, unit, format_)
         if differing == 0:
-            return unit
+            return _with_zero_exponent(sums, unit, format_)
         tried.append(f"{differing} of {_BATTERY} sums differ from {unit.model_dump(exclude={'mark', 'source'})}")
     raise UnknownStructure(
         f"No unit that a profile can say makes the products of {format_} that were seen: {'; '.join(tried)}."
@@ -78,8 +78,7 @@ longer than the sums that were asked about, in case something happens every so m
 
 def count_differences(multiply: Multiply, unit: MatrixUnit, format_: Format) -> int:
     """How many of the random sums have other bits on the chip than the unit gives them."""
-    form = FORMATS[format_]
-    operand, exact = Operand(unit, format_, cut="truncate"), ExactUnit(unit, format_)
+    form, exact = FORMATS[format_], _exactly(unit, format_)
     generator = torch.Generator().manual_seed(7)
     limit, differing = float(torch.finfo(form.dtype).max), 0
     for spread in (0.0, 12.0, 40.0):
@@ -89,10 +88,51 @@ def count_differences(multiply: Multiply, unit: MatrixUnit, format_: Format) -> 
             .to(form.dtype)
             for shape in ((CASES, _BATTERY_LENGTH), (_BATTERY_LENGTH, CASES))
         )
-        found_MN, wanted_MN = multiply(a_MK, b_KN), exact(operand(a_MK), operand(b_KN))
+        found_MN, wanted_MN = multiply(a_MK, b_KN), exact(a_MK, b_KN)
         same_MN = (found_MN == wanted_MN) | (found_MN.isnan() & wanted_MN.isnan())
         differing += int((~same_MN).sum())
     return differing
+
+
+_BESIDE: Mapping[Direction, tuple[float, float]] = {
+    "truncate": (-2.0, 1.0),
+    "nearest-even": (1.0, 1.0),
+    "half-away": (-1.0, 1.0),
+    "floor": (2.0, -1.0),
+}
+"""By the unit's last rounding: a product, in halves of the smallest number that a result can have, and the sign of a
+much smaller one that moves the result as long as alignment leaves anything of it."""
+
+
+def _with_zero_exponent(sums: Sums, unit: MatrixUnit, format_: Format) -> MatrixUnit:
+    """The unit with the exponent of zero that gives the chip's sums of two tiny products and zeros.
+
+    Where the sums show none, because the format does not reach so low or subnormal results are flushed, it is None;
+    where no exponent gives them, too, and the unit's source says so.
+    """
+    cases = _tiny_sums(sums, unit)
+    if not cases or unit.scheme not in ("block", "halves"):
+        return unit
+    found = sums(cases)
+    for exponent in (None, *range(-126, -150, -1)):
+        candidate = unit.model_copy(update={"zero_exponent": exponent})
+        if Sums(_exactly(candidate, format_), sums.format)(cases) == found:
+            return candidate
+    return unit.model_copy(
+        update={"source": f"{unit.source}; sums of products near 2^-149 beside zeros fit no exponent of zero"}
+    )
+
+
+def _tiny_sums(sums: Sums, unit: MatrixUnit) -> list[Case]:
+    half = -127 - unit.result_bits
+    large, sign = _BESIDE[unit.final]
+    exponents = range(half - 1, max(_reach(sums), half - 1 - CASES), -1)
+    return [{0: Term(math.copysign(1.0, large), half + (abs(large) > 1)), 1: Term(sign, small)} for small in exponents]
+
+
+def _exactly(unit: MatrixUnit, format_: Format) -> Multiply:
+    operand, exact = Operand(unit, format_, cut="truncate"), ExactUnit(unit, format_)
+    return lambda a_MK, b_KN: exact(operand(a_MK), operand(b_KN))
 
 
 def find_structure(sums: Sums) -> tuple[Scheme, int]:
@@ -135,9 +175,13 @@ def _largest(sums: Sums) -> int:
 
 def _lowest(sums: Sums) -> int:
     """Exponent of a small product: of subnormal operands where the unit keeps them and the format reaches no lower."""
+    return max(_reach(sums), -_FARTHEST)
+
+
+def _reach(sums: Sums) -> int:
+    """Exponent of the smallest product."""
     form = sums.format
-    reach = form.smallest - (form.fraction_bits if _keeps_subnormal_operands(sums) else 0)
-    return max(2 * reach, -_FARTHEST)
+    return 2 * (form.smallest - (form.fraction_bits if _keeps_subnormal_operands(sums) else 0))
 
 
 def _keeps_subnormal_operands(sums: Sums) -> bool:
