@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -233,6 +234,7 @@ def qualify(
         speed=speed,
     )
     certificate = make_certificate(request, against, _stages())
+    certificate = certificate.model_copy(update={"command": shlex.join(["beringia", *sys.argv[1:]])})
     written = issue(certificate, out, key)
     from beringia.report.certificate import print_certificate, write_certificate_page, write_junit
 

@@ -240,7 +240,8 @@ def _reasons(first: OperatorCheck | None, probes: tuple[ProbeResult, ...], verdi
     if verdict == "train":
         return ("152 bounds hold; the most that one is used is 81%",)
     if verdict == "inconclusive":
-        return ("the evidence is thin: power 62%, needed 80%; give it more batches",)
+        thin = "with so few batches a sound chip is shown equal with a chance of 62% only, and 80% are needed"
+        return (f"the evidence is thin: {thin}; give it more batches (--batches)",)
     named = [] if first is None else [f"the first wrong operator is {first.name}"]
     return (*named, *(probe.summary for probe in probes if probe.outcome == "failed"))
 

@@ -259,6 +259,31 @@ def test_junit_has_a_case_for_each_probe_and_each_wrong_call_and_its_counts_agre
     assert root.findall("testsuite/properties/property[@name='verdict'][@value='infer']")
 
 
+def basis(made: Certificate) -> str:
+    page = render_certificate(signed(made))
+    start = page.index("What it rests on")
+    return text_of(page[start : page.index("</section>", start)])
+
+
+def test_the_page_says_what_the_certificate_rests_on_with_the_wrong_calls_and_what_ends_it(infer: Certificate) -> None:
+    told = basis(infer)
+    assert "bounds of probes 34 hold, 3 are broken" in told and "operator calls 3,129 right, 5 wrong or refused" in told
+    assert "single device none, the chip is emulated" in told and "made by" not in told
+    assert infer.identity_hash[:12] in told and infer.model.weights[:12] in told and "bfloat16" in told
+    card = infer.reference.model_copy(update={"device": "8d2f-77"})
+    real = infer.model_copy(update={"identity": card, "command": "beringia qualify cuda --model 'a b'"})
+    assert "single device 8d2f-77" in basis(real) and "made by beringia qualify cuda --model 'a b'" in basis(real)
+    assert "stands for the kind of chip" in basis(infer.model_copy(update={"identity": infer.reference}))
+
+
+def test_a_fault_that_nobody_knows_is_said_to_be_one(infer: Certificate) -> None:
+    assert infer.first_wrong is not None
+    unknown = infer.first_wrong.model_copy(update={"consistent_with": ()})
+    words = "No fault that is known here leaves such traces."
+    assert words in text_of(render_certificate(signed(infer.model_copy(update={"first_wrong": unknown}))))
+    assert words not in text_of(render_certificate(signed(infer)))
+
+
 @pytest.mark.parametrize("made", [realistic("unfit", layers=2, repeats=1), certificate(), hostile()])
 def test_junit_is_what_ci_systems_read(made: Certificate, tmp_path: Path) -> None:
     write_junit(made, tmp_path / "junit.xml")

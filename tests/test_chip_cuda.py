@@ -17,6 +17,12 @@ needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no devi
 H100 = Facts("NVIDIA H100 80GB HBM3", "9.0", "570.86.15", "CUDA 12.8", "91002", "2.13.0", {"tf32_matmul": "False"})
 
 
+def test_the_single_device_is_told_and_is_no_part_of_the_identity() -> None:
+    kind, card = identity_from(H100, "nvidia", "cuDNN"), identity_from(H100, "nvidia", "cuDNN", "GPU-5f2e")
+    assert card.device == "GPU-5f2e" and card.hash == kind.hash and card.differences(kind) == {}
+    assert "device" not in kind.model_dump() and card.model_dump()["device"] == "GPU-5f2e"
+
+
 def test_the_identity_is_made_of_the_facts_and_each_of_them_changes_its_hash() -> None:
     identity = identity_from(H100, "nvidia", "cuDNN")
     assert identity.sku == "NVIDIA H100 80GB HBM3 (9.0)" and identity.runtime == "CUDA 12.8, cuDNN 91002"

@@ -166,3 +166,10 @@ def test_many_failures_are_counted_and_not_all_named() -> None:
 def test_too_little_power_says_what_to_do() -> None:
     (reason,) = judge([probe("passed", "train")], None, THIN).reasons
     assert "50%" in reason and "80%" in reason and "more batches" in reason
+
+
+def test_what_a_verdict_to_train_rests_on_counts_what_is_broken_and_rules_nothing_out() -> None:
+    (sound,) = judge([probe("passed", "train")], None, ENOUGH).reasons
+    assert "broken" not in sound
+    (reason,) = judge([probe("passed", "train"), probe("failed", "neither")], None, ENOUGH).reasons
+    assert reason.startswith(sound) and "1 probe failed" in reason and "rules nothing out" in reason

@@ -18,6 +18,7 @@ from beringia.chips.torch_cuda import (
     TorchCuda,
     compiler_missing,
     deep_learning_library,
+    device_uuid,
     identity_from,
     read_switches,
 )
@@ -50,7 +51,7 @@ class Amd(TorchCuda):
 
     @property
     def identity(self) -> ChipIdentity:
-        return identity_from(self._facts, "amd", "MIOpen")
+        return identity_from(self._facts, "amd", "MIOpen", device_uuid(self._device))
 
     @property
     def capabilities(self) -> Capabilities:

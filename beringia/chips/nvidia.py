@@ -20,6 +20,7 @@ from beringia.chips.torch_cuda import (
     command_output,
     compiler_missing,
     deep_learning_library,
+    device_uuid,
     identity_from,
     read_switches,
 )
@@ -51,7 +52,7 @@ class Nvidia(TorchCuda):
 
     @property
     def identity(self) -> ChipIdentity:
-        return identity_from(self._facts, "nvidia", "cuDNN")
+        return identity_from(self._facts, "nvidia", "cuDNN", device_uuid(self._device))
 
     @property
     def capabilities(self) -> Capabilities:

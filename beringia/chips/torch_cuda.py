@@ -139,8 +139,8 @@ def read_switches(*environment: str) -> dict[str, str]:
     }
 
 
-def identity_from(facts: Facts, vendor: str, library: str) -> ChipIdentity:
-    """Who the chip is; `library` names the deep-learning library (`cuDNN`, `MIOpen`). Pure."""
+def identity_from(facts: Facts, vendor: str, library: str, device: str = "") -> ChipIdentity:
+    """Who the chip is; `library` names the deep-learning library (`cuDNN`, `MIOpen`), `device` is its UUID. Pure."""
     return ChipIdentity(
         vendor=vendor,
         sku=f"{facts.name} ({facts.architecture})",
@@ -150,7 +150,13 @@ def identity_from(facts: Facts, vendor: str, library: str) -> ChipIdentity:
         torch=facts.torch,
         plugin="none",
         switches=facts.switches,
+        device=device,
     )
+
+
+def device_uuid(device: torch.device) -> str:
+    """The single device's UUID, from the driver."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def deep_learning_library() -> str:

@@ -43,7 +43,10 @@ def judge(probes: Sequence[ProbeResult], located: Located | None, power: float) 
     if against_training:
         return Judgement("infer", _reasons(against_training, located), mitigations)
     if open_questions or power < POWER_NEEDED:
-        too_few = f"the evidence is thin: power {power:.0%}, needed {POWER_NEEDED:.0%}; give it more batches"
+        too_few = (
+            f"the evidence is thin: with so few batches a sound chip is shown equal with a chance of {power:.0%} only, "
+            f"and {POWER_NEEDED:.0%} are needed; give it more batches (--batches)"
+        )
         return Judgement(
             "inconclusive", (*_reasons(open_questions, None), *([too_few] if power < POWER_NEEDED else [])), ()
         )
@@ -65,4 +68,8 @@ def _reasons(probes: Sequence[ProbeResult], located: Located | None) -> tuple[st
 def _sound(probes: Sequence[ProbeResult]) -> str:
     held = [measure.used for probe in probes if probe.outcome == "passed" for measure in probe.measures]
     largest = max(held, default=0.0)
-    return f"{len(held)} bounds hold; the most that one is used is {largest:.0%}"
+    failed = sum(probe.outcome == "failed" for probe in probes)
+    several = "1 probe failed, which rules" if failed == 1 else f"{failed} probes failed, which rules"
+    return f"{len(held)} bounds hold; the most that one is used is {largest:.0%}" + (
+        f"; {several} nothing out" if failed else ""
+    )

@@ -163,6 +163,8 @@ class Certificate(Record):
     probes: tuple[ProbeResult, ...]
     operators: tuple[OperatorCheck, ...]
     seconds: float
+    command: str = Field(default="", exclude_if=lambda command: not command)
+    """The command line that made it; empty where none did."""
 
     def allows(self, use: Literal["train", "infer"]) -> bool:
         """Whether the chip may be used so."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from beringia.records.record import Record, canonical_hash
+
+_BESIDE = {"note", "device"}
+"""Fields that change no number."""
 
 
 class ChipIdentity(Record):
@@ -27,14 +32,17 @@ class ChipIdentity(Record):
     """Numeric switches in force: deterministic level, TF32/HF32, INF_NAN mode, fidelity of an emulator, ..."""
     note: str = ""
     """What a reader must know before trusting this, e.g. "contract-tested, never run on Ascend"."""
+    device: str = Field(default="", exclude_if=lambda device: not device)
+    """Which single device it was, as its driver tells (a UUID); empty where it does not. Evidence is about the kind, so
+    it is not in the hash."""
 
     @property
     def hash(self) -> str:
-        """SHA-256 over all fields but the note."""
-        return canonical_hash(self.model_dump(mode="json", exclude={"note"}))
+        """SHA-256 over all fields but the note and the device."""
+        return canonical_hash(self.model_dump(mode="json", exclude=_BESIDE))
 
     def differences(self, other: ChipIdentity) -> dict[str, tuple[str, str]]:
         """What the two are different in, by field or switch: (here, there)."""
-        here, there = ({**one.model_dump(exclude={"switches"}), **one.switches} for one in (self, other))
+        here, there = ({**one.model_dump(exclude={"switches", "device"}), **one.switches} for one in (self, other))
         pairs = {name: (here.get(name, "absent"), there.get(name, "absent")) for name in here.keys() | there.keys()}
         return {name: pairs[name] for name in sorted(pairs) if pairs[name][0] != pairs[name][1]}

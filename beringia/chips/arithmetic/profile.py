@@ -85,7 +85,7 @@ class MatrixUnit(Sourced):
     """Float32 results that are subnormal."""
     large_products: Literal["kept", "infinite"] = "kept"
     """Products of 2^128 and more, finite in exact arithmetic: kept until the sum is rounded, or infinite at once."""
-    zero_exponent: int | None = Field(default=None, ge=-149, le=-126)
+    zero_exponent: int | None = Field(default=None, ge=-149, le=-126, exclude_if=lambda value: value is None)
     """Exponent with which an accumulator of zero takes part where terms are aligned to the largest one, which costs
     products far below it their last bits; None: zero has no exponent. Studies give it to products of zero, too, which
     changes nothing: an accumulator that is not zero has -126 or more. Only formats whose products reach below 2^-149
@@ -194,6 +194,26 @@ class Profile(Record):
         groups: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         groups |= {f"units.{name}": unit for name, unit in self.units.items()}
         return [name for name, group in groups.items() if isinstance(group, Sourced) and group.mark == "assumed"]
+
+    def assumed_in_words(self) -> str:
+        """The same for a reader who knows no profile: `the order in which sums add; ...`."""
+        groups = self.assumed()
+        formats = [name.removeprefix("units.") for name in groups if name.startswith("units.")]
+        adds = [f"how its matrix unit adds products of {', '.join(formats)}"] if formats else []
+        return "; ".join([*adds, *(_GROUP_WORDS[name] for name in groups if name in _GROUP_WORDS)])
+
+
+_GROUP_WORDS = {
+    "memory": "how much memory it has",
+    "storage": "which formats its tensors have",
+    "float32_products": "what products of float32 become",
+    "casts": "how casts to 16 bits round",
+    "overflow": "what becomes of results that overflow",
+    "subnormals": "whether the smallest numbers are kept or become zero",
+    "elementary": "how exact functions such as exp are",
+    "reduction": "the order in which sums add",
+}
+"""What a group of a profile is about."""
 
 
 def profile_names() -> list[str]:

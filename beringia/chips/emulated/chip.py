@@ -194,8 +194,14 @@ def _identity(profile: Profile, fidelity: str, faults: str | None) -> ChipIdenti
             "threads": str(torch.get_num_threads()),
             **units,
         },
-        note=f"Emulated; assumed: {', '.join(profile.assumed()) or 'nothing'}.",
+        note=_note(profile),
     )
+
+
+def _note(profile: Profile) -> str:
+    assumed = profile.assumed_in_words()
+    told = f"Documented by nobody, so assumed: {assumed}" if assumed else "Nothing about it is assumed"
+    return f"Emulated: software computed it, by the arithmetic that is declared of this part. {told}."
 
 
 def _vendor_fault(vendor: str, error: BaseException) -> ChipFault | None:

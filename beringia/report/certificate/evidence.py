@@ -14,7 +14,7 @@ from beringia.records.identity import ChipIdentity
 from beringia.report.certificate.model_map import Cell, ModelMap, shape_words
 from beringia.report.certificate.sentence import POWER_NEEDED, largest_share, operator_words
 from beringia.report.frame import Fact, PageTable
-from beringia.report.words import duration, percent, share_words, significant
+from beringia.report.words import duration, percent, share_words, short_hash, significant
 
 KINDS = (
     "arithmetic",
@@ -74,9 +74,55 @@ def facts_of(certificate: Certificate, model: ModelMap) -> list[Fact]:
         Fact("Serve on it", _allowed(certificate, "infer")),
         Fact("Operator checks", f"{len(certificate.operators):,}", f"{beyond:,} beyond the bound"),
         Fact("Probes", f"{len(outcomes):,}", f"{failed:,} failed" + (f", {unsure:,} undecided" if unsure else "")),
-        Fact("Power", percent(certificate.power, 0), f"to show a sound chip equal; {percent(POWER_NEEDED, 0)} needed"),
+        Fact(
+            "Enough batches",
+            "✓ yes" if certificate.power >= POWER_NEEDED else "✗ no",
+            f"a sound chip passes with a chance of {percent(certificate.power, 0)}; {percent(POWER_NEEDED, 0)} needed",
+        ),
         Fact("Time", duration(certificate.seconds), "for all of it"),
     ]
+
+
+def basis_of(certificate: Certificate) -> list[Fact]:
+    """What the certificate rests on, and what ends it."""
+    made = [Fact("made by", certificate.command)] if certificate.command else []
+    identity, weights = short_hash(certificate.identity_hash), short_hash(certificate.model.weights)
+    return [
+        Fact("bounds of probes", _held_words(certificate)),
+        Fact("operator calls", _calls_words(certificate.operators)),
+        *made,
+        Fact("single device", _device_words(certificate.identity)),
+        Fact(
+            "holds for",
+            f"this chip with its software and switches (identity {identity}), these weights ({weights}), and products "
+            f"in {certificate.compute_dtype}",
+        ),
+        Fact(
+            "ends",
+            "when the part, driver, runtime, torch, plugin or a numeric switch changes, or with other weights or "
+            "another dtype of products. It has no last day, but chips age: qualify again after a repair or a fault",
+        ),
+    ]
+
+
+def _held_words(certificate: Certificate) -> str:
+    """`152 hold, 3 are broken`: of the probes that were judged."""
+    used = [measure.used for probe in certificate.probes if probe.outcome != "told" for measure in probe.measures]
+    broken = sum(share > 1.0 for share in used)
+    return f"{len(used) - broken:,} hold, {broken:,} {'is' if broken == 1 else 'are'} broken"
+
+
+def _calls_words(checks: Sequence[OperatorCheck]) -> str:
+    """Right and wrong ones, of those that the certificate lists."""
+    wrong = sum(check.used > 1.0 for check in checks)
+    listed = "of those listed here: the wrong ones, and of the others the worst of each operator"
+    return f"{len(checks) - wrong:,} right, {wrong:,} wrong or refused, {listed}"
+
+
+def _device_words(identity: ChipIdentity) -> str:
+    if identity.truth == "emulated":
+        return "none, the chip is emulated"
+    return identity.device or "its driver tells none, so this stands for the kind of chip and not for one card"
 
 
 def _allowed(certificate: Certificate, use: Literal["train", "infer"]) -> str:

@@ -54,6 +54,7 @@ def render_certificate(signed: Signed[Certificate]) -> str:
         created=_moment(certificate.created),
         sentence=verdict_sentence(certificate),
         facts=evidence.facts_of(certificate, model),
+        basis=evidence.basis_of(certificate),
         model=model,
         levels=LEVELS,
         map_caption=_map_caption(model),
