@@ -261,9 +261,9 @@ def facts_that_differ(measured: Profile, declared: Profile) -> dict[str, list[An
     differ = {}
     for format_ in measured.units.keys() & declared.units.keys() - {"float64"}:
         found, wanted = (profile.units[format_].model_dump(exclude=beside) for profile in (measured, declared))
-        for name in found:
-            if found[name] != wanted[name]:
-                differ[f"{format_}.{name}"] = [found[name], wanted[name]]
+        for name in sorted(found.keys() | wanted.keys()):  # what is not said is in no dump
+            if found.get(name) != wanted.get(name):
+                differ[f"{format_}.{name}"] = [found.get(name), wanted.get(name)]
     for group in ("casts", "overflow", "subnormals", "reduction"):
         found, wanted = (getattr(profile, group).model_dump(exclude=beside) for profile in (measured, declared))
         if found != wanted:

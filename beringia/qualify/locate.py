@@ -121,7 +121,8 @@ _UNSURE_BITS = {"float32": 3}
 
 def _as_bits(value: float, dtype: str) -> int:
     number, integer = _DTYPES[dtype]
-    return int(torch.tensor(value, dtype=torch.float64).to(number).view(integer)) & (2 ** torch.iinfo(integer).bits - 1)
+    signed = int(torch.tensor(value, dtype=torch.float64).to(number).view(integer))
+    return signed & ((1 << torch.iinfo(integer).bits) - 1)
 
 
 def _are_neighbours(bits: int) -> bool:
