@@ -282,6 +282,10 @@ def test_a_fault_that_nobody_knows_is_said_to_be_one(infer: Certificate) -> None
     words = "No fault that is known here leaves such traces."
     assert words in text_of(render_certificate(signed(infer.model_copy(update={"first_wrong": unknown}))))
     assert words not in text_of(render_certificate(signed(infer)))
+    console = Console(file=io.StringIO(), width=100)
+    print_certificate(infer.model_copy(update={"first_wrong": unknown}), console)
+    assert isinstance(console.file, io.StringIO)
+    assert "consistent with no fault that is known here" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("made", [realistic("unfit", layers=2, repeats=1), certificate(), hostile()])

@@ -53,7 +53,8 @@ def _first_wrong_lines(certificate: Certificate) -> tuple[str, ...]:
     if check.worst_element:
         place = index_words(check.worst_element)
         lines.append(f"element {place}: {significant(check.found, 6)} instead of {significant(check.expected, 6)}")
-    lines += [f"consistent with {one}" for one in located.consistent_with[:2]]
+    known = located.consistent_with[:2] or ("no fault that is known here",)
+    lines += [f"consistent with {one}" for one in known]
     return tuple(lines)
 
 
