@@ -92,13 +92,14 @@ def _past_a_length(check: OperatorCheck) -> bool:
 
 def _flipped(check: OperatorCheck) -> bool:
     """Few elements, the worst of which differs from the right number by a bit, or by a few side by side. Of several
-    it is a bit of the sign or exponent: numbers cut off at a limit may be a bit of the fraction away, too."""
+    they are bits of sign and exponent: numbers cut off at a limit may be bits of the fraction away, too."""
     if not 0.0 < check.wrong_share <= _FEW:
         return False
     if check.found is None or check.expected is None:
         return check.found is None
     flipped = _bits_between(check.found, check.expected, check.dtype)
-    return flipped > 0 and (check.wrong_from == check.wrong_to or flipped >= _FRACTIONS[check.dtype])
+    alone = check.wrong_from == check.wrong_to
+    return flipped > 0 and (alone or flipped % _FRACTIONS[check.dtype] == 0)
 
 
 def _bits_between(found: float, expected: float, dtype: str) -> int:
@@ -234,9 +235,9 @@ _FAINT_TRACES = (
 """Of errors that are everywhere: looked at where nothing more particular fits."""
 
 _ORDER = _Trace(
-    "results that differ from run to run, each within its bound: an order of additions",
+    "results that differ from run to run: an order of additions, or a fault that comes and goes",
     lambda check: True,
-    "switch deterministic algorithms on",
+    "switch deterministic algorithms on; if results still differ then, replace the device",
 )
 _RACE = _Trace(
     "wrong results that differ from run to run: additions lost in a race",
