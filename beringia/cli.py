@@ -161,6 +161,10 @@ DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="Dtype of products; default the chip's own.", show_default=False)
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of random weights and data.")]
+ExtentOption = Annotated[
+    Literal["quick", "whole"],
+    typer.Option("--extent", help="Ways of serving and training to try: a subset that covers them, or all."),
+]
 BatchesOption = Annotated[int, typer.Option("--batches", min=1, help="Batches, and training steps, compared.")]
 
 
@@ -173,13 +177,16 @@ def reference(
     layers: LayersOption = None,
     seed: SeedOption = 0,
     batches: BatchesOption = 6,
+    extent: ExtentOption = "quick",
     limit: Annotated[int, typer.Option(help="MiB that captured arguments may take.")] = 64,
     as_json: JsonOption = False,
 ) -> None:
     """Record on one machine what another machine's chip is compared with."""
     from beringia.qualify.qualification import Request, record_reference
 
-    request = Request(chip, model, seed=seed, layers=layers, compute_dtype=dtype, batches=batches, steps=batches)
+    request = Request(
+        chip, model, seed=seed, layers=layers, compute_dtype=dtype, batches=batches, steps=batches, extent=extent
+    )
     manifest = record_reference(request, out, limit * 2**20, _stages())
     document = {
         "bundle": str(out),
@@ -208,6 +215,7 @@ def qualify(
     layers: LayersOption = None,
     seed: SeedOption = 0,
     batches: BatchesOption = 6,
+    extent: ExtentOption = "quick",
     faults: Annotated[str | None, typer.Option(help="Emulated chips only: a fault script.", show_default=False)] = None,
     soak: Annotated[float, typer.Option(help="Seconds of repeats under load.")] = 0.0,
     memory: Annotated[int, typer.Option(help="MiB of memory to test.")] = 16,
@@ -229,6 +237,7 @@ def qualify(
         compute_dtype=dtype,
         batches=batches,
         steps=batches,
+        extent=extent,
         soak_seconds=soak,
         memory_bytes=memory * 2**20,
         speed=speed,

@@ -93,6 +93,7 @@ def request_for(recipe: Recipe, run: RunDirectory, label: str) -> Request:
         faults=section.faults,
         seed=recipe.seed,
         compute_dtype=None if compute == "auto" else compute,
+        run_tokens=recipe.data.sequence_length,
         longest=max(2056, _LENGTHS_TIMES * recipe.data.sequence_length),
         collectives=section.ranks > 1,
         command=chip_command(label, section, run=run),

@@ -6,6 +6,8 @@ shared key (B 1 S P), which is what makes DeepSeek's cache small. Grows by conca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -20,6 +22,16 @@ class LayerCache:
     def length(self) -> int:
         """Tokens remembered."""
         return 0 if self.first is None else self.first.shape[2]
+
+    def taken(self, rows: Sequence[int], length: int) -> LayerCache:
+        """Of these rows, in this order, what is remembered of their first tokens."""
+        taken = LayerCache()
+        if self.first is not None and self.second is not None and length:
+            index = torch.tensor(rows).to(self.first.device)
+            taken.first, taken.second = (
+                part.index_select(0, index)[:, :, :length] for part in (self.first, self.second)
+            )
+        return taken
 
     def extend(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new tokens' tensors; returns those of all tokens."""
@@ -40,3 +52,10 @@ class KeyValueCache:
     def length(self) -> int:
         """Tokens remembered."""
         return self.layers[0].length
+
+    def taken(self, rows: Sequence[int], length: int) -> KeyValueCache:
+        """Of these rows, which may come several times, the first `length` tokens: what requests share, or go on
+        with."""
+        taken = KeyValueCache(0)
+        taken.layers = [layer.taken(rows, length) for layer in self.layers]
+        return taken

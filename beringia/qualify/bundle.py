@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -39,8 +39,8 @@ from beringia.records.identity import ChipIdentity
 from beringia.records.record import Record
 from beringia.version import __version__
 
-BUNDLE_SCHEMA = 2
-"""Format 1 had sketches with other signs, which cannot be compared."""
+BUNDLE_SCHEMA = 3
+"""Format 1 had sketches with other signs, which cannot be compared; format 2 no servings and no unlike batches."""
 DEFAULT_LIMIT_BYTES = 64 * 2**20
 """For the captured calls' arguments, before compression."""
 _MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
@@ -75,6 +75,16 @@ class BundleManifest(Record):
     compute_dtype: str
     batches: int
     steps: int
+    extent: Literal["quick", "whole"]
+    run_tokens: int | None
+    """In a sample of the run that it was made for."""
+    servings: int
+    unlike: int
+    """How many servings and unlike batches its trace has."""
+    scenarios: list[str]
+    """What was done with the model, beside the batches."""
+    untried: list[str]
+    """What people do with such a model, and was not done."""
     reference: ChipIdentity
     distances: list[dict[str, float]]
     """Of the reference's trace from float64 and then of each draw's, by cell, `kind|name|batch`."""
@@ -102,7 +112,7 @@ class Bundle:
     @property
     def plan(self) -> TraceExtent:
         """How much the traces hold."""
-        return TraceExtent(self.manifest.batches, self.manifest.steps)
+        return TraceExtent(self.manifest.batches, self.manifest.steps, self.manifest.extent == "whole")
 
 
 def write_bundle(
@@ -221,7 +231,7 @@ def _noise_tensors(noise: RoundingNoise) -> dict[str, torch.Tensor]:
 
 
 def _route_tensors(routes: ChosenRoutes) -> dict[str, torch.Tensor]:
-    parts = {"batch": routes.batches, "step": routes.steps}
+    parts = {"batch": routes.batches, "step": routes.steps, "serving": routes.servings, "unlike": routes.unlike}
     return {
         f"route.{part}.{number}.{layer}": chosen.to(torch.int32)
         for part, passes in parts.items()
@@ -231,6 +241,7 @@ def _route_tensors(routes: ChosenRoutes) -> dict[str, torch.Tensor]:
 
 
 def _routes(tensors: Mapping[str, torch.Tensor], manifest: BundleManifest) -> ChosenRoutes:
+    """Of a dense model there is none, and each pass has an empty table."""
     found: dict[tuple[str, int], dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if name.startswith("route."):
@@ -239,6 +250,8 @@ def _routes(tensors: Mapping[str, torch.Tensor], manifest: BundleManifest) -> Ch
     return ChosenRoutes(
         tuple(found["batch", number] for number in range(manifest.batches)),
         tuple(found["step", number] for number in range(manifest.steps)),
+        tuple(found["serving", number] for number in range(manifest.servings)),
+        tuple(found["unlike", number] for number in range(manifest.unlike)),
     )
 
 

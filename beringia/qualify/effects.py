@@ -44,7 +44,7 @@ _QUANTILES = 1000
 
 
 Group = tuple[str, str]
-"""Kind (outputs, decode, gradient, update), and the parameter or layer."""
+"""Kind (outputs, decode, serve, gradient, accumulated, update), and the scenario, parameter or layer."""
 Cell = tuple[str, str, str]
 """A group in one batch; the batch is empty where there is only one."""
 
@@ -136,11 +136,20 @@ def _floor(own: Mapping[str, float], drawn: Sequence[Mapping[str, float]]) -> Fl
     )
 
 
-_RULES_OUT: Mapping[str, Use] = {"outputs": "infer", "decode": "infer", "gradient": "train", "update": "train"}
+_RULES_OUT: Mapping[str, Use] = {
+    "outputs": "infer",
+    "decode": "infer",
+    "serve": "infer",
+    "gradient": "train",
+    "accumulated": "train",
+    "update": "train",
+}
 _WHAT = {
     "outputs": "outputs",
     "decode": "a step of decoding",
+    "serve": "serving",
     "gradient": "the gradient",
+    "accumulated": "the gradient over unlike batches",
     "update": "the update after training steps",
 }
 
@@ -151,7 +160,9 @@ def cell_of(name: str) -> Cell:
     if kind == "gradient":
         batch, _, parameter = rest.partition("/")
         return kind, parameter, batch
-    return (kind, layer_of(rest), "") if kind == "update" else (kind, "", rest)
+    if kind == "serve":
+        return kind, rest, ""
+    return (kind, layer_of(rest), "") if kind in ("update", "accumulated") else (kind, "", rest)
 
 
 def layer_of(parameter: str) -> str:
@@ -182,7 +193,7 @@ def _judge_group(group: Group, far: Mapping[str, float], floor: Floor, smallest:
         reason = "the same in the median batch, over that batch's own floor"
         measures.append(_effect("effect in the median batch", statistics.median(of_batches), EFFECT_ALLOWED, reason))
     failed = [measure for measure in measures if measure.used > 1.0]
-    of = f" of {name}" if name else ""
+    of = f": {name}" if kind == "serve" else f" of {name}" if name else ""
     return ProbeResult(
         probe="lockstep",
         subject=f"{kind} {name}".strip(),

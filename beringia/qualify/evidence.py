@@ -80,6 +80,8 @@ class QualifyOrder(Record):
     """Where it is written, or read, on that machine."""
     batches: int = 6
     steps: int = 6
+    extent: Literal["quick", "whole"] = "quick"
+    run_tokens: int | None = None
     limit_bytes: int = 64 * 2**20
     longest: int = 8200
     """Tokens: attention is not tried beyond."""

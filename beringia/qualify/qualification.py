@@ -55,8 +55,12 @@ class Request:
     compute_dtype: str | None = None
     batches: int = 6
     steps: int = 6
+    extent: Literal["quick", "whole"] = "quick"
+    """How many ways of serving and training are tried (`serving.py`)."""
     samples: int = 4
     tokens: int = 64
+    run_tokens: int | None = None
+    """In a sample of the run that it is for."""
     longest: int = 8200
     memory_bytes: int = 16 * 2**20
     soak_seconds: float = 0.0
@@ -82,6 +86,8 @@ class Request:
             bundle=str(bundle),
             batches=self.batches,
             steps=self.steps,
+            extent=self.extent,
+            run_tokens=self.run_tokens,
             longest=self.longest,
             memory_bytes=self.memory_bytes,
             soak_seconds=self.soak_seconds,
@@ -218,6 +224,8 @@ def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Re
         "compute_dtype": manifest.compute_dtype,
         "batches": manifest.batches,
         "steps": manifest.steps,
+        "extent": manifest.extent,
+        "run_tokens": manifest.run_tokens,
     }
     request = replace(request, **same)  # type: ignore[arg-type]  # fields of the same names and types
     own = DecoderSubject(request.model, request.seed, layers=request.layers).fingerprint()
@@ -271,6 +279,9 @@ def _certificate(
         mitigations=judgement.mitigations,
         power=power,
         first_wrong=located,
+        extent=manifest.extent,
+        scenarios=tuple(manifest.scenarios),
+        untried=tuple(manifest.untried),
         probes=tuple(probes),
         operators=_worth_keeping(evidence.checks),
         seconds=seconds,

@@ -5,7 +5,7 @@ so the training steps that are watched come first and are those of training.
 
 1. two training steps, every operator call held against float64 (`operators/`); weights and moments must not change
    between the steps
-2. a step of decoding, likewise
+2. a step of decoding, and calls of every way of serving, likewise
 3. the trace (`trace.py`), not watched
 4. the first pass of the trace again: the same bits
 """
@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,8 @@ from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.operators.watch import Call, Place, Watch, tensors_in
 from beringia.qualify.refusals import REFUSALS
-from beringia.qualify.subject import Batch, Subject, on_device
+from beringia.qualify.serving import Serving, Step
+from beringia.qualify.subject import Around, Batch, Subject, on_device
 from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
 
@@ -61,7 +62,7 @@ class Recorder:
     def __init__(
         self, subject: Subject, chip: Chip, dtype: torch.dtype, *, also: Callable[[Call], None] | None = None
     ) -> None:
-        """`also` is handed every watched call, too."""
+        """`also` is handed every watched call, too, but those of servings."""
         self._also = also
         self._subject = subject
         self._chip = chip
@@ -73,7 +74,9 @@ class Recorder:
         """Everything; where the chip refuses an operator, what came before it."""
         found = self._recording
         with self._timed("operators"):
-            complete = self._watch_training() and self._watch_decoding()
+            complete = (
+                self._watch_training() and self._watch_decoding() and self._watch_serving(tracer.servings, routes)
+            )
         if not complete:
             return found
         with self._timed("trace"):
@@ -138,11 +141,28 @@ class Recorder:
             self._subject.after_update(model)
 
     def _watch_decoding(self) -> bool:
+        return self._watch_inference(lambda model, watch: self._subject.decode(model, self._batch(0)), self._take)
+
+    def _watch_serving(self, servings: Sequence[Serving], routes: ChosenRoutes) -> bool:
+        """Of every serving the calls that are to be watched: the others only bring the cache to where these begin."""
+
+        def serve(model: nn.Module, watch: Watch) -> None:
+            def around(step: Step) -> Around:
+                return watch.paused(False) if step.watched else nullcontext()
+
+            with watch.paused():
+                for serving, chosen in zip(servings, routes.servings, strict=True):
+                    self._subject.serve(model, serving, chosen, around)
+
+        # Not handed on: their arguments, whole caches, would take the room of all others.
+        return self._watch_inference(serve, self._judge) if servings else True
+
+    def _watch_inference(self, compute: Callable[[nn.Module, Watch], object], take: Callable[[Call], None]) -> bool:
         model = self._model()
         self.begin_step()
-        with Watch(model, self._chip.device, self._take) as watch, watch.direction("decode"), torch.no_grad():
+        with Watch(model, self._chip.device, take) as watch, watch.direction("decode"), torch.no_grad():
             try:
-                self._subject.decode(model, self._batch(0))
+                compute(model, watch)
             except REFUSALS as error:
                 if not self._was_refused(watch, error):
                     raise
@@ -159,6 +179,9 @@ class Recorder:
     def _take(self, call: Call) -> None:
         if self._also is not None:
             self._also(call)
+        self._judge(call)
+
+    def _judge(self, call: Call) -> None:
         try:
             judged = check(call)
         except NotKnown as reason:

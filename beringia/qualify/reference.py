@@ -13,6 +13,7 @@ from beringia.qualify.capture import CallCapture
 from beringia.qualify.effects import RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.recording import Recorder
+from beringia.qualify.serving import scenarios
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import Trace, TraceExtent, Tracer, moved_by_rounding
 
@@ -64,6 +65,12 @@ def make_bundle(
             "compute_dtype": str(dtype).removeprefix("torch."),
             "batches": plan.batches,
             "steps": plan.steps,
+            "extent": "whole" if plan.whole else "quick",
+            "run_tokens": subject.run_tokens,
+            "servings": len(routes.servings),
+            "unlike": len(routes.unlike),
+            "scenarios": [*scenarios(tracer.servings), *tracer.unlike_words],
+            "untried": list(subject.untried(whole=plan.whole)),
             "reference": chip.identity,
             "errors": errors,
             "calls_left_out": capture.left_out,

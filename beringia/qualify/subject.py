@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from beringia.data import Tokenizer, check_vocabulary, load_tokenizer, make_task
 from beringia.model import (
+    IGNORED,
     PRESETS,
     Decoder,
     KeyValueCache,
@@ -31,6 +33,9 @@ from beringia.model import (
 )
 from beringia.model.experts import MixtureOfExperts
 from beringia.numerics.state_hash import hash_state
+from beringia.qualify import serving as ways_of_serving
+from beringia.qualify import unlike_batches
+from beringia.qualify.serving import LARGE_PARAMETERS, Serving, Step
 from beringia.records.certificate import ModelFingerprint
 from beringia.records.model_source import configuration_hash
 
@@ -39,10 +44,17 @@ Batch = Mapping[str, torch.Tensor]
 Routes = Mapping[str, torch.Tensor]
 """The experts that a pass chose, M K, by layer."""
 
+Around = AbstractContextManager[None]
+
 MTP_WEIGHT = 0.1
 """As in training recipes by default."""
 ROUTER_BIAS_SPEED = 1e-3
 _DIGITS = 10
+
+
+def nothing_around(step: Step) -> Around:
+    """Around a call of which nothing is wanted."""
+    return nullcontext()
 
 
 class Subject(ABC):
@@ -55,6 +67,8 @@ class Subject(ABC):
     tokens: int = 0
     """In a sample; 0 likewise."""
     layers: int | None = None
+    run_tokens: int | None = None
+    """In a sample of the run that it is qualified for; None: no run is known."""
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -83,6 +97,36 @@ class Subject(ABC):
     def decode(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """What one step of decoding gives; a model that has none gives its outputs."""
         return self.outputs(model, batch)
+
+    def servings(self, *, whole: bool) -> tuple[Serving, ...]:
+        """Ways in which it is served; none where a model has no cache."""
+        return ()
+
+    def serve(
+        self, model: nn.Module, serving: Serving, routes: Routes, around: Callable[[Step], Around] = nothing_around
+    ) -> dict[str, torch.Tensor]:
+        """The compared results of a serving, call by call, by scenario; `around` each call. Asked only of a subject
+        that has servings."""
+        raise NotImplementedError
+
+    def serve_at_once(
+        self, model: nn.Module, serving: Serving, routes: Routes | None
+    ) -> tuple[dict[str, torch.Tensor], Routes]:
+        """The same from one pass over the whole sequences; and the routes that it took."""
+        raise NotImplementedError
+
+    def micro_batches(self, *, whole: bool) -> tuple[Batch, ...]:
+        """Batches of one training step, whose gradients are added up: of unlike sizes and lengths, some of their
+        targets ignored. None where nobody knows how to say so."""
+        return ()
+
+    def targets_in(self, batch: Batch) -> int:
+        """How many targets its loss is the mean over; asked only of a subject that has such batches."""
+        raise NotImplementedError
+
+    def untried(self, *, whole: bool) -> tuple[str, ...]:
+        """What people do with such a model and a qualification does not try, a clause each."""
+        return ("how it is served: no way to decode is known",)
 
     def layers_of(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """The layers that `call_layer` can call one by one, by path; none where a model has no such form."""
@@ -117,6 +161,7 @@ class DecoderSubject(Subject):
     tokens: int = 64
     layers: int | None = None
     """Only so many of its layers; None: all."""
+    run_tokens: int | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]  # a property where the base has a plain attribute
@@ -140,9 +185,10 @@ class DecoderSubject(Subject):
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         losses = model(batch["tokens"], batch["labels"])
-        targets = batch["labels"].numel()
-        ahead = max(1, targets - len(batch["labels"]))
-        loss: torch.Tensor = losses.main_sum / targets + MTP_WEIGHT * losses.mtp_sum / ahead
+        ahead = int((batch["labels"][:, 1:] != IGNORED).sum())
+        loss: torch.Tensor = losses.main_sum / max(1, self.targets_in(batch)) + MTP_WEIGHT * losses.mtp_sum / max(
+            1, ahead
+        )
         return loss
 
     def outputs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -156,6 +202,49 @@ class DecoderSubject(Subject):
         tokens_BT = batch["tokens"]
         model.logits(tokens_BT[:, :-1], cache)
         return model.logits(tokens_BT[:, -1:], cache)
+
+    def servings(self, *, whole: bool) -> tuple[Serving, ...]:
+        return ways_of_serving.servings(self._tokens, *self._size, whole=whole)
+
+    def serve(
+        self, model: nn.Module, serving: Serving, routes: Routes, around: Callable[[Step], Around] = nothing_around
+    ) -> dict[str, torch.Tensor]:
+        assert isinstance(model, Decoder)
+        tokens_RT = serving.tokens_RT.to(_device_of(model))
+        cache, held = KeyValueCache(model.config.num_hidden_layers), tuple[int, ...]()
+        found: dict[str, list[torch.Tensor]] = {}
+        for step in serving.steps:
+            cache, held = cache.taken(serving.sources(held, step), step.start), step.rows
+            tokens_BT = tokens_RT[list(step.rows), step.start : step.end]
+            with self.forcing_routes(model, serving.routes_in(step, routes)), around(step):
+                logits_BTV = model.logits(tokens_BT, cache)
+            places_C, positions_C = serving.compared(step)
+            compared_CV = logits_BTV[places_C, positions_C - step.start]
+            found.setdefault(step.scenario, []).append(compared_CV)
+        return {scenario: torch.cat(parts) for scenario, parts in found.items()}
+
+    def serve_at_once(
+        self, model: nn.Module, serving: Serving, routes: Routes | None
+    ) -> tuple[dict[str, torch.Tensor], Routes]:
+        assert isinstance(model, Decoder)
+        tokens_RT = serving.tokens_RT.to(_device_of(model))
+        with self.recording_routes(model) if routes is None else self.forcing_routes(model, routes) as own:
+            logits_RTV = model.logits(tokens_RT)
+        found: dict[str, list[torch.Tensor]] = {}
+        for step in serving.steps:
+            places_C, positions_C = serving.compared(step)
+            found.setdefault(step.scenario, []).append(logits_RTV[torch.tensor(step.rows)[places_C], positions_C])
+        return {scenario: torch.cat(parts) for scenario, parts in found.items()}, routes or own or {}
+
+    def micro_batches(self, *, whole: bool) -> tuple[Batch, ...]:
+        return unlike_batches.micro_batches(self._tokens, *self._size, self.run_tokens, whole=whole)
+
+    def untried(self, *, whole: bool) -> tuple[str, ...]:
+        serving = ways_of_serving.untried(*self._size, whole=whole)
+        return (*serving, *unlike_batches.untried(*self._size, self.run_tokens, whole=whole))
+
+    def targets_in(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
 
     def layers_of(self, model: nn.Module) -> Mapping[str, nn.Module]:
         assert isinstance(model, Decoder)
@@ -198,8 +287,19 @@ class DecoderSubject(Subject):
         device = next(model.parameters()).device
         with ExitStack() as stack:
             for name, layer in _sparse_layers(model).items():
-                stack.enter_context(forcing_routes(layer, routes[name].to(device)))
+                if name in routes:  # the multi-token layer is not served
+                    stack.enter_context(forcing_routes(layer, routes[name].to(device)))
             yield
+
+    def _tokens(self, number: int, count: int) -> list[int]:
+        return replace(self, tokens=count)._row(number)[:count]
+
+    @cached_property
+    def _size(self) -> tuple[int, bool]:
+        """How many tokens it takes, and whether it is no small model."""
+        model = self.build()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return model.config.context_tokens, parameters > LARGE_PARAMETERS
 
     def _row(self, number: int) -> list[int]:
         """T + 1 tokens: solved sums for a preset, text for a model that has read some."""
@@ -250,6 +350,10 @@ class ModuleSubject(Subject):
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """A batch where the model is."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _sparse_layers(model: nn.Module) -> dict[str, nn.Module]:

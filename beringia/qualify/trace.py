@@ -1,8 +1,9 @@
 """What a chip makes of a model, small enough to travel: losses, outputs, gradients and updates, as sketches.
 
-A trace has two parts. From the same weights, each of several batches gives its loss, its outputs and its gradients; so
-forward and backward pass are seen without what an optimizer makes of them. Then training steps from those weights give
-losses and the update of the weights.
+A trace has three parts. From the same weights, each of several batches gives its loss, its outputs and its gradients;
+so forward and backward pass are seen without what an optimizer makes of them. The same weights are served in several
+ways (`serving.py`), and give gradients that are added up over unlike batches (`unlike_batches.py`). Then training steps
+from those weights give losses and the update of the weights.
 
 Two traces are compared by distances between their sketches. A sketch of a tensor with more than `WIDTH` elements adds
 its elements up, with random signs, in `WIDTH` places: sketches of differences are differences of sketches, and their
@@ -25,7 +26,8 @@ from beringia.chips.chip import Chip
 from beringia.machine.memory import return_freed_memory
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.numerics.replay import Taps
-from beringia.qualify.subject import Routes, Subject, on_device
+from beringia.qualify.serving import Serving
+from beringia.qualify.subject import Batch, Routes, Subject, on_device
 
 WIDTH = 1024
 LEARNING_RATE = 1e-3
@@ -40,11 +42,14 @@ class TraceExtent:
 
     batches: int = 6
     steps: int = 6
+    whole: bool = False
+    """Whether all ways of serving and training are tried, and not only a subset that covers them."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Sketches by name (`outputs/0`, `gradient/0/model.norm.weight`, `decode`, `update/model.norm.weight`); losses."""
+    """Sketches by name (`outputs/0`, `gradient/0/model.norm.weight`, `decode`, `serve/decoding 1 at 597`,
+    `accumulated/model.norm.weight`, `update/model.norm.weight`); losses."""
 
     sketches: Mapping[str, torch.Tensor]
     losses_K: torch.Tensor
@@ -55,10 +60,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class ChosenRoutes:
-    """Which experts float64 chose, in the batches and in the training steps."""
+    """Which experts float64 chose, in the batches, the training steps, the servings and the unlike batches."""
 
     batches: tuple[Routes, ...]
     steps: tuple[Routes, ...]
+    servings: tuple[Routes, ...] = ()
+    unlike: tuple[Routes, ...] = ()
 
 
 class Tracer:
@@ -68,10 +75,23 @@ class Tracer:
         self._subject = subject
         self._plan = plan
         self._batches = [subject.batch(number) for number in range(max(plan.batches, plan.steps))]
+        self._servings = subject.servings(whole=plan.whole)
+        self._unlike = subject.micro_batches(whole=plan.whole)
+
+    @property
+    def servings(self) -> tuple[Serving, ...]:
+        """Ways of serving that are in its traces."""
+        return self._servings
+
+    @property
+    def unlike_words(self) -> tuple[str, ...]:
+        """What a training step over its unlike batches is, for who reads a certificate."""
+        sizes = [" x ".join(map(str, batch["labels"].shape)) for batch in self._unlike]
+        return (f"a step over batches of {' and '.join(sizes)} tokens, some targets ignored",) if sizes else ()
 
     def in_float64(self) -> tuple[Trace, ChosenRoutes]:
         """On the CPU, and the routes for all others."""
-        made = self._run(self._exact_model(), fused=False, routes=None, begin_step=lambda: None)
+        made = self._run(self._exact_model(), fused=False, routes=None, begin_step=lambda: None, at_once=True)
         return_freed_memory()
         return made
 
@@ -79,7 +99,7 @@ class Tracer:
         """What float64 sends through each layer in the first batch: its input, and its output's gradient."""
         model = self._exact_model()
         with Taps(self._subject.layers_of(model), lambda tensor: tensor) as taps:
-            self._backward(model, 0, routes.batches[0])
+            self._backward(model, self._batches[0], routes.batches[0])
         calls = {name: seen[0] for name, seen in taps.calls.items()}
         return {
             name: (call.inputs[0], call.output_gradient)
@@ -108,7 +128,8 @@ class Tracer:
                     parameter.copy_(change(name, parameter))
         model = self._subject.place(model, chip.device, dtype)
         fused = chip.capabilities.fused_optimizer
-        return self._run(model, fused=fused, routes=routes, begin_step=begin_step)[0]
+        at_once = change is not None  # noise is that of rounding, whatever a prompt is cut into
+        return self._run(model, fused=fused, routes=routes, begin_step=begin_step, at_once=at_once)[0]
 
     def first_pass(
         self, chip: Chip, dtype: torch.dtype, routes: ChosenRoutes, *, begin_step: Callable[[], None]
@@ -118,7 +139,13 @@ class Tracer:
         return self._pass(model, 0, routes, begin_step)[0]
 
     def _run(
-        self, model: nn.Module, *, fused: bool, routes: ChosenRoutes | None, begin_step: Callable[[], None]
+        self,
+        model: nn.Module,
+        *,
+        fused: bool,
+        routes: ChosenRoutes | None,
+        begin_step: Callable[[], None],
+        at_once: bool,
     ) -> tuple[Trace, ChosenRoutes]:
         sketches: dict[str, torch.Tensor] = {}
         losses: list[float] = []
@@ -132,22 +159,61 @@ class Tracer:
         with torch.no_grad():
             batch = on_device(self._batches[0], _device(model))
             sketches |= sketches_of("decode", "decode", self._subject.decode(model, batch))
+        served, chosen_servings = self._serve(model, routes, begin_step, at_once=at_once)
+        accumulated, chosen_unlike = self._accumulate(model, routes, begin_step)
         training, chosen_steps, updates = self._train(model, fused, routes, begin_step)
         return (
             Trace(
-                sketches | updates,
+                sketches | served | accumulated | updates,
                 torch.tensor(losses, dtype=torch.float64),
                 torch.tensor(training, dtype=torch.float64),
             ),
-            ChosenRoutes(tuple(chosen), tuple(chosen_steps)),
+            ChosenRoutes(tuple(chosen), tuple(chosen_steps), chosen_servings, chosen_unlike),
         )
+
+    def _serve(
+        self, model: nn.Module, routes: ChosenRoutes | None, begin_step: Callable[[], None], *, at_once: bool
+    ) -> tuple[dict[str, torch.Tensor], tuple[Routes, ...]]:
+        """What is compared of every serving, from calls as they are served or from one pass over each."""
+        sketches: dict[str, torch.Tensor] = {}
+        chosen: list[Routes] = []
+        for number, serving in enumerate(self._servings):
+            known = None if routes is None else routes.servings[number]
+            begin_step()
+            with torch.no_grad():
+                if at_once or known is None:
+                    found, own = self._subject.serve_at_once(model, serving, known)
+                else:
+                    found, own = self._subject.serve(model, serving, known), known
+            chosen.append(own)
+            for scenario, logits in found.items():
+                sketches |= sketches_of(f"serve/{scenario}", scenario, logits)
+        return sketches, tuple(chosen)
+
+    def _accumulate(
+        self, model: nn.Module, routes: ChosenRoutes | None, begin_step: Callable[[], None]
+    ) -> tuple[dict[str, torch.Tensor], tuple[Routes, ...]]:
+        """Gradients of the mean loss over all targets of the unlike batches, added up batch by batch."""
+        targets = [self._subject.targets_in(batch) for batch in self._unlike]
+        chosen: list[Routes] = []
+        if self._unlike:
+            begin_step()
+        for number, batch in enumerate(self._unlike):
+            known = None if routes is None else routes.unlike[number]
+            _, own = self._backward(model, batch, known, share=targets[number] / sum(targets))
+            chosen.append(own)
+        sketches: dict[str, torch.Tensor] = {}
+        for name, grad in _gradients(model) if self._unlike else ():
+            sketches |= sketches_of(f"accumulated/{name}", name, grad)
+        model.zero_grad(set_to_none=True)
+        return sketches, tuple(chosen)
 
     def _pass(
         self, model: nn.Module, number: int, routes: ChosenRoutes | None, begin_step: Callable[[], None]
     ) -> tuple[dict[str, torch.Tensor], float, Routes]:
         """Gradients, loss and outputs of one batch, and the routes taken."""
         begin_step()
-        loss, own = self._backward(model, number, None if routes is None else routes.batches[number])
+        loss, own = self._backward(model, self._batches[number], None if routes is None else routes.batches[number])
         sketches: dict[str, torch.Tensor] = {}
         for name, grad in _gradients(model):
             sketches |= sketches_of(f"gradient/{number}/{name}", name, grad)
@@ -156,18 +222,20 @@ class Tracer:
         sketches |= sketches_of(f"outputs/{number}", "outputs", self._outputs(model, number, own))
         return sketches, loss, own
 
-    def _backward(self, model: nn.Module, number: int, routes: Routes | None) -> tuple[float, Routes]:
-        """Forward and backward pass; the loss, and the routes taken."""
-        batch = on_device(self._batches[number], _device(model))
+    def _backward(
+        self, model: nn.Module, batch: Batch, routes: Routes | None, share: float = 1.0
+    ) -> tuple[float, Routes]:
+        """Forward and backward pass of this share of the loss; the loss, and the routes taken."""
+        batch = on_device(batch, _device(model))
+        recorded: Routes = {}
         if routes is None:
-            with self._subject.recording_routes(model) as own:
+            with self._subject.recording_routes(model) as recorded:
                 loss = self._subject.loss(model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-            return float(loss.detach()), own
-        with self._subject.forcing_routes(model, routes):
-            loss = self._subject.loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-        return float(loss.detach()), routes
+        else:
+            with self._subject.forcing_routes(model, routes):
+                loss = self._subject.loss(model, batch)
+        (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        return float(loss.detach()), recorded if routes is None else routes
 
     def _outputs(self, model: nn.Module, number: int, routes: Routes) -> torch.Tensor:
         with torch.no_grad(), self._subject.forcing_routes(model, routes):
@@ -182,7 +250,7 @@ class Tracer:
         chosen: list[Routes] = []
         for number in range(self._plan.steps):
             begin_step()
-            loss, own = self._backward(model, number, None if routes is None else routes.steps[number])
+            loss, own = self._backward(model, self._batches[number], None if routes is None else routes.steps[number])
             losses.append(loss)
             chosen.append(own)
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)

@@ -44,7 +44,9 @@ def _work(order: QualifyOrder, write: Write) -> None:
     if order.task == "describe":
         return
     check_fits(order.model, order.layers)
-    subject = DecoderSubject(order.model, order.seed, order.samples, order.tokens, order.layers)
+    subject = DecoderSubject(
+        order.model, order.seed, order.samples, order.tokens, order.layers, run_tokens=order.run_tokens
+    )
     if order.task == "reference":
         _make_reference(order, subject, chip, dtype, write)
     else:
@@ -52,7 +54,7 @@ def _work(order: QualifyOrder, write: Write) -> None:
 
 
 def _make_reference(order: QualifyOrder, subject: DecoderSubject, chip: Chip, dtype: torch.dtype, write: Write) -> None:
-    plan = TraceExtent(order.batches, order.steps)
+    plan = TraceExtent(order.batches, order.steps, order.extent == "whole")
 
     def say(text: str) -> None:
         write(Begun(probe=text))

@@ -160,6 +160,12 @@ class Certificate(Record):
     power: float = Field(ge=0, le=1)
     """Probability that a chip no different from the reference is found equivalent; below 0.8 the verdict is open."""
     first_wrong: Located | None
+    extent: Literal["", "quick", "whole"] = ""
+    """How many ways of serving and training were tried; empty in certificates from before that was a question."""
+    scenarios: tuple[str, ...] = ()
+    """Those that were, beside the batches."""
+    untried: tuple[str, ...] = ()
+    """What people do with such a model, and was not tried."""
     probes: tuple[ProbeResult, ...]
     operators: tuple[OperatorCheck, ...]
     seconds: float

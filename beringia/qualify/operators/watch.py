@@ -91,6 +91,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         """The first call that raised; the error goes on to the caller, who knows the chip's words."""
         self._take = take
         self._problem: Exception | None = None
+        self._paused = False
         self._device = device
         self._stack = [""]
         self._phase: Direction = "forward"
@@ -110,6 +111,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # untyped in torch
         if self._problem is not None and error is None:
             raise self._problem
+
+    @contextmanager
+    def paused(self, paused: bool = True) -> Iterator[None]:
+        """Inside, calls are made and nothing is seen of them; but what is in a `paused(False)` there is."""
+        before, self._paused = self._paused, paused
+        try:
+            yield
+        finally:
+            self._paused = before
 
     @contextmanager
     def direction(self, phase: Direction) -> Iterator[None]:
@@ -133,7 +143,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         if not backward:
             # Also where gradients are off: so runs a custom autograd function's forward, whose node has its number.
             self._noted.append((torch._C._autograd._get_sequence_nr(), self._stack[-1]))
-        if func.is_view or func.namespace in _NOT_OF_THE_MODEL or _packet(func) in _NOT_COMPUTED:
+        if self._paused or func.is_view or func.namespace in _NOT_OF_THE_MODEL or _packet(func) in _NOT_COMPUTED:
             return func(*args, **kwargs)
         writes = written_arguments(func)
         kept = tuple(_copied(value) if place in writes else value for place, value in enumerate(args))
