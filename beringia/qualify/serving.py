@@ -28,6 +28,8 @@ LONG_QUICK, LONG_QUICK_LARGE = 600, 320
 LONG_WHOLE = 2_100
 LARGE_PARAMETERS = 20_000_000
 FEW_STEPS, MANY_STEPS = 3, 12
+LEAST = 16
+"""Tokens that a model must take to be served at all as this is done here."""
 _COMPARED = 64
 """Positions of a call whose logits are compared, at most."""
 
@@ -95,8 +97,10 @@ def longest(context: int, is_large: bool, *, whole: bool) -> int:
 def servings(row: Row, context: int, is_large: bool, *, whole: bool) -> tuple[Serving, ...]:
     """What is tried of a model; `row` gives sequences of its data."""
     long = longest(context, is_large, whole=whole)
+    if long < LEAST:
+        return ()
     short = min(SHORT, long // 2)
-    made = [_one_long(row, long), _shared(row, long // 3), _many(row, short), _padded(row, short)]
+    made = [_one_long(row, long), _shared(row, long), _many(row, short, long), _padded(row, short)]
     if whole:
         made += _product(row, {"short": short, "middle": long // 3, "long": long - FEW_STEPS})
     return tuple(made)
@@ -110,6 +114,8 @@ def scenarios(made: Sequence[Serving]) -> tuple[str, ...]:
 def untried(context: int, is_large: bool, *, whole: bool) -> tuple[str, ...]:
     """What is not tried of serving, a clause each, for who reads a certificate."""
     long = longest(context, is_large, whole=whole)
+    if long < LEAST:
+        return (f"serving at all (the model takes {context:,} tokens)",)
     told = [f"contexts beyond {long:,} tokens (the model takes {context:,})"] if long < context else []
     if not whole:
         told.append(f"batches of {_listed(BATCHES)} at every context: each at one or two of them")
@@ -136,9 +142,10 @@ def _one_long(row: Row, long: int) -> Serving:
     return Serving(_tokens([row(0, long)]), steps, (long,))
 
 
-def _shared(row: Row, beginning: int) -> Serving:
+def _shared(row: Row, longest: int) -> Serving:
     """Prompts behind a beginning that is in the cache already; they decode together, and one of them finishes."""
-    prompt = beginning + 16
+    beginning = longest // 3
+    prompt = beginning + min(16, longest // 3)
     long = prompt + 2 * FEW_STEPS
     first = row(1, beginning)
     rows = [[*first, *row(2 + number, long - beginning)] for number in range(SEQUENCES)]
@@ -158,9 +165,10 @@ def _shared(row: Row, beginning: int) -> Serving:
     return Serving(_tokens(rows), tuple(steps), (long,) * SEQUENCES)
 
 
-def _many(row: Row, short: int) -> Serving:
+def _many(row: Row, short: int, longest: int) -> Serving:
     """Many requests decode together, then one of them goes on alone for many steps."""
-    many, long = short + FEW_STEPS, short + FEW_STEPS + MANY_STEPS
+    many = short + FEW_STEPS
+    long = min(many + MANY_STEPS, longest)
     everyone = tuple(range(SEQUENCES))
     steps = [
         Step(f"decoding 64 at {short}", everyone, 0, short),
