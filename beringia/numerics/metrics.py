@@ -82,3 +82,9 @@ def accumulation_floor(length: int, accumulator: torch.dtype = torch.float32) ->
 def rounding_floor(dtype: torch.dtype) -> float:
     """Relative error of storing a result in `dtype`, rounded in whatever direction."""
     return 2.0 * UNIT_ROUNDOFF[dtype]
+
+
+def few(numbers: float) -> float:
+    """Times what it should be, the root mean square of so many independent errors may be: chi-square's tail of one in
+    10^4 (Laurent and Massart 2000: n + 2 sqrt(n x) + 2 x, with x = 9)."""
+    return math.sqrt(1.0 + 6.0 / math.sqrt(numbers) + 18.0 / numbers)

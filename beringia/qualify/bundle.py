@@ -147,7 +147,8 @@ def read_bundle(path: Path) -> Bundle:
     draws = [{_cell(name): far for name, far in one.items()} for one in manifest.distances]
     sketches = {name.removeprefix("sketch."): tensor for name, tensor in tensors.items() if name.startswith("sketch.")}
     exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
-    noise = RoundingNoise(exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"])
+    numbers = dict(zip(draws[0], tensors["numbers"].tolist(), strict=True))
+    noise = RoundingNoise(exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"], numbers)
     calls = [_call(entry, tensors) for entry in manifest.calls]
     return Bundle(
         manifest,
@@ -227,6 +228,7 @@ def _noise_tensors(noise: RoundingNoise) -> dict[str, torch.Tensor]:
         "losses_N": noise.exact.losses_N,
         "losses_PK": noise.losses_PK,
         "losses_PN": noise.losses_PN,
+        "numbers": torch.tensor([noise.numbers.get(cell, math.inf) for cell in noise.own], dtype=torch.float64),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from beringia.qualify.arithmetic.multiply_add import probe_multiply_add
 from beringia.qualify.bundle import Bundle, error_key
 from beringia.qualify.capture import replay
 from beringia.qualify.effects import judge_trace
-from beringia.qualify.evidence import Begun, Checked, Fact, Probed, Unrepeatable
+from beringia.qualify.departure import first_departure
+from beringia.qualify.evidence import Begun, Checked, Departed, Fact, Probed, Unrepeatable
 from beringia.qualify.hardware.memory import probe_memory
 from beringia.qualify.hardware.soak import matrix_load, probe_soak
 from beringia.qualify.hardware.speed import probe_speed
@@ -25,7 +26,7 @@ from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.recording import Recorder, Recording
 from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import Tracer
-from beringia.records.certificate import Measure, OperatorCheck, ProbeResult, Use
+from beringia.records.certificate import Departure, Measure, OperatorCheck, ProbeResult, Use
 
 REPLAY_ALLOWED = 4.0
 """Shares of the bound on the root mean square error: a chip may make several operators of one that another chip has,
@@ -58,8 +59,13 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
     for result in judge_operators(checks, recording):
         yield Probed(result=result)
     if recording.trace is not None:
-        yield from _lockstep(recording, bundle)
-        yield from _look_again(recorder, checks, judge_trace(bundle.noise, recording.trace))
+        effects = judge_trace(bundle.noise, recording.trace)
+        yield from _lockstep(recording, effects)
+        wrong = [*(check for check in checks if check.used > 1.0)]
+        for check in [] if wrong else _look_again(recorder, effects):
+            wrong.append(check)
+            yield Checked(check=check)
+        yield from _departure(chip, subject, dtype, bundle, [] if wrong else effects)
         yield from _told_of_running(recording, bundle)
     yield Begun(probe="layers")
     for result in probe_layers(chip, subject, dtype, bundle.traffic, bundle.routes.batches[0]):
@@ -137,10 +143,9 @@ def _wrong_form(check: OperatorCheck) -> str:
     return next((measure.reason for measure in check.measures if measure.name == WRONG_FORM), "")
 
 
-def _lockstep(recording: Recording, bundle: Bundle) -> Iterator[Fact]:
-    assert recording.trace is not None
+def _lockstep(recording: Recording, effects: Sequence[ProbeResult]) -> Iterator[Fact]:
     yield Begun(probe="lockstep")
-    for result in judge_trace(bundle.noise, recording.trace):
+    for result in effects:
         yield Probed(result=result)
     place = recording.first_unrepeatable
     if recording.unrepeatable:
@@ -166,11 +171,24 @@ PASSES_AGAIN = 6
 """Of a fault that strikes every third pass, one in eleven stays unseen in them."""
 
 
-def _look_again(recorder: Recorder, checks: list[OperatorCheck], effects: list[ProbeResult]) -> Iterator[Fact]:
-    """Where the model is harmed and no watched call was wrong, the fault comes and goes: watch further passes."""
-    if any(effect.outcome == "failed" for effect in effects) and not any(check.used > 1.0 for check in checks):
-        for check in recorder.watch_again(PASSES_AGAIN):
-            yield Checked(check=check)
+def _look_again(recorder: Recorder, effects: Sequence[ProbeResult]) -> list[OperatorCheck]:
+    """Where the model is harmed and no watched call was wrong, the fault may come and go: watch further passes."""
+    return recorder.watch_again(PASSES_AGAIN) if any(effect.outcome == "failed" for effect in effects) else []
+
+
+def _departure(
+    chip: Chip, subject: Subject, dtype: torch.dtype, bundle: Bundle, effects: Sequence[ProbeResult]
+) -> Iterator[Fact]:
+    """Where the model is harmed and every operator is right: the first module that is not, or else what differs."""
+    first = next((effect for effect in effects if effect.outcome == "failed"), None)
+    if first is None:
+        return
+    yield Begun(probe="departure")
+    found = first_departure(chip, subject, dtype, bundle.routes.batches[0])
+    if found is None:
+        worst = max(first.measures, key=lambda measure: measure.used)
+        found = Departure(module="", quantity=first.subject, times=worst.value)
+    yield Departed(departure=found)
 
 
 def _told_of_running(recording: Recording, bundle: Bundle) -> Iterator[Fact]:

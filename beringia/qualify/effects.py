@@ -16,13 +16,13 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy
 import torch
 from scipy import special
 
-from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.numerics.metrics import UNIT_ROUNDOFF, few
 from beringia.qualify.trace import NOT_FINITE, Trace
 from beringia.records.certificate import Measure, ProbeResult, Use
 
@@ -33,6 +33,11 @@ DRAW_ALLOWED = 1.25
 """Times the farthest draw's distance, in the worst batch. In a trained model a rounding may tip a few batches over,
 whose distance is then many times that of others (SmolLM2: 24 draws of one gradient from 0.1 to 3.5 floors): nothing
 that a draw does may be held against a chip."""
+FEW_ALLOWED = 1.1
+"""Times the noise floor, where a distance is that of few numbers: what a sound chip's is at most where it is of many
+(`docs/qualify.md`), times how far the root mean square of so few may be above that of others (`few`). Adam's first
+steps, for one, make of a gradient near zero a whole step of either sign: then a handful of weights are most of an
+update's distance, in draws as on chips."""
 MEDIAN_BATCHES = 3
 """With fewer batches the median is as much at one batch's mercy as the worst is."""
 LOSS_MARGIN = 2.0
@@ -64,23 +69,38 @@ class RoundingNoise:
     """Differences of the draws' losses from float64, by batch."""
     losses_PN: torch.Tensor
     """And by training step."""
+    numbers: Mapping[Cell, float] = field(default_factory=dict)
+    """Of how many numbers, as it were, a draw's distance is: 1 where one sketched number is all of it. Where nothing is
+    said: of very many."""
 
     @staticmethod
     def of(exact: Trace, reference: Trace, draws: Iterable[Trace]) -> RoundingNoise:
         """From the traces themselves. Draws may be made one by one: of each only the distances are kept."""
         drawn, losses_K, losses_N = [], [], []
+        numbers: dict[Cell, list[float]] = defaultdict(list)
         for draw in draws:
             drawn.append(distances(draw, exact))
+            for cell, count in numbers_of(draw, exact).items():
+                numbers[cell].append(count)
             losses_K.append(minus(draw.losses_K, exact.losses_K))
             losses_N.append(minus(draw.losses_N, exact.losses_N))
         return RoundingNoise(
-            exact, distances(reference, exact), tuple(drawn), torch.stack(losses_K), torch.stack(losses_N)
+            exact,
+            distances(reference, exact),
+            tuple(drawn),
+            torch.stack(losses_K),
+            torch.stack(losses_N),
+            {cell: statistics.fmean(counts) for cell, counts in numbers.items()},
         )
 
     def floors(self) -> dict[Group, Floor]:
         """Of every group."""
         drawn = [_by_group(one) for one in self.drawn]
-        return {group: _floor(own, [one[group] for one in drawn]) for group, own in _by_group(self.own).items()}
+        numbers = _by_group(self.numbers)
+        return {
+            group: _floor(own, [one[group] for one in drawn], min(numbers[group].values(), default=math.inf))
+            for group, own in _by_group(self.own).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -93,6 +113,8 @@ class Floor:
     """Of all draws, in any batch."""
     by_batch: Mapping[str, float]
     """Root mean square over draws, and not less than the reference's own."""
+    numbers: float
+    """Of how many numbers a distance is, in the batch where these are fewest."""
 
 
 def judge_trace(noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
@@ -126,13 +148,14 @@ def power_of(batches: int) -> float:
     return float(numpy.maximum(inside, 0.0).mean())
 
 
-def _floor(own: Mapping[str, float], drawn: Sequence[Mapping[str, float]]) -> Floor:
+def _floor(own: Mapping[str, float], drawn: Sequence[Mapping[str, float]], numbers: float) -> Floor:
     """From the reference's own distances by batch and the draws'."""
     of_draws = [far for one in drawn for far in one.values()]
     return Floor(
         max(_rms(of_draws), _rms(list(own.values()))),
         max(of_draws),
         {batch: max(_rms([one[batch] for one in drawn]), far) for batch, far in own.items()},
+        numbers,
     )
 
 
@@ -183,7 +206,7 @@ def _judge_group(group: Group, far: Mapping[str, float], floor: Floor, smallest:
         _effect(
             "effect",
             max(far.values()) / overall,
-            max(EFFECT_ALLOWED, DRAW_ALLOWED * floor.farthest / overall),
+            max(EFFECT_ALLOWED, DRAW_ALLOWED * floor.farthest / overall, FEW_ALLOWED * few(floor.numbers)),
             "distance from float64 in the worst batch, over the reference's with weights moved by one last place; "
             "no less is allowed than to the farthest of those",
         )
@@ -288,6 +311,23 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
     half = float(special.stdtrit(count - 1, CONFIDENCE)) * deviation / math.sqrt(count)
     return mean - half, mean + half
+
+
+def numbers_of(found: Trace, exact: Trace) -> dict[Cell, float]:
+    """How many numbers of equal size have the norm and the fourth moment of two traces' differences (the participation
+    ratio), by cell."""
+    squares: dict[Cell, float] = defaultdict(float)
+    fourths: dict[Cell, float] = defaultdict(float)
+    for name, sketch in exact.sketches.items():
+        other = found.sketches.get(name)
+        if other is not None and other.shape == sketch.shape:
+            square = (other - sketch).square()
+            squares[cell_of(name)] += float(square.sum())
+            fourths[cell_of(name)] += float(square.square().sum())
+    return {
+        cell: max(1.0, square**2 / fourths[cell]) if fourths[cell] and math.isfinite(fourths[cell]) else 1.0
+        for cell, square in squares.items()
+    }
 
 
 def distances(found: Trace, exact: Trace) -> dict[Cell, float]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from beringia.records.certificate import OperatorCheck, ProbeResult
+from beringia.records.certificate import Departure, OperatorCheck, ProbeResult
 from beringia.records.identity import ChipIdentity
 from beringia.records.record import Record
 
@@ -56,8 +56,15 @@ class Unrepeatable(Record):
     ordinal: int
 
 
+class Departed(Record):
+    """Where a model first differs, though no operator was wrong."""
+
+    kind: Literal["departed"] = "departed"
+    departure: Departure
+
+
 Fact = Annotated[
-    Opened | Begun | Probed | Checked | Unrepeatable,
+    Opened | Begun | Probed | Checked | Unrepeatable | Departed,
     Field(discriminator="kind"),
 ]
 fact_adapter: TypeAdapter[Fact] = TypeAdapter(Fact)

@@ -51,7 +51,8 @@ def probe_layers(
         exact = _run(subject, wide, name, one, routes, torch.float64)
         draws = []
         for seed in range(DRAWS):
-            with _moved(plain, name, moved_by_rounding(seed, dtype)):
+            draw = moved_by_rounding(seed, dtype)
+            with _moved(plain, name, draw), draw.moving_results():
                 draws.append(_run(subject, plain, name, one, routes, dtype))
         yield _judged(name, found, exact, draws, dtype)
 

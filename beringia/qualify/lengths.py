@@ -4,6 +4,9 @@ The chip computes whole sequences, forward and backward; compared are blocks of 
 are known to change, at the beginning and at the end. The output's gradient is zero in all other rows, so that gradients
 of keys and values can be computed in float64 from these rows alone.
 
+What is beyond the bounds of an operator call is told; what rules a use out is the effect, as everywhere: the distance
+from float64 over that of float64 with operands moved as rounding may move them, block by block.
+
 Letters: H heads, T queries and keys, R rows compared, D head size, V value head size.
 """
 
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,16 +22,21 @@ from torch.nn import functional as F
 
 from beringia.chips.chip import Chip
 from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.qualify.effects import EFFECT_ALLOWED
 from beringia.qualify.operators.bounds import TERMS_AT_WORST, TRUNCATION, Bound
 from beringia.qualify.operators.check import judge_tensor
 from beringia.qualify.operators.float64 import Attention
-from beringia.records.certificate import Direction, Measure, OperatorCheck, ProbeResult
+from beringia.qualify.trace import moved_by_rounding
+from beringia.records.certificate import Direction, Measure, OperatorCheck, ProbeResult, Use
 
 LENGTHS = (520, 2056, 8200)
 """A little past 512, 2,048 and 8,192."""
 BLOCK = 16
 """Rows in each compared block."""
 _HEADS = 2
+_DRAWS = 2
+"""Of moved operands: a block has hundreds of numbers."""
+_NOTHING = 1e-300
 OPERATOR = "scaled_dot_product_attention"
 
 
@@ -96,47 +104,90 @@ def _on_chip(chip: Chip, dtype: torch.dtype, heads: Heads, length: int, rows: to
 def _judged(
     done: _Pass, rows: torch.Tensor, length: int, began: float
 ) -> Iterator[tuple[ProbeResult, OperatorCheck | None]]:
+    dtype = done.inputs[0].dtype
+    attention = _attention(done, rows, length)
+    floors = _floors(done, rows, length)
+    storing, computing = 2.0 * UNIT_ROUNDOFF[dtype], TERMS_AT_WORST * TRUNCATION * UNIT_ROUNDOFF[torch.float32]
+    bound = Bound([], "two products and a softmax, weights stored between them", length, True)
+    forward = replace(attention, grad_BHTV=None)
+    parts: dict[Direction, Iterable[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]] = {
+        "forward": zip(
+            ("output",),
+            forward.forward()[:1],
+            forward.forward_allowed(storing, computing)[:1],
+            forward.stored(dtype)[:1],
+            strict=True,
+        ),
+        "backward": zip(
+            ("query.gradient", "key.gradient", "value.gradient"),
+            attention.gradients(),
+            attention.gradients_allowed(storing, computing),
+            attention.stored(dtype),
+            strict=True,
+        ),
+    }
+    for direction, named in parts.items():
+        made = [
+            _Part(name, _rows_of(name, done.results[name], rows), exact, floors[name], allowed, stored)
+            for name, exact, allowed, stored in named
+        ]
+        yield _result(direction, length, made, bound, rows, began)
+
+
+def _rows_of(name: str, result: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return result[:, :, rows] if name in ("output", "query.gradient") else result
+
+
+def _floors(done: _Pass, rows: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+    """Squares of what rounding does to each element: the mean over draws of moved operands."""
+    exact = _all_of(_attention(done, rows, length))
+    squares = {name: torch.zeros_like(tensor) for name, tensor in exact.items()}
+    for seed in range(_DRAWS):
+        draw = moved_by_rounding(seed, done.inputs[0].dtype)
+        moved = replace(
+            done,
+            inputs=tuple(draw(f"{place}", tensor.double()) for place, tensor in enumerate(done.inputs)),
+            grad=draw("grad", done.grad.double()),
+        )
+        for name, tensor in _all_of(_attention(moved, rows, length)).items():
+            squares[name] += (tensor - exact[name]).square() / _DRAWS
+    return squares
+
+
+def _all_of(attention: Attention) -> dict[str, torch.Tensor]:
+    names = ("query.gradient", "key.gradient", "value.gradient")
+    output = replace(attention, grad_BHTV=None).forward()[0]
+    return {"output": output, **dict(zip(names, attention.gradients(), strict=True))}
+
+
+def _attention(done: _Pass, rows: torch.Tensor, length: int) -> Attention:
+    """In float64, of the compared rows."""
     q, k, v = (tensor.double() for tensor in done.inputs)
     hidden = torch.arange(length) > rows.unsqueeze(-1)
     bias = torch.zeros(hidden.shape, dtype=torch.float64).masked_fill_(hidden, -torch.inf)
     scale = q.shape[-1] ** -0.5
-    attention = Attention(q[:, :, rows], k, v, k.shape[1], bias, False, scale, done.grad[:, :, rows].double())
-    dtype = done.inputs[0].dtype
-    storing, computing = 2.0 * UNIT_ROUNDOFF[dtype], TERMS_AT_WORST * TRUNCATION * UNIT_ROUNDOFF[torch.float32]
-    bound = Bound([], "two products and a softmax, weights stored between them", length, True)
-    forward = replace(attention, grad_BHTV=None)
-    yield _result(
-        "forward",
-        length,
-        [
-            (
-                "output",
-                done.results["output"][:, :, rows],
-                forward.forward()[0],
-                forward.forward_allowed(storing, computing)[0],
-                forward.stored(dtype)[0],
-            )
-        ],
-        bound,
-        rows,
-        began,
-    )
-    names = ("query.gradient", "key.gradient", "value.gradient")
-    found = [done.results[name] for name in names]
-    found[0] = found[0][:, :, rows]
-    parts = zip(
-        names,
-        found,
-        attention.gradients(),
-        attention.gradients_allowed(storing, computing),
-        attention.stored(dtype),
-        strict=True,
-    )
-    yield _result("backward", length, list(parts), bound, rows, began)
+    return Attention(q[:, :, rows], k, v, k.shape[1], bias, False, scale, done.grad[:, :, rows].double())
 
 
-_Part = tuple[str, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Name, the chip's result, float64's, what is allowed, float64's with the weights stored."""
+@dataclass(frozen=True)
+class _Part:
+    """One result of attention, and what it is held against."""
+
+    name: str
+    found: torch.Tensor
+    exact: torch.Tensor
+    squares: torch.Tensor
+    """Of what rounding does."""
+    allowed: torch.Tensor
+    stored: torch.Tensor
+    """Float64's, with the weights stored."""
+
+    def effect(self) -> float:
+        """The distance from float64 over rounding's, in the block of rows where it is largest."""
+        error = torch.split((self.found.double() - self.exact).square(), BLOCK, dim=-2)
+        floor = torch.split(self.squares, BLOCK, dim=-2)
+        ratios = [float(one.sum()) / max(float(other.sum()), _NOTHING) for one, other in zip(error, floor, strict=True)]
+        return math.sqrt(max(ratios)) if all(map(math.isfinite, ratios)) else math.inf
 
 
 @dataclass(frozen=True)
@@ -152,6 +203,7 @@ class _Compared:
     error: float | None
     share: float
     """Of wrong elements."""
+    effect: float
 
     @property
     def used(self) -> float:
@@ -159,8 +211,8 @@ class _Compared:
 
 
 def _compared(part: _Part, bound: Bound, rows: torch.Tensor) -> _Compared:
-    name, found, exact, allowed, stored = part
-    judged = judge_tensor(found, exact, allowed, bound, stored)
+    name = part.name
+    judged = judge_tensor(part.found, part.exact, part.allowed, bound, part.stored)
     assert judged is not None
     measures, worst, error = judged
     assert worst is not None
@@ -168,25 +220,39 @@ def _compared(part: _Part, bound: Bound, rows: torch.Tensor) -> _Compared:
     if name in ("output", "query.gradient"):
         place = (*place[:2], int(rows[place[2]]), place[3])
     finite = error if error is not None and math.isfinite(error) else None
-    return _Compared(name, measures, place, worst.found, worst.expected, finite, worst.share)
+    return _Compared(name, measures, place, worst.found, worst.expected, finite, worst.share, part.effect())
 
 
 def _result(
     direction: Direction, length: int, parts: list[_Part], bound: Bound, rows: torch.Tensor, began: float
 ) -> tuple[ProbeResult, OperatorCheck | None]:
-    worst = max((_compared(part, bound, rows) for part in parts), key=lambda compared: compared.used)
-    wrong = worst.used > 1.0
+    compared = [_compared(part, bound, rows) for part in parts]
+    worst = max(compared, key=lambda one: one.used)
+    effect = max(one.effect for one in compared)
+    wrong, harmful = worst.used > 1.0, effect > EFFECT_ALLOWED
     where = f"wrong at position {worst.place[2]}" if wrong else "as in float64"
+    use: Use = "infer" if direction == "forward" else "train"
     result = ProbeResult(
         probe="lengths",
         subject=f"attention over {length} tokens, {direction}",
-        outcome="failed" if wrong else "passed",
-        rules_out="infer" if direction == "forward" else "train",
-        summary=f"attention over {length} tokens, {direction}: {worst.name} is {where}",
-        measures=worst.measures,
+        outcome="failed" if wrong or harmful else "passed",
+        rules_out=use if harmful else "neither",
+        summary=f"attention over {length} tokens, {direction}: {worst.name} is {where}"
+        + (f"; its effect is {effect:.3g} times what rounding explains" if wrong or harmful else ""),
+        measures=(*worst.measures, _effect_measure(effect)),
         seconds=time.perf_counter() - began,
     )
     return result, _check(direction, length, worst) if wrong else None
+
+
+def _effect_measure(effect: float) -> Measure:
+    return Measure(
+        name="effect",
+        value=effect if math.isfinite(effect) else None,
+        bound=EFFECT_ALLOWED,
+        unit="noise floors",
+        reason="distance from float64 in the worst block of rows, over that of operands moved by one last place",
+    )
 
 
 def _check(direction: Direction, length: int, worst: _Compared) -> OperatorCheck:

@@ -11,8 +11,18 @@ from beringia.processes.child import Child, start
 from beringia.processes.command import Command
 from beringia.processes.patience import Patience
 from beringia.processes.protocol import Line
-from beringia.qualify.evidence import Begun, Checked, Fact, Opened, Probed, QualifyOrder, Unrepeatable, fact_adapter
-from beringia.records.certificate import OperatorCheck, ProbeResult
+from beringia.qualify.evidence import (
+    Begun,
+    Checked,
+    Departed,
+    Fact,
+    Opened,
+    Probed,
+    QualifyOrder,
+    Unrepeatable,
+    fact_adapter,
+)
+from beringia.records.certificate import Departure, OperatorCheck, ProbeResult
 
 WORKER = "beringia.qualify.worker"
 PATIENCE_SECONDS = 900.0
@@ -27,6 +37,7 @@ class Evidence:
     probes: list[ProbeResult] = field(default_factory=list)
     checks: list[OperatorCheck] = field(default_factory=list)
     unrepeatable: Unrepeatable | None = None
+    departure: Departure | None = None
     complete: bool = False
 
     def take(self, fact: Fact) -> None:
@@ -40,6 +51,8 @@ class Evidence:
                 self.checks.append(fact.check)
             case Unrepeatable():
                 self.unrepeatable = fact
+            case Departed():
+                self.departure = fact.departure
             case Begun():
                 pass
 

@@ -261,7 +261,7 @@ def _certificate(
     assert opened is not None
     power = power_of(manifest.batches)
     located = located_in(evidence)
-    judgement = judge(probes, located, power)
+    judgement = judge(probes, located, power, evidence.departure)
     return Certificate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         beringia=__version__,
@@ -279,6 +279,7 @@ def _certificate(
         mitigations=judgement.mitigations,
         power=power,
         first_wrong=located,
+        first_departure=evidence.departure,
         extent=manifest.extent,
         scenarios=tuple(manifest.scenarios),
         untried=tuple(manifest.untried),

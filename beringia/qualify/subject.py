@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -136,6 +137,12 @@ class Subject(ABC):
         """One layer by itself; asked only of a subject that names layers in `layers_of`."""
         raise NotImplementedError
 
+    def call_module(self, model: nn.Module, module: nn.Module, inputs: tuple[Any, ...]) -> torch.Tensor:
+        """A module by itself, with the inputs that it had in another model: those that are a table of the model's own
+        are that model's."""
+        called: torch.Tensor = module(*inputs)
+        return called
+
     def after_update(self, model: nn.Module) -> None:  # noqa: B027 (most models do nothing there)
         """What a training step does after its optimizer."""
 
@@ -255,6 +262,13 @@ class DecoderSubject(Subject):
         called: torch.Tensor = layer(x_BTD, model.rope_at(0, x_BTD.shape[1], x_BTD.device))
         return called
 
+    def call_module(self, model: nn.Module, module: nn.Module, inputs: tuple[Any, ...]) -> torch.Tensor:
+        assert isinstance(model, Decoder)
+        first, *others = inputs
+        rope = model.rope_at(0, first.shape[1], first.device) if any(map(_is_rope, others)) else None
+        called: torch.Tensor = module(first, *(rope if _is_rope(one) else one for one in others))
+        return called
+
     def after_update(self, model: nn.Module) -> None:
         assert isinstance(model, Decoder)
         counts = model.expert_counts()
@@ -350,6 +364,11 @@ class ModuleSubject(Subject):
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """A batch where the model is."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _is_rope(value: object) -> bool:
+    """Rotary angles: cosines and sines."""
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(one, torch.Tensor) for one in value)
 
 
 def _device_of(model: nn.Module) -> torch.device:

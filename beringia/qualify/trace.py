@@ -15,17 +15,24 @@ Discrete choices (which experts) are taken from float64 in all traces: near a ti
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beringia.chips.chip import Chip
 from beringia.machine.memory import return_freed_memory
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.numerics.replay import Taps
+from beringia.qualify.operators.watch import in_backward
 from beringia.qualify.serving import Serving
 from beringia.qualify.subject import Batch, Routes, Subject, on_device
 
@@ -33,7 +40,97 @@ WIDTH = 1024
 LEARNING_RATE = 1e-3
 CLIP = 1.0
 
+
 Change = Callable[[str, torch.Tensor], torch.Tensor]
+"""Another parameter for each, by name."""
+
+
+@dataclass(frozen=True)
+class RoundingDraw:
+    """One draw of what rounding may do to a model on a sound chip, as changes of what goes into exact arithmetic.
+
+    Weights move by up to a unit in the last place of `dtype`; where `dtype` has the accumulator's precision, by as much
+    more as it costs to add a row's products up, products in the backward pass likewise, and elementary functions as
+    their makers say. Drawn on the CPU.
+    """
+
+    seed: int
+    dtype: torch.dtype
+
+    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A parameter, moved."""
+        # A unit in the last place is two roundoffs.
+        largest = 2.0 * UNIT_ROUNDOFF[self.dtype] * _adding_up(weight, self.dtype)
+        return (weight.double() * (1.0 + largest * self._drawn(name, weight.shape))).to(weight.dtype)
+
+    def moving_results(self) -> AbstractContextManager[object]:
+        """Inside, products and sums of the backward pass are off by what adding them up costs, and elementary functions
+        by what their makers say. In 16-bit dtypes that is nothing beside the roundings of results."""
+        rounds_to_less = UNIT_ROUNDOFF[self.dtype] > UNIT_ROUNDOFF[_accumulator(self.dtype)]
+        return nullcontext() if rounds_to_less else _MovedResults(self)
+
+    def added_up(self, name: str, result: torch.Tensor, squares: torch.Tensor, terms: int) -> torch.Tensor:
+        """Sums of so many terms, given the sums of their squares, moved by the error of a sum of random signs: that of
+        `_adding_up`, of the size of the terms and not of their sum. Where they nearly cancel, as a trained model's
+        gradients do over the rows of a batch, that is most of a gradient's error."""
+        largest = math.sqrt(3.0) * UNIT_ROUNDOFF[_accumulator(self.dtype)] * math.sqrt(terms / 6.0)
+        return result + largest * self._drawn(name, result.shape).to(result.device, result.dtype) * squares.sqrt()
+
+    def elementary(self, name: str, result: torch.Tensor) -> torch.Tensor:
+        """A result of elementary functions, moved by up to `ELEMENTARY_ULPS`."""
+        largest = ELEMENTARY_ULPS * 2.0 * UNIT_ROUNDOFF[self.dtype]
+        return result * (1.0 + largest * self._drawn(name, result.shape).to(result.device, result.dtype))
+
+    def _drawn(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        draw = torch.empty(tuple(shape), dtype=torch.float64)
+        return draw.uniform_(-1.0, 1.0, generator=_generator(f"{self.seed}/{name}"))
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+_SUM = torch.ops.aten.sum.dim_IntList
+
+
+_ELEMENTARY = re.compile(r"exp2?|expm1|log(2|10|1p)?|rsqrt|erfc?|.*(tanh|sigmoid|silu|gelu|softmax).*")
+"""Operators that are made of elementary functions, forward and backward, by their whole name."""
+ELEMENTARY_ULPS = 4.0
+"""The most that any maker documents for float32 (`operators/bounds.py`)."""
+
+
+class _MovedResults(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class hook is untyped
+    """Inside, a draw moves the products and sums of the backward pass, and what elementary functions give."""
+
+    def __init__(self, draw: RoundingDraw) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self._draw = draw
+        self._calls = itertools.count()
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if in_backward() and func in (*_PRODUCTS, _SUM) and result.dtype == self._draw.dtype:
+            return self._added_up(func, result, args)
+        if not _ELEMENTARY.fullmatch(func.overloadpacket.__name__):
+            return result
+        if not isinstance(result, tuple):
+            return self._moved(result)
+        # What a forward pass hands on to the backward pass beside its result has roundings of its own.
+        own = len(result) if in_backward() else 1
+        return (*map(self._moved, result[:own]), *result[own:])
+
+    def _added_up(self, func: OpOverload, result: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor:
+        name = f"sum {next(self._calls)}"
+        if func is not _SUM:
+            one, other = args
+            return self._draw.added_up(name, result, one.square() @ other.square(), one.shape[-1])
+        squares = _SUM(args[0].square(), *args[1:])
+        return self._draw.added_up(name, result, squares, args[0].numel() // max(1, result.numel()))
+
+    def _moved(self, result: Any) -> Any:
+        """Of a tensor in the draw's dtype; all else as it is."""
+        if not isinstance(result, torch.Tensor) or result.dtype != self._draw.dtype or result.device.type == "meta":
+            return result
+        return self._draw.elementary(f"elementary {next(self._calls)}", result)
 
 
 @dataclass(frozen=True)
@@ -129,7 +226,8 @@ class Tracer:
         model = self._subject.place(model, chip.device, dtype)
         fused = chip.capabilities.fused_optimizer
         at_once = change is not None  # noise is that of rounding, whatever a prompt is cut into
-        return self._run(model, fused=fused, routes=routes, begin_step=begin_step, at_once=at_once)[0]
+        with change.moving_results() if isinstance(change, RoundingDraw) else nullcontext():
+            return self._run(model, fused=fused, routes=routes, begin_step=begin_step, at_once=at_once)[0]
 
     def first_pass(
         self, chip: Chip, dtype: torch.dtype, routes: ChosenRoutes, *, begin_step: Callable[[], None]
@@ -275,6 +373,11 @@ def make_optimizer(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
     )
 
 
+def moved_by_rounding(seed: int, dtype: torch.dtype) -> RoundingDraw:
+    """A draw of what rounding to `dtype` may do."""
+    return RoundingDraw(seed, dtype)
+
+
 def sketch(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where it is small, else its elements added up with signs drawn from its name; float64.
 
@@ -306,21 +409,6 @@ def sketches_of(name: str, kind: str, tensor: torch.Tensor) -> dict[str, torch.T
     return found
 
 
-def moved_by_rounding(seed: int, dtype: torch.dtype) -> Change:
-    """A change of weights by up to a unit in the last place of `dtype`, drawn on the CPU; where `dtype` has the
-    accumulator's precision, by as much more as it costs to add a row's products up."""
-
-    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
-        draw = torch.empty(weight.shape, dtype=torch.float64).uniform_(
-            -1.0, 1.0, generator=_generator(f"{seed}/{name}")
-        )
-        # A unit in the last place is two roundoffs.
-        largest = 2.0 * UNIT_ROUNDOFF[dtype] * _adding_up(weight, dtype)
-        return (weight.double() * (1.0 + largest * draw)).to(weight.dtype)
-
-    return change
-
-
 def _adding_up(weight: torch.Tensor, dtype: torch.dtype) -> float:
     """How much larger the error of a product is with the roundings of its sum than without.
 
@@ -330,9 +418,13 @@ def _adding_up(weight: torch.Tensor, dtype: torch.dtype) -> float:
     """
     if weight.dim() < 2:
         return 1.0
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    summed = UNIT_ROUNDOFF[accumulator] * math.sqrt(weight.shape[-1] / 6.0)
+    summed = UNIT_ROUNDOFF[_accumulator(dtype)] * math.sqrt(weight.shape[-1] / 6.0)
     return math.hypot(1.0, summed / (2.0 * UNIT_ROUNDOFF[dtype] / math.sqrt(3.0)))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    """In which sums of products are made."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _signs(name: str, count: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from beringia.qualify.effects import POWER_NEEDED
-from beringia.records.certificate import Located, ProbeResult, Verdict
+from beringia.records.certificate import Departure, Located, ProbeResult, Verdict
 
 _REASONS = 4
 """As many probes are named; the page has them all."""
@@ -27,28 +27,31 @@ class Judgement:
     mitigations: tuple[str, ...]
 
 
-def judge(probes: Sequence[ProbeResult], located: Located | None, power: float) -> Judgement:
+def judge(
+    probes: Sequence[ProbeResult], located: Located | None, power: float, departure: Departure | None = None
+) -> Judgement:
     """What the evidence amounts to."""
+    first = _first_words(located, departure)
     against_inference = _ruling_out(probes, "failed", "infer")
     against_training = _ruling_out(probes, "failed", "train")
     open_to_serve = _ruling_out(probes, "inconclusive", "infer")
     open_questions = open_to_serve + _ruling_out(probes, "inconclusive", "train")
     mitigations = located.mitigations if located is not None else ()
     if against_inference:
-        return Judgement("unfit", _reasons(against_inference + against_training, located), mitigations)
+        return Judgement("unfit", _reasons(against_inference + against_training, first), mitigations)
     if against_training and open_to_serve:
         may_serve = "whether it may serve is open, that it must not train is not"
-        reasons = (*_reasons(against_training, located), may_serve, *_reasons(open_to_serve, None))
+        reasons = (*_reasons(against_training, first), may_serve, *_reasons(open_to_serve, ()))
         return Judgement("inconclusive", reasons, mitigations)
     if against_training:
-        return Judgement("infer", _reasons(against_training, located), mitigations)
+        return Judgement("infer", _reasons(against_training, first), mitigations)
     if open_questions or power < POWER_NEEDED:
         too_few = (
             f"the evidence is thin: with so few batches a sound chip is shown equal with a chance of {power:.0%} only, "
             f"and {POWER_NEEDED:.0%} are needed; give it more batches (--batches)"
         )
         return Judgement(
-            "inconclusive", (*_reasons(open_questions, None), *([too_few] if power < POWER_NEEDED else [])), ()
+            "inconclusive", (*_reasons(open_questions, ()), *([too_few] if power < POWER_NEEDED else [])), ()
         )
     return Judgement("train", (_sound(probes),), mitigations)
 
@@ -58,8 +61,19 @@ def _ruling_out(probes: Sequence[ProbeResult], outcome: str, use: str) -> list[P
     return sorted(found, key=lambda probe: max((measure.used for measure in probe.measures), default=0.0), reverse=True)
 
 
-def _reasons(probes: Sequence[ProbeResult], located: Located | None) -> tuple[str, ...]:
-    first = [] if located is None else [f"the first wrong operator is {located.check.name}"]
+def _first_words(located: Located | None, departure: Departure | None) -> tuple[str, ...]:
+    """Where it begins: the first wrong operator, or else what is first wrong although each operator is right."""
+    if located is not None:
+        return (f"the first wrong operator is {located.check.name}",)
+    if departure is None:
+        return ()
+    times = "more than any multiple of" if departure.times is None else f"{departure.times:.3g} times"
+    what = departure.quantity if not departure.module else f"{departure.module}, by its {departure.quantity}"
+    kind = "module" if departure.module else "quantity"
+    return (f"no operator is wrong; the first {kind} that leaves its bound is {what} ({times} what rounding explains)",)
+
+
+def _reasons(probes: Sequence[ProbeResult], first: tuple[str, ...]) -> tuple[str, ...]:
     named = [probe.summary for probe in probes[:_REASONS]]
     more = len(probes) - len(named)
     return (*first, *named, *([f"and {more} more like these"] if more > 0 else []))

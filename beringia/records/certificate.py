@@ -126,6 +126,17 @@ class Located(Record):
     mitigations: tuple[str, ...] = ()
 
 
+class Departure(Record):
+    """Where a model first left what rounding explains, while every operator call was right."""
+
+    module: str
+    """Path of the module, called by itself with float64's input; empty where each by itself is right."""
+    quantity: str
+    """`output`, `input's gradient`, `weight's gradient`; without a module a scenario of serving, the loss."""
+    times: float | None
+    """How much of what rounding explains; None: more than any multiple."""
+
+
 class ModelFingerprint(Record):
     """Which model the evidence is about."""
 
@@ -160,6 +171,8 @@ class Certificate(Record):
     power: float = Field(ge=0, le=1)
     """Probability that a chip no different from the reference is found equivalent; below 0.8 the verdict is open."""
     first_wrong: Located | None
+    first_departure: Departure | None = None
+    """Where no operator was wrong, and the model differs all the same."""
     extent: Literal["", "quick", "whole"] = ""
     """How many ways of serving and training were tried; empty in certificates from before that was a question."""
     scenarios: tuple[str, ...] = ()

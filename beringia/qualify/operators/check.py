@@ -23,7 +23,7 @@ from typing import Any
 import numpy
 import torch
 
-from beringia.numerics.metrics import accumulation_floor, independent_rows, rounding_floor
+from beringia.numerics.metrics import accumulation_floor, few, independent_rows, rounding_floor
 from beringia.qualify.operators.bounds import (
     ARITHMETIC_ROUNDINGS,
     ELEMENTARY_ULPS,
@@ -248,7 +248,7 @@ def judge_tensor(
         inside = 0.0 if stored is None else _rms(stored - exact) / size
         of_storing, *others = (0.0 if one is None else _rms(one) / size for one in (*noise, None))
         inside = math.hypot(max(inside, of_storing), *others)
-        inside *= _few(independent_rows(exact)) if noise and exact.dim() > 1 else 1.0
+        inside *= few(independent_rows(exact)) if noise and exact.dim() > 1 else 1.0
         measures += _rms_and_sign(wide, exact, rounded, error, size, bound, inside)
     small = _small(wide, exact, rounded, found.dtype, inner)
     measures += [small] if small is not None else []
@@ -367,12 +367,6 @@ def _rms_and_sign(
             reason="adding up, and what is left of random errors",
         ),
     ]
-
-
-def _few(rows: float) -> float:
-    """Times what it should be, the root mean square of so many errors may be: chi-square's tail of one in 10^4 (Laurent
-    and Massart 2000: n + 2 sqrt(n x) + 2 x, with x = 9)."""
-    return math.sqrt((rows + 6.0 * math.sqrt(rows) + 18.0) / rows)
 
 
 def _inner_floor(bound: Bound, size: float) -> float:

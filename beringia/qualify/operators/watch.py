@@ -78,6 +78,11 @@ class RefusedCall:
     words: str
 
 
+def in_backward() -> bool:
+    """Whether autograd's backward pass is running."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class hook is untyped
     """Inside, every operator call with a tensor of the device is handed to `take`; no number of the run changes.
 
@@ -139,7 +144,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        backward = torch._C._current_graph_task_id() != -1
+        backward = in_backward()
         if not backward:
             # Also where gradients are off: so runs a custom autograd function's forward, whose node has its number.
             self._noted.append((torch._C._autograd._get_sequence_nr(), self._stack[-1]))
