@@ -13,8 +13,8 @@ from beringia.qualify.arithmetic.integers import probe_integers
 from beringia.qualify.arithmetic.multiply_add import probe_multiply_add
 from beringia.qualify.bundle import Bundle, error_key
 from beringia.qualify.capture import replay
-from beringia.qualify.effects import judge_trace
 from beringia.qualify.departure import first_departure
+from beringia.qualify.effects import judge_trace
 from beringia.qualify.evidence import Begun, Checked, Departed, Fact, Probed, Unrepeatable
 from beringia.qualify.hardware.memory import probe_memory
 from beringia.qualify.hardware.soak import matrix_load, probe_soak
