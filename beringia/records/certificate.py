@@ -149,6 +149,11 @@ class ModelFingerprint(Record):
     parameters: int
 
 
+def _says_nothing(value: object) -> bool:
+    """Of a field that came later: left out where it is empty, so that what was signed before still verifies."""
+    return not value
+
+
 class Certificate(Record):
     """All of it, to be signed."""
 
@@ -171,19 +176,19 @@ class Certificate(Record):
     power: float = Field(ge=0, le=1)
     """Probability that a chip no different from the reference is found equivalent; below 0.8 the verdict is open."""
     first_wrong: Located | None
-    first_departure: Departure | None = None
-    """Where no operator was wrong, and the model differs all the same."""
-    extent: Literal["", "quick", "whole"] = ""
-    """How many ways of serving and training were tried; empty in certificates from before that was a question."""
-    scenarios: tuple[str, ...] = ()
-    """Those that were, beside the batches."""
-    untried: tuple[str, ...] = ()
-    """What people do with such a model, and was not tried."""
     probes: tuple[ProbeResult, ...]
     operators: tuple[OperatorCheck, ...]
     seconds: float
-    command: str = Field(default="", exclude_if=lambda command: not command)
+    command: str = Field(default="", exclude_if=_says_nothing)
     """The command line that made it; empty where none did."""
+    first_departure: Departure | None = Field(default=None, exclude_if=_says_nothing)
+    """Where no operator was wrong, and the model differs all the same."""
+    extent: Literal["", "quick", "whole"] = Field(default="", exclude_if=_says_nothing)
+    """How many ways of serving and training were tried; empty in certificates from before that was a question."""
+    scenarios: tuple[str, ...] = Field(default=(), exclude_if=_says_nothing)
+    """Those that were, beside the batches."""
+    untried: tuple[str, ...] = Field(default=(), exclude_if=_says_nothing)
+    """What people do with such a model, and was not tried."""
 
     def allows(self, use: Literal["train", "infer"]) -> bool:
         """Whether the chip may be used so."""

@@ -26,6 +26,8 @@ MARKS: dict[str, tuple[Shape, str]] = {
     "update": ("square", "series-3"),
     "outputs": ("diamond", "series-2"),
     "decode": ("triangle", "series-4"),
+    "serve": ("triangle", "series-2"),
+    "accumulated": ("circle", "series-3"),
     "losses": ("ring", "series-5"),
 }
 """Shape and colour of each kind."""
@@ -107,12 +109,14 @@ def _kind(probe: ProbeResult) -> str:
 
 
 def _row(probe: ProbeResult) -> str:
-    """The layer of a gradient's parameter or of an update; everything else has a row of its own."""
+    """The layer of a gradient's parameter or of an update; all serving together; everything else by itself."""
     kind, _, name = probe.subject.partition(" ")
-    if kind not in ("gradient", "update") or not name:
+    if kind == "serve":
+        return "serving"
+    if kind not in ("gradient", "accumulated", "update") or not name:
         return probe.subject
     layer = layer_of(name)
-    return layer if kind == "update" or layer != name else name.rpartition(".")[0] or name
+    return layer if kind != "gradient" or layer != name else name.rpartition(".")[0] or name
 
 
 def _range(effects: Sequence[Effect]) -> tuple[float, float]:
@@ -150,7 +154,7 @@ def _draw_bound(chart: Chart, rows: int) -> None:
 def _draw_effect(chart: Chart, effect: Effect, y: float) -> None:
     shape, style = MARKS.get(effect.kind, ("circle", "series-1"))
     x = chart.x.pixel_high if effect.share is None else chart.x(effect.share)
-    raised = {"gradient": -3.0, "update": 4.0}.get(effect.kind, 0.0)
+    raised = {"gradient": -3.0, "accumulated": 0.0, "update": 4.0}.get(effect.kind, 0.0)
     if effect.beyond:
         shape, style = ("cross" if effect.value is None else "triangle"), "alarm"
     chart.add(mark(x, y + raised, shape, style, effect.words))

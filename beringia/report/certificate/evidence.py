@@ -90,6 +90,7 @@ def basis_of(certificate: Certificate) -> list[Fact]:
     return [
         Fact("bounds of probes", _held_words(certificate)),
         Fact("operator calls", _calls_words(certificate.operators)),
+        *_tried(certificate),
         *made,
         Fact("single device", _device_words(certificate.identity)),
         Fact(
@@ -102,6 +103,17 @@ def basis_of(certificate: Certificate) -> list[Fact]:
             "when the part, driver, runtime, torch, plugin or a numeric switch changes, or with other weights or "
             "another dtype of products. It has no last day, but chips age: qualify again after a repair or a fault",
         ),
+    ]
+
+
+def _tried(certificate: Certificate) -> list[Fact]:
+    """Ways of serving and training, and those that were left out."""
+    if not certificate.extent:
+        return []
+    how = "a subset that covers them" if certificate.extent == "quick" else "all of them"
+    return [
+        Fact("tried", f"{'; '.join(certificate.scenarios) or 'batches alone'} ({certificate.extent}: {how})"),
+        Fact("not tried", "; ".join(certificate.untried) or "nothing that is known"),
     ]
 
 

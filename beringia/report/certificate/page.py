@@ -24,7 +24,8 @@ from beringia.report.frame import Figure, both_widths, environment
 from beringia.report.words import count
 
 _KINDS = {"gradient": "gradient of a parameter", "update": "update of a layer", "outputs": "outputs"}
-_KINDS |= {"decode": "decoding", "losses": "losses of training"}
+_KINDS |= {"decode": "decoding", "losses": "losses of training", "serve": "a way of serving"}
+_KINDS |= {"accumulated": "gradients over unlike batches"}
 
 
 def write_certificate_page(signed: Signed[Certificate], path: Path) -> None:

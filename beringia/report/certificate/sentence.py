@@ -79,6 +79,8 @@ def _because(certificate: Certificate) -> str:
     located = certificate.first_wrong
     if located is not None and (certificate.verdict == "infer" or located.check.direction in _SERVING):
         return wrong_words(located.check)
+    if certificate.first_departure is not None and certificate.reasons:
+        return certificate.reasons[0]
     use: Use = "infer" if certificate.verdict == "unfit" else "train"
     return _summary(certificate, "failed", (use,)) or _first_reason(certificate)
 
