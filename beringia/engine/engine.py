@@ -269,7 +269,8 @@ class Engine:
         if not flat:
             return
         asked = [request.sampling for request, _, _ in flat]
-        chosen_rows_RV = logits_RV[[row for _, row, _ in flat]]
+        # As a rule all rows choose, in order: indexing would copy them, which takes as long as choosing.
+        chosen_rows_RV = logits_RV if len(flat) == len(logits_RV) else logits_RV[[row for _, row, _ in flat]]
         noises, ahead = [request.noise for request, _, _ in flat], [later for _, _, later in flat]
         tokens = choose(chosen_rows_RV, asked, noises, ahead)
         chosen_well = with_choice(chosen_rows_RV, tokens)
