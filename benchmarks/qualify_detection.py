@@ -46,9 +46,9 @@ HARM = 2.0
 HARMLESS = 1.0
 """No batch moves anything by more than the noise."""
 DRAWS = 3
-FIRST_STEP = 4
-"""Of the qualification's trace, after two watched training steps and one of decoding: faults that are drawn by step are
-then the same."""
+FIRST_STEP = 5
+"""Of the qualification's trace, after two watched training steps, one of decoding and one of serving: faults that are
+drawn by step are then the same."""
 OTHER_BATCHES = (1000, 1001)
 REQUIRED = {"verdict": 0.98, "operator": 0.95}
 CLEAN_CHIPS = ("emulated:h100", "emulated:a100", "emulated:mi300x", "cpu")
@@ -145,6 +145,7 @@ class Harm:
         with torch.no_grad():
             batch = on_device(subject.batch(0), chip.device)
             self.decoded = {"0": subject.decode(model, batch).cpu().double()}
+        self._step += len(world.tracer.servings) + 1  # served, and trained on unlike batches: the trace's alone
         before = {name: parameter.detach().cpu().double().clone() for name, parameter in model.named_parameters()}
         optimizer = make_optimizer(model, fused=True)
         for number in range(world.plan.steps):

@@ -3,7 +3,8 @@
     python benchmarks/qualify_two_machines.py --json [--cases 20 --store FILE]
 
 For defects of the detection benchmark's test half: the command with a bundle that `beringia reference` made before, as
-it is copied between machines, and the command without one. Must hold: the same verdict and the same first operator.
+it is copied between machines, signed with another machine's key, and the command without one. Must hold: the same
+verdict and the same first operator.
 Results go to the store one by one, so an interrupted benchmark goes on.
 """
 
@@ -31,6 +32,7 @@ def chosen(count: int) -> list[Case]:
 
 
 def command(*arguments: str) -> dict[str, Any]:
+    """What the command answers. Its progress goes to standard error."""
     done = subprocess.run(
         [sys.executable, "-m", "beringia", *arguments, "--json"], capture_output=True, text=True, check=False
     )
@@ -59,18 +61,18 @@ def main() -> None:
     lines = options.store.read_text().splitlines() if options.store.exists() else []
     rows = {row["case"]: row for row in map(json.loads, lines)}
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
+        directory, signer = Path(name), ""
         for case in chosen(options.cases):
             if case.name in rows:
                 continue
             bundle = directory / f"{case.world}.bundle"
             if not bundle.exists():
-                command(
+                signer = command(
                     *("reference", "cpu", "--model", "r2-nano", "--seed", str(case.world), "--dtype", "bfloat16"),
-                    *("--out", str(bundle)),
-                )
+                    *("--out", str(bundle), "--key", str(directory / "another-machine.pem")),
+                )["public_key"]
             script = case.write(directory)
-            two = outcome(case, script, directory / "out", "--against", str(bundle))
+            two = outcome(case, script, directory / "out", "--against", str(bundle), "--trusted-key", signer)
             one = outcome(case, script, directory / "out")
             rows[case.name] = {"case": case.name, "one_machine": one, "two_machines": two, "same": one == two}
             with options.store.open("a") as store:

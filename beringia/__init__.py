@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from beringia.machine.threads import prepare_threads
 from beringia.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
     from beringia.chips.chip import Chip
@@ -84,12 +87,18 @@ def save(model: Decoder, directory: str | Path) -> None:
 
 
 def certify(
-    chip: str | Chip, model: str | Path | Subject, *, against: str | Path | None = None, seed: int = 0
+    chip: str | Chip,
+    model: str | Path | Subject,
+    *,
+    against: str | Path | None = None,
+    trusted_keys: Collection[str] = (),
+    seed: int = 0,
 ) -> Certificate:
     """Whether a chip is fit to train a model, to serve it, or neither: evidence and a verdict.
 
     A model by preset or Hugging Face directory is qualified in processes of its own, on the chip of that name, or on
-    what an opened chip was opened with (its faults, too), against a bundle (`against`) or the CPU of this machine. A
+    what an opened chip was opened with (its faults, too), against a bundle (`against`, signed by one of `trusted_keys`,
+    none: by this machine's) or the CPU of this machine, which is refused as a reference where it is not sound. A
     `Subject` (`beringia.qualify.subject.ModuleSubject` makes one of any `nn.Module`) is qualified in this process, on
     the opened chip, or on one opened here. Raises InputError, also where such a process would open another chip.
     """
@@ -97,10 +106,14 @@ def certify(
 
     if isinstance(model, str | Path):
         bundle = None if against is None else Path(against)
-        if isinstance(chip, str):
-            return qualification.qualify(qualification.Request(chip, str(model), seed=seed), bundle)
-        request = qualification.request_for(chip, str(model), seed)
-        return qualification.qualify(request, bundle, opened=chip.identity)
+        request = (
+            qualification.Request(chip, str(model), seed=seed)
+            if isinstance(chip, str)
+            else qualification.request_for(chip, str(model), seed)
+        )
+        given = frozenset({"seed"} if seed else ())
+        request = replace(request, trusted_keys=tuple(trusted_keys), given=given)
+        return qualification.qualify(request, bundle, opened=None if isinstance(chip, str) else chip.identity)
     from beringia.chips.open import open_chip
     from beringia.errors import InputError
 

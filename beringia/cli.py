@@ -179,24 +179,42 @@ def reference(
     batches: BatchesOption = 6,
     extent: ExtentOption = "quick",
     limit: Annotated[int, typer.Option(help="MiB that captured arguments may take.")] = 64,
+    key: Annotated[Path | None, typer.Option(help="Private key to sign with.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record on one machine what another machine's chip is compared with."""
+    """Record on one machine what another machine's chip is compared with. A chip that is not sound is refused."""
     from beringia.qualify.qualification import Request, record_reference
 
     request = Request(
-        chip, model, seed=seed, layers=layers, compute_dtype=dtype, batches=batches, steps=batches, extent=extent
+        chip,
+        model,
+        seed=seed,
+        layers=layers,
+        compute_dtype=dtype,
+        batches=batches,
+        steps=batches,
+        extent=extent,
+        key=key,
     )
-    manifest = record_reference(request, out, limit * 2**20, _stages())
+    signed = record_reference(request, out, limit * 2**20, _stages())
+    manifest = signed.record
     document = {
         "bundle": str(out),
         "bytes": out.stat().st_size,
         "calls": len(manifest.calls),
         "calls_left_out": manifest.calls_left_out,
         "compute_dtype": manifest.compute_dtype,
+        "public_key": signed.public_key,
     }
     left_out = f", {manifest.calls_left_out} did not fit" if manifest.calls_left_out else ""
-    _answer(as_json, document, f"{len(manifest.calls)} calls{left_out}; {out.stat().st_size / 2**20:.1f} MiB\n{out}")
+    whose = "" if dtype else f", {chip}'s own: only what computes in it can be compared (--dtype chooses another)"
+    lines = (
+        f"in {manifest.compute_dtype}{whose}",
+        f"{len(manifest.calls)} calls{left_out}; {out.stat().st_size / 2**20:.1f} MiB",
+        f"signed by {signed.public_key}: on another machine give it as --trusted-key",
+        str(out),
+    )
+    _answer(as_json, document, "\n".join(lines))
 
 
 @app.command()
@@ -211,11 +229,27 @@ def qualify(
     use: Annotated[
         Literal["train", "infer"], typer.Option("--for", help="What the exit code is about: train or infer.")
     ] = "train",
+    trusted_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trusted-key",
+            help="Public key, in hex, of who may have signed the bundle; default: this machine's.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     layers: LayersOption = None,
-    seed: SeedOption = 0,
-    batches: BatchesOption = 6,
-    extent: ExtentOption = "quick",
+    seed: Annotated[int | None, typer.Option(help="Of random weights and data; default 0.", show_default=False)] = None,
+    batches: Annotated[
+        int | None, typer.Option(min=1, help="Batches, and training steps, compared; default 6.", show_default=False)
+    ] = None,
+    extent: Annotated[
+        Literal["quick", "whole"] | None,
+        typer.Option(
+            help="Ways of serving and training to try: all, or a subset that covers them (quick, the default).",
+            show_default=False,
+        ),
+    ] = None,
     faults: Annotated[str | None, typer.Option(help="Emulated chips only: a fault script.", show_default=False)] = None,
     soak: Annotated[float, typer.Option(help="Seconds of repeats under load.")] = 0.0,
     memory: Annotated[int, typer.Option(help="MiB of memory to test.")] = 16,
@@ -227,24 +261,28 @@ def qualify(
     from beringia.qualify.issue import exit_code, issue
     from beringia.qualify.qualification import Request
     from beringia.qualify.qualification import qualify as make_certificate
+    from beringia.records.signature import parse_public_key
 
+    asked = {"compute_dtype": dtype, "layers": layers, "seed": seed, "batches": batches, "extent": extent}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if against is None and trusted_key:
+        raise InputError("--trusted-key is for a bundle from another machine: name it with --against, or leave it out.")
     request = Request(
         chip,
         model,
         faults=faults,
-        seed=seed,
-        layers=layers,
-        compute_dtype=dtype,
-        batches=batches,
-        steps=batches,
-        extent=extent,
+        steps=batches or Request.steps,
         soak_seconds=soak,
         memory_bytes=memory * 2**20,
         speed=speed,
+        key=key,
+        trusted_keys=tuple(map(parse_public_key, trusted_key or ())),
+        given=frozenset(given),
+        **given,  # type: ignore[arg-type]  # options of the fields' types
     )
     certificate = make_certificate(request, against, _stages())
     certificate = certificate.model_copy(update={"command": shlex.join(["beringia", *sys.argv[1:]])})
-    written = issue(certificate, out, key)
+    written = issue(certificate, out, key, dtype_asked=dtype is not None)
     from beringia.report.certificate import print_certificate, write_certificate_page, write_junit
 
     write_certificate_page(written.signed, Path(written.paths["page"]))
@@ -389,6 +427,14 @@ def verify(
         "identity_hash": certificate.identity_hash,
         "model": certificate.model.name,
         "model_configuration": certificate.model.configuration,
+        "model_weights": certificate.model.weights,
+        "layers": certificate.layers,
+        "compute_dtype": certificate.compute_dtype,
+        "fidelity": certificate.identity.switches.get("fidelity"),
+        "reference": certificate.reference.sku,
+        "bundle": None if certificate.bundle is None else certificate.bundle.model_dump(),
+        "tried": list(certificate.tried),
+        "scope": certificate.scope,
         "created": certificate.created,
         "verdict": certificate.verdict,
         "reasons": list(certificate.reasons),
@@ -399,12 +445,19 @@ def verify(
         _show_certificate(says)
 
 
+def _bundle_words(bundle: Mapping[str, str] | None) -> str:
+    return "" if bundle is None else f", in the bundle {bundle['hash']} signed by {bundle['public_key']}"
+
+
 def _show_certificate(says: Mapping[str, Any]) -> None:
     whose = "the key asked for" if says["key_asked_for"] else "whose it is was not asked: name a key with --key"
     print(f"signature  holds: nothing was altered since {says['created']}")
     print(f"signed by  {says['public_key']} ({whose})")
-    print(f"chip       {says['chip']}: {says['sku']}, {says['truth']}, identity {says['identity_hash']}")
-    print(f"model      {says['model']}, configuration {says['model_configuration']}")
+    fidelity = f", {says['fidelity']}" if says["fidelity"] else ""
+    print(f"chip       {says['chip']}: {says['sku']}, {says['truth']}{fidelity}, identity {says['identity_hash']}")
+    print(f"model      {says['scope']}, configuration {says['model_configuration']}, weights {says['model_weights']}")
+    print(f"reference  {says['reference']}{_bundle_words(says['bundle'])}")
+    print(f"tried      {', '.join(says['tried'])}")
     print(f"verdict    {says['verdict']}")
     for reason in says["reasons"]:
         print(f"           {reason}")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from small_runs import beringia
 
 from beringia.errors import InputError, ModelError, Refusal
-from beringia.records.certificate import CERTIFICATE_SCHEMA, Certificate
+from beringia.records.certificate import CERTIFICATE_SCHEMA, Certificate, Measure, OperatorCheck
 from beringia.records.model_source import configuration_hash
 from beringia.records.signature import (
     default_key_path,
@@ -295,3 +295,17 @@ def test_a_preset_is_known_by_its_name_and_a_directory_by_its_configuration(tmp_
     assert configuration_hash("r2-nano", None) != configuration_hash("r2-micro", None)
     with pytest.raises(ModelError, match=r"config\.json"):
         configuration_hash(None, str(tmp_path))
+
+
+# Numbers that JSON has no word for
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_measure_that_is_no_number_is_written_as_null_breaks_every_bound_and_can_be_signed(value: float) -> None:
+    measure = Measure(name="rms", value=value, bound=1e30, reason="any")
+    assert measure.value is None and measure.used == float("inf")
+    assert json.loads(measure.model_dump_json())["value"] is None
+    check = certificate().operators[0]
+    struck = OperatorCheck(**(dict(check) | {"error": value, "found": value, "factor": value, "measures": (measure,)}))
+    assert (struck.error, struck.found, struck.factor) == (None, None, None)
+    verify(sign(certificate(operators=(struck,)), KEY), [public_key_of(KEY)])

@@ -16,6 +16,7 @@ from beringia.errors import RecipeError
 from beringia.records.certificate import Certificate, ModelFingerprint, ProbeResult
 from beringia.records.events import ChipOpened, Fallback, Unqualified
 from beringia.records.identity import ChipIdentity
+from beringia.records.inputs import weights_of
 from beringia.records.model_source import configuration_hash
 from beringia.records.recipe import Recipe, parse_recipe
 from beringia.records.run_directory import RunDirectory
@@ -138,6 +139,34 @@ def test_a_model_directory_is_compared_by_its_configuration(tmp_path: Path) -> N
     (model / "config.json").unlink()
     told = admission(opened(), asked, RunDirectory(tmp_path / "run"))
     assert isinstance(told, Unqualified) and "config.json" in told.reason
+
+
+def test_a_certificate_for_some_of_the_layers_never_admits_the_whole_model(tmp_path: Path) -> None:
+    told = refusal(tmp_path, certificate(layers=2))
+    assert told.found == "none" and "2 of the model's layers, and the run trains all of them" in told.reason
+
+
+def test_a_certificate_is_for_the_weights_of_the_directory_that_the_recipe_names(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"hidden_size": 64}')
+    (model / "model.safetensors").write_bytes(b"weights")
+    asked = recipe(model={"preset": None, "path": str(model)})
+    own = ModelFingerprint(name="m", configuration=configuration_hash(None, str(model)), weights="", parameters=1)
+    run = put(tmp_path / "run", certificate(model=own, weight_files=weights_of(str(model))))
+    assert admission(opened(), asked, run) is None
+    (model / "tokenizer.json").write_text("{}")
+    assert admission(opened(), asked, run) is None, "no weights changed"
+    (model / "model.safetensors").write_bytes(b"other weights")
+    told = admission(opened(), asked, run)
+    assert isinstance(told, Unqualified) and "other weights of m" in told.reason
+
+
+def test_what_a_certificate_of_schema_1_does_not_say_is_not_compared(tmp_path: Path) -> None:
+    old = certificate(schema_version=1)
+    written = old.model_dump(mode="json")
+    assert not {"layers", "weight_files", "bundle"} & written.keys()
+    assert admission(opened(), recipe(), put(tmp_path, old)) is None
 
 
 def test_a_certificate_that_was_altered_or_is_damaged_does_not_count_and_is_told(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,18 +18,23 @@ from small_models import SmallSubject, calls_of, opened
 
 from beringia.chips.cpu import Cpu
 from beringia.cli import main
-from beringia.errors import InputError
+from beringia.errors import InputError, Refusal
 from beringia.qualify.bundle import BUNDLE_SCHEMA, Bundle, BundleManifest, read_bundle, read_manifest, write_bundle
 from beringia.qualify.candidate import _replay
 from beringia.qualify.capture import CallCapture, replay
 from beringia.qualify.evidence import Probed
 from beringia.qualify.operators.watch import Call, Place
+from beringia.qualify.recomputed import recompute
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.trace import ChosenRoutes, TraceExtent, Tracer
+from beringia.records.record import canonical_json
+from beringia.records.signature import load_or_create_key, public_key_of
 
 SUBJECT = SmallSubject("llama")
 PLAN = TraceExtent(batches=2, steps=1)
 LIMIT = 2 * 2**20
+DERIVED = {"schema_version", "beringia", "distances", "calls", "tensors_sha256"}
+"""Of a manifest's fields, those that follow from what else is written."""
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +59,10 @@ def rewritten(
     **changes: Any,
 ) -> Path:
     """The bundle with other calls or other fields of the manifest."""
-    derived = {"schema_version", "beringia", "distances", "calls", "tensors_sha256"}
-    fields = {name: getattr(bundle.manifest, name) for name in BundleManifest.model_fields if name not in derived}
+    fields = {name: getattr(bundle.manifest, name) for name in BundleManifest.model_fields if name not in DERIVED}
     calls = list(bundle.calls) if calls is None else calls
-    write_bundle(path, fields | changes, bundle.noise, routes or bundle.routes, bundle.traffic, calls)
+    key = load_or_create_key()
+    write_bundle(path, fields | changes, bundle.noise, routes or bundle.routes, bundle.traffic, calls, key)
     return path
 
 
@@ -70,9 +76,18 @@ def with_parts(path: Path, target: Path, change: Callable[[str, bytes], bytes | 
     return target
 
 
-def with_manifest(path: Path, target: Path, **fields: Any) -> Path:
+def with_manifest(path: Path, target: Path, *, sign_again: bool = True, **fields: Any) -> Path:
+    """The bundle with other fields in its manifest, as whoever has the key could sign it."""
+
     def change(name: str, content: bytes) -> bytes:
-        return json.dumps(json.loads(content) | fields).encode() if name == "manifest.json" else content
+        if name != "manifest.json":
+            return content
+        document = json.loads(content)
+        manifest = document["bundle_manifest"] | fields
+        signature = document["signature"]
+        if sign_again:
+            signature = load_or_create_key().sign(canonical_json({"bundle_manifest": manifest})).hex()
+        return json.dumps(document | {"bundle_manifest": manifest, "signature": signature}).encode()
 
     return with_parts(path, target, change)
 
@@ -418,3 +433,113 @@ def test_calls_of_a_vendor_s_operators_are_left_out_where_these_are_not_here_and
     assert judged.outcome == "passed" and f"of {len(bundle.calls)} captured calls" in judged.summary
     assert (told.outcome, told.subject) == ("told", "operators not here")
     assert told.summary.startswith("4 captured calls were not made") and "npu.npu_rms_norm.default" in told.summary
+
+
+# ---- who made it
+
+
+@pytest.fixture
+def stranger(path: Path, bundle: Bundle, tmp_path: Path) -> Path:
+    """The bundle as another machine signed it."""
+    target = tmp_path / "stranger.bundle"
+    fields = {name: getattr(bundle.manifest, name) for name in BundleManifest.model_fields if name not in DERIVED}
+    key = load_or_create_key(tmp_path / "stranger.pem")
+    write_bundle(target, fields, bundle.noise, bundle.routes, bundle.traffic, [], key)
+    return target
+
+
+def test_another_s_bundle_is_refused_with_its_key_until_that_is_trusted(
+    stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = public_key_of(load_or_create_key(tmp_path / "stranger.pem"))
+    asked = ("qualify", "emulated:h800", "--model", "r2-nano", "--against", str(stranger))
+    code, words = said(capsys, *asked)
+    assert code == 2 and f"give --trusted-key {key}" in words and words.count("\n") == 1
+    code, words = said(capsys, *asked, "--trusted-key", "ab" * 32)
+    assert code == 2 and f"signed by the key {key}" in words
+    code, words = said(capsys, *asked, "--trusted-key", "ab" * 32, "--trusted-key", key.upper())
+    assert code == 2 and "is of llama" in words, "whose it is was no longer the question"
+
+
+def test_a_key_without_a_bundle_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, words = said(capsys, "qualify", "emulated:h800", "--model", "r2-nano", "--trusted-key", "ab" * 32)
+    assert code == 2 and "--against" in words
+
+
+@pytest.mark.parametrize("field", ["distances", "errors", "reference", "tensors_sha256", "seed"])
+def test_what_was_changed_after_it_was_signed_is_refused_with_3(
+    path: Path, tmp_path: Path, bundle: Bundle, field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {
+        "distances": [{cell: 30.0 * far for cell, far in one.items()} for one in bundle.manifest.distances],
+        "errors": {},
+        "reference": bundle.manifest.reference.model_dump() | {"sku": "another"},
+        "tensors_sha256": "0" * 64,
+        "seed": 1,
+    }
+    edited = with_manifest(path, tmp_path / "edited.bundle", sign_again=False, **{field: changes[field]})
+    code, words = said(capsys, "qualify", "emulated:h800", "--model", "r2-nano", "--against", str(edited))
+    assert code == 3 and "altered" in words and words.count("\n") == 1
+
+
+@pytest.mark.parametrize(("part", "words"), [("signature", "not signed"), ("public_key", "public_key")])
+def test_a_bundle_without_a_signature_is_refused(path: Path, tmp_path: Path, part: str, words: str) -> None:
+    def change(name: str, content: bytes) -> bytes:
+        document = json.loads(content) if name == "manifest.json" else {}
+        return json.dumps({key: one for key, one in document.items() if key != part}).encode() if document else content
+
+    with pytest.raises(InputError, match=words):
+        read_bundle(with_parts(path, tmp_path / "unsigned.bundle", change))
+
+
+def test_another_s_public_key_beside_the_signature_is_refused(path: Path, tmp_path: Path) -> None:
+    def change(name: str, content: bytes) -> bytes:
+        return json.dumps(json.loads(content) | {"public_key": "ab" * 32}).encode() if name[0] == "m" else content
+
+    with pytest.raises(Refusal, match="altered"):
+        read_bundle(with_parts(path, tmp_path / "stolen.bundle", change))
+
+
+def test_a_reference_that_says_it_used_more_than_a_sound_one_does_is_refused(path: Path, tmp_path: Path) -> None:
+    worse = with_manifest(path, tmp_path / "worse.bundle", errors={"model.norm|aten.mm.default|forward|0": [0.1, 7.0]})
+    with pytest.raises(InputError, match="used 7 of what its call model.norm"):
+        read_bundle(worse)
+
+
+def test_another_bundle_in_the_place_of_the_one_that_was_examined_is_refused(path: Path) -> None:
+    with pytest.raises(InputError, match="another has taken its place"):
+        read_bundle(path, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--layers", "1"), "--layers 1 was given.*--layers all"),
+        (("--dtype", "float32"), "--dtype float32 was given.*--dtype bfloat16"),
+        (("--seed", "3", "--batches", "5"), "--seed 3, --batches 5 was given.*--seed 0, --batches 2"),
+    ],
+)
+def test_an_option_that_the_bundle_fixes_otherwise_is_refused_with_what_it_fixes(
+    path: Path, options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, told = said(capsys, "qualify", "emulated:h800", "--model", "r2-nano", "--against", str(path), *options)
+    assert code == 2 and re.search(words, told)
+
+
+# ---- computed again
+
+
+def test_what_can_be_computed_again_is_and_the_rest_is_named(bundle: Bundle) -> None:
+    found = recompute(SUBJECT, bundle)
+    assert (found.outcome, len(found.measures)) == ("passed", 2)
+    assert "the other 1 batches, 1 training steps and 3 draws are as the bundle has them" in found.summary
+
+
+def test_wider_distances_and_another_float64_are_refused_whoever_signed_them(bundle: Bundle) -> None:
+    wider = tuple({cell: 30.0 * far for cell, far in one.items()} for one in bundle.noise.drawn)
+    with pytest.raises(InputError, match="first draw"):
+        recompute(SUBJECT, replace(bundle, noise=replace(bundle.noise, drawn=wider)))
+    exact = bundle.noise.exact
+    moved = {name: sketch * 1.01 for name, sketch in exact.sketches.items()}
+    with pytest.raises(InputError, match="float64 here"):
+        recompute(SUBJECT, replace(bundle, noise=replace(bundle.noise, exact=replace(exact, sketches=moved))))

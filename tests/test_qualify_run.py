@@ -6,6 +6,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +20,16 @@ from small_runs import beringia, worker_of
 
 from beringia.chips.chip import Memory
 from beringia.chips.cpu import host_memory, taken_memory_bytes
-from beringia.errors import HandshakeError, InputError, ModelError
+from beringia.errors import HandshakeError, InputError, ModelError, Refusal
 from beringia.processes.command import Command
 from beringia.qualify import fitting
 from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, read_manifest
 from beringia.qualify.fitting import check_fits
-from beringia.qualify.issue import exit_code
+from beringia.qualify.issue import exit_code, issue
 from beringia.qualify.probing import gather
 from beringia.qualify.qualification import Request, qualify, record_reference
 from beringia.records.certificate import Certificate, ProbeResult
+from beringia.report.certificate.sentence import verdict_sentence
 
 ATTENTION_BACKWARD = """summary = "attention's backward past 16 positions"
 [[faults]]
@@ -103,6 +107,27 @@ def test_the_exit_code_is_about_the_use_that_was_asked_for() -> None:
     assert codes == {"train": (0, 0), "infer": (3, 0), "unfit": (3, 3), "inconclusive": (4, 4)}
 
 
+@pytest.mark.parametrize(
+    ("changes", "dtype_asked", "name"),
+    [
+        ({}, False, "cpu-r2-nano"),
+        ({"layers": 2}, False, "cpu-r2-nano-layers-2"),
+        ({"seed": 5, "compute_dtype": "float32"}, True, "cpu-r2-nano-seed-5-float32"),
+    ],
+)
+def test_a_certificate_s_file_is_named_after_what_it_is_for_where_that_is_not_the_whole_model(
+    tmp_path: Path, changes: dict[str, Any], dtype_asked: bool, name: str
+) -> None:
+    made = certificate(chip="cpu", **({"seed": 0} | changes))
+    paths = issue(made, tmp_path, tmp_path / "key.pem", dtype_asked=dtype_asked).paths
+    assert Path(paths["certificate"]).name == f"{name}.json"
+
+
+def test_the_headline_says_that_it_is_for_some_layers_only() -> None:
+    assert "serve on it, for 2 of the layers of r2-nano: " in str(verdict_sentence(certificate(layers=2)))
+    assert "of the layers" not in str(verdict_sentence(certificate()))
+
+
 def test_an_open_verdict_is_a_clear_no_to_training_where_a_probe_ruled_that_out() -> None:
     failed = ProbeResult(probe="lockstep", subject="update", outcome="failed", rules_out="train", summary="it differs")
     made = certificate(verdict="inconclusive", probes=(failed,))
@@ -153,6 +178,28 @@ def test_a_model_that_does_not_fit_says_how_much_memory_is_missing(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+# ---- where it is started
+
+
+@pytest.mark.slow
+def test_a_folder_named_beringia_where_it_is_started_stops_no_process_of_a_qualification(tmp_path: Path) -> None:
+    """The reference's, the candidate's, and those of indices and collectives."""
+    (tmp_path / "beringia").mkdir()
+    (tmp_path / "beringia" / "__init__.py").write_text("raise SystemExit(7)")
+    script = (
+        "import os, beringia, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_qualify_run import small\n"
+        "from beringia.qualify.qualification import qualify\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "found = qualify(small(batches=1, steps=1, collectives=True))\n"
+        "print(sorted({probe.probe for probe in found.probes}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "collectives" in done.stdout and "operators" in done.stdout and "arithmetic" in done.stdout
+
+
 # ---- through the command line, with everything
 
 Run = Callable[..., Any]
@@ -176,6 +223,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert told["bundle"] == str(path) and told["bytes"] == path.stat().st_size < 64 * 2**20
     assert (told["calls"], told["calls_left_out"]) == (len(manifest.calls), 0) and told["calls"] > 300
     return path
+
+
+def against(bundle: Path) -> tuple[str, ...]:
+    """The options by which another machine's bundle is read."""
+    with zipfile.ZipFile(bundle) as archive:
+        return "--against", str(bundle), "--trusted-key", json.loads(archive.read("manifest.json"))["public_key"]
 
 
 @pytest.mark.slow
@@ -210,9 +263,11 @@ def test_a_wrong_backward_of_attention_leaves_inference_and_is_named_with_and_wi
 ) -> None:
     faults = script(tmp_path, ATTENTION_BACKWARD)
     asked = ("qualify", "emulated:h800", "--model", "r2-nano", "--faults", faults, "--out", str(tmp_path), "--json")
-    with_bundle = run(*asked, "--against", str(bundle))
+    with_bundle = run(*asked, *against(bundle))
     assert with_bundle.returncode == 3, with_bundle.stderr
     _, found = answer(with_bundle)
+    assert found.bundle is not None and found.bundle.public_key in against(bundle)
+    assert [probe.subject for probe in found.probes if probe.probe == "reference"] == ["computed again here"]
     assert found.verdict == "infer" and found.first_wrong is not None
     first = found.first_wrong.check
     assert "attention" in first.operator and "backward" in first.operator and first.direction == "backward"
@@ -232,7 +287,7 @@ def test_a_wrong_backward_of_attention_leaves_inference_and_is_named_with_and_wi
 @pytest.mark.slow
 def test_a_mask_that_is_ignored_makes_a_chip_unfit_for_both_uses(run: Run, bundle: Path, tmp_path: Path) -> None:
     faults = script(tmp_path, 'summary = "mask"\n[[faults]]\nkind = "mask-ignored"\nlength = 16\n')
-    asked = ("qualify", "emulated:h800", "--model", "r2-nano", "--against", str(bundle), "--faults", faults)
+    asked = ("qualify", "emulated:h800", "--model", "r2-nano", *against(bundle), "--faults", faults)
     done = run(*asked, "--out", str(tmp_path), "--for", "infer", "--json")
     assert done.returncode == 3, done.stderr
     _, found = answer(done)
@@ -267,6 +322,19 @@ def test_more_layers_than_the_model_has_are_refused(run: Run, tmp_path: Path) ->
     assert done.returncode == 2
     told = json.loads(done.stdout)
     assert told["error"] == "ModelError" and "--layers 9" in told["message"] and "3" in told["message"]
+
+
+# ---- references that are none
+
+
+@pytest.mark.slow
+def test_a_reference_that_is_not_sound_is_refused_with_3_in_one_sentence(tmp_path: Path) -> None:
+    order = small().order("reference", tmp_path / "x.bundle")
+    order = order.model_copy(update={"faults": script(tmp_path, ATTENTION_BACKWARD)})
+    with pytest.raises(Refusal, match=r"is not sound: .*attention.*\(backward") as refused:
+        gather(order, Command("the reference"), tmp_path / "log")
+    assert refused.value.exit_code == 3 and "\n" not in str(refused.value)
+    assert not (tmp_path / "x.bundle").exists()
 
 
 # ---- chips that fail while they are probed

@@ -13,6 +13,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from beringia.errors import RecipeError
+from beringia.qualify.hardware.collective_cases import MOST_RANKS
 from beringia.qualify.qualification import Request, qualify, reference_for
 from beringia.records.certificate import Certificate
 from beringia.records.events import AnyEvent, Qualified
@@ -96,6 +97,7 @@ def request_for(recipe: Recipe, run: RunDirectory, label: str) -> Request:
         run_tokens=recipe.data.sequence_length,
         longest=max(2056, _LENGTHS_TIMES * recipe.data.sequence_length),
         collectives=section.ranks > 1,
+        ranks=min(max(2, section.ranks), MOST_RANKS),
         command=chip_command(label, section, run=run),
     )
 

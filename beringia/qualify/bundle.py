@@ -1,7 +1,8 @@
 """What one machine records so that another machine's chip can be compared with it: one file, to be copied.
 
 A zip archive of `manifest.json` and `tensors.safetensors`, compressed; the manifest has the SHA-256 of the tensors, so
-a damaged copy is refused. No pickle. Bounded: the captured calls take what a limit leaves them.
+a damaged copy is refused, and is signed by whoever made it (`records/signature.py`): its distances decide what a chip
+may be off by. No pickle. Bounded: the captured calls take what a limit leaves them.
 
 Holds: which model and data (not the weights, which both machines read for themselves), float64's trace and routes, how
 far the reference and its perturbed draws are from it, the reference's own error in every operator call, what float64
@@ -19,28 +20,31 @@ import struct
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load, save
 
 from beringia.errors import InputError
 from beringia.qualify.effects import Cell, RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.operators.watch import Call, Place
+from beringia.qualify.sound_reference import USED_AT_MOST
 from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent
-from beringia.records.certificate import ModelFingerprint
+from beringia.records.certificate import BundleOrigin, ModelFingerprint
 from beringia.records.files import reporting_storage, sync_directory
 from beringia.records.identity import ChipIdentity
-from beringia.records.record import Record
+from beringia.records.record import Record, canonical_hash
+from beringia.records.signature import Signed, kind_of, parse_signed, sign, verify
 from beringia.version import __version__
 
 BUNDLE_SCHEMA = 3
-"""Format 1 had sketches with other signs, which cannot be compared; format 2 no servings and no unlike batches."""
+"""Format 1 had sketches with other signs, which cannot be compared; format 2 was not signed, and had no servings and no
+unlike batches."""
 DEFAULT_LIMIT_BYTES = 64 * 2**20
 """For the captured calls' arguments, before compression."""
 _MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
@@ -122,8 +126,9 @@ def write_bundle(
     routes: ChosenRoutes,
     traffic: Mapping[str, Traffic],
     calls: list[Call],
+    key: Ed25519PrivateKey,
 ) -> None:
-    """Write a bundle; `manifest` has the fields that are not derived from the other arguments."""
+    """Write a bundle, signed with `key`; `manifest` has the fields that are not derived from the other arguments."""
     tensors = _noise_tensors(noise) | _route_tensors(routes) | _traffic_tensors(traffic)
     entries = [_entry(call, tensors) for call in calls]
     content = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
@@ -134,12 +139,20 @@ def write_bundle(
         calls=entries,
         tensors_sha256=hashlib.sha256(content).hexdigest(),
     )
-    _write_zip(path, {_MANIFEST: whole.model_dump_json().encode(), _TENSORS: content})
+    signed = json.dumps(sign(whole, key).document(), allow_nan=False)
+    _write_zip(path, {_MANIFEST: signed.encode(), _TENSORS: content})
 
 
-def read_bundle(path: Path) -> Bundle:
-    """Read a bundle. Raises InputError naming what is wrong with it."""
+def read_bundle(path: Path, expected_hash: str | None = None) -> Bundle:
+    """Read a bundle, which must be the one with this hash, if one is named; its signer is for `read_trusted` to judge.
+
+    Raises InputError naming what is wrong with it, Refusal where its signature does not hold.
+    """
     manifest = read_manifest(path)
+    if expected_hash not in (None, canonical_hash(manifest)):
+        raise InputError(
+            f"The bundle {path} is not the one that was examined: another has taken its place. Begin anew."
+        )
     content = _part(path, _TENSORS)
     if hashlib.sha256(content).hexdigest() != manifest.tensors_sha256:
         raise InputError(f"The bundle {path} is damaged: its tensors have another hash than it says. Copy it again.")
@@ -160,23 +173,66 @@ def read_bundle(path: Path) -> Bundle:
     )
 
 
+def read_trusted(path: Path, trusted: Collection[str]) -> Signed[BundleManifest]:
+    """The manifest, signed by one of these public keys. Raises what `read_manifest` does, InputError for another's."""
+    signed = _read_signed(path)
+    if signed.public_key not in trusted:
+        raise InputError(
+            f"The bundle {path} is signed by the key {signed.public_key}, which is not trusted here: ask whoever made "
+            f"it whether that is their key, and if it is, give --trusted-key {signed.public_key}."
+        )
+    return signed
+
+
 def read_manifest(path: Path) -> BundleManifest:
-    """The manifest alone. Raises InputError."""
+    """The manifest alone. Raises InputError, and Refusal where its signature does not hold."""
+    return _read_signed(path).record
+
+
+def origin_of(signed: Signed[BundleManifest]) -> BundleOrigin:
+    """What a certificate says of a bundle."""
+    return BundleOrigin(hash=canonical_hash(signed.record), public_key=signed.public_key)
+
+
+def _read_signed(path: Path) -> Signed[BundleManifest]:
     content = _part(path, _MANIFEST)
     try:
         document = json.loads(content)
     except ValueError as error:
         raise InputError(f"{path} is not a bundle, or it is damaged ({error}). Copy it again.") from None
-    found = document.get("schema_version") if isinstance(document, dict) else None
+    _check_format(path, document)
+    signed = parse_signed(content.decode(), BundleManifest, path)
+    verify(signed)
+    _check_errors(path, signed.record)
+    return signed
+
+
+def _check_format(path: Path, document: Any) -> None:
+    whole = document if isinstance(document, dict) else {}
+    inner = whole.get(kind_of(BundleManifest), whole)
+    found = inner.get("schema_version") if isinstance(inner, dict) else None
     if found != BUNDLE_SCHEMA:
         raise InputError(
             f"The bundle {path} has format {found}; this Beringia ({__version__}) reads {BUNDLE_SCHEMA}: "
             "make the bundle with this one, or install the one that made it here."
         )
-    try:
-        return BundleManifest.model_validate_json(json.dumps(document))
-    except ValidationError as error:
-        raise InputError(f"The bundle {path} is damaged: {error.errors()[0]['msg']}.") from None
+    if "signature" not in whole:
+        raise InputError(
+            f"The bundle {path} is not signed, so it may be anyone's: make it again with `beringia reference`, which "
+            "signs it."
+        )
+
+
+def _check_errors(path: Path, manifest: BundleManifest) -> None:
+    """No bundle says more of its reference than a sound one may have used."""
+    call, used = max(
+        ((key, used) for key, (_, used) in manifest.errors.items()), key=lambda one: one[1], default=("", 0)
+    )
+    if not used <= USED_AT_MOST:
+        raise InputError(
+            f"The bundle {path} is of a reference that used {used:.3g} of what its call {call} may be off by, and a "
+            f"sound one uses {USED_AT_MOST:g} at most: make a bundle with `beringia reference`, which refuses others."
+        )
 
 
 def error_key(module: str, operator: str, direction: str, ordinal: int) -> str:

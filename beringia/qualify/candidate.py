@@ -21,7 +21,7 @@ from beringia.qualify.hardware.soak import matrix_load, probe_soak
 from beringia.qualify.hardware.speed import probe_speed
 from beringia.qualify.layers import probe_layers
 from beringia.qualify.lengths import LENGTHS, Heads, probe_lengths
-from beringia.qualify.operators.check import RMS_ALLOWED, WRONG_FORM
+from beringia.qualify.operators.check import RMS_ALLOWED, WRONG_FORM, has_wrong_integers, wrong_form_words
 from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.recording import Recorder, Recording
 from beringia.qualify.subject import DecoderSubject, Subject
@@ -61,11 +61,10 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
     if recording.trace is not None:
         effects = judge_trace(bundle.noise, recording.trace)
         yield from _lockstep(recording, effects)
-        wrong = [*(check for check in checks if check.used > 1.0)]
-        for check in [] if wrong else _look_again(recorder, effects):
-            wrong.append(check)
-            yield Checked(check=check)
-        yield from _departure(chip, subject, dtype, bundle, [] if wrong else effects)
+        again = [*_look_again(recorder, checks, effects)]
+        yield from again
+        if not again and not any(check.used > 1.0 for check in checks):
+            yield from _departure(chip, subject, dtype, bundle, effects)
         yield from _told_of_running(recording, bundle)
     yield Begun(probe="layers")
     for result in probe_layers(chip, subject, dtype, bundle.traffic, bundle.routes.batches[0]):
@@ -78,7 +77,8 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
 
 
 def beside_reference(check: OperatorCheck, errors: Mapping[str, tuple[float, float]]) -> OperatorCheck:
-    """With the reference's own error in the same call; a chip may be as far off as the reference is."""
+    """With the reference's own error in the same call; a chip may be as far off as the reference is, up to what a sound
+    one can be (`USED_AT_MOST`), which no bundle exceeds that can be read."""
     own = errors.get(error_key(check.module, check.operator, check.direction, check.ordinal))
     if own is None:
         return check
@@ -103,7 +103,7 @@ def judge_operators(checks: list[OperatorCheck], recording: Recording) -> list[P
     for direction in ("forward", "decode", "backward", "optimizer"):
         own = [check for check in checks if check.direction == direction]
         beyond = [check for check in own if check.used > 1.0]
-        grave = [check for check in beyond if check.refused or _wrong_integers(check) or _wrong_form(check)]
+        grave = [check for check in beyond if check.refused or has_wrong_integers(check) or wrong_form_words(check)]
         use: Use = "infer" if direction in ("forward", "decode") else "train"
         worst = max(own, key=lambda check: check.used, default=None)
         results.append(
@@ -130,17 +130,8 @@ def _operators_sentence(direction: str, own: list[OperatorCheck], beyond: list[O
         return f"{direction}: {len(own)} operator calls are as in float64"
     first = beyond[0]
     what = f"the chip does not have it ({first.refused})" if first.refused else f"{first.used:.3g} times its bound"
-    what = _wrong_form(first) or what
+    what = wrong_form_words(first) or what
     return f"{direction}: {len(beyond)} of {len(own)} operator calls are wrong, first {first.name}: {what}"
-
-
-def _wrong_integers(check: OperatorCheck) -> bool:
-    return any(measure.name == "other integers" and measure.used > 1.0 for measure in check.measures)
-
-
-def _wrong_form(check: OperatorCheck) -> str:
-    """What it has in place of what; empty where its results have torch's form."""
-    return next((measure.reason for measure in check.measures if measure.name == WRONG_FORM), "")
 
 
 def _lockstep(recording: Recording, effects: Sequence[ProbeResult]) -> Iterator[Fact]:
@@ -171,9 +162,11 @@ PASSES_AGAIN = 6
 """Of a fault that strikes every third pass, one in eleven stays unseen in them."""
 
 
-def _look_again(recorder: Recorder, effects: Sequence[ProbeResult]) -> list[OperatorCheck]:
+def _look_again(recorder: Recorder, checks: list[OperatorCheck], effects: Sequence[ProbeResult]) -> Iterator[Fact]:
     """Where the model is harmed and no watched call was wrong, the fault may come and go: watch further passes."""
-    return recorder.watch_again(PASSES_AGAIN) if any(effect.outcome == "failed" for effect in effects) else []
+    if any(effect.outcome == "failed" for effect in effects) and not any(check.used > 1.0 for check in checks):
+        for check in recorder.watch_again(PASSES_AGAIN):
+            yield Checked(check=check)
 
 
 def _departure(

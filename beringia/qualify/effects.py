@@ -40,6 +40,8 @@ steps, for one, make of a gradient near zero a whole step of either sign: then a
 update's distance, in draws as on chips."""
 MEDIAN_BATCHES = 3
 """With fewer batches the median is as much at one batch's mercy as the worst is."""
+IN_THE_MEDIAN = "effect in the median batch"
+"""The measure that no single batch decides."""
 LOSS_MARGIN = 2.0
 """Mean difference of the loss, in standard deviations of the draws' differences, that still counts as equivalent."""
 CONFIDENCE = 0.95
@@ -119,13 +121,17 @@ class Floor:
 
 def judge_trace(noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
     """All that the trace says: outputs, decoding, gradients, updates, losses."""
+    return [*judge_sketches(noise, found), _judge_losses(noise, found), _judge_training(noise, found)]
+
+
+def judge_sketches(noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
+    """What its sketches alone say, of every group that the noise has."""
     sizes = _by_group(_norms(noise.exact.sketches))
     far = _by_group(distances(found, noise.exact))
-    results = [
+    return [
         _judge_group(group, far[group], floor, _rounding(max(sizes[group].values())))
         for group, floor in noise.floors().items()
     ]
-    return [*results, _judge_losses(noise, found), _judge_training(noise, found)]
 
 
 def judge_outputs(noise: RoundingNoise, outputs: Mapping[str, torch.Tensor]) -> ProbeResult:
@@ -214,7 +220,7 @@ def _judge_group(group: Group, far: Mapping[str, float], floor: Floor, smallest:
     if len(far) >= MEDIAN_BATCHES:
         of_batches = [distance / max(floor.by_batch[batch], smallest) for batch, distance in far.items()]
         reason = "the same in the median batch, over that batch's own floor"
-        measures.append(_effect("effect in the median batch", statistics.median(of_batches), EFFECT_ALLOWED, reason))
+        measures.append(_effect(IN_THE_MEDIAN, statistics.median(of_batches), EFFECT_ALLOWED, reason))
     failed = [measure for measure in measures if measure.used > 1.0]
     of = f": {name}" if kind == "serve" else f" of {name}" if name else ""
     return ProbeResult(

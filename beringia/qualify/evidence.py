@@ -85,6 +85,12 @@ class QualifyOrder(Record):
     """None: the chip's own."""
     bundle: str = ""
     """Where it is written, or read, on that machine."""
+    bundle_hash: str | None = None
+    """Of the bundle that is to be read there."""
+    recompute: bool = False
+    """Whether it was made by another, so that what can be computed again there is."""
+    key: str | None = None
+    """Private key that a bundle is signed with; None: that machine's."""
     batches: int = 6
     steps: int = 6
     extent: Literal["quick", "whole"] = "quick"

@@ -20,13 +20,22 @@ class Issued:
     """`certificate`, `page`, `junit`."""
 
 
-def issue(certificate: Certificate, directory: Path, key: Path | None = None) -> Issued:
-    """Sign a certificate and write it; its name is that of chip and model."""
-    stem = f"{certificate.chip}-{certificate.model.name}".replace(":", "-").replace("/", "-").replace("@", "-")
+def issue(certificate: Certificate, directory: Path, key: Path | None = None, *, dtype_asked: bool = False) -> Issued:
+    """Sign a certificate and write it; its name is that of chip and model, with what it is for where that is not what
+    is asked by default: some of the layers, another seed, a dtype that was named."""
+    stem = _stem(certificate, dtype_asked)
     signed = sign(certificate, load_or_create_key(key))
     write_signed(directory / f"{stem}.json", signed)
     parts = {"certificate": "json", "page": "html", "junit": "xml"}
     return Issued(signed, {part: str(directory / f"{stem}.{suffix}") for part, suffix in parts.items()})
+
+
+def _stem(certificate: Certificate, dtype_asked: bool) -> str:
+    words = [certificate.chip, certificate.model.name]
+    words += [] if certificate.layers is None else [f"layers-{certificate.layers}"]
+    words += [f"seed-{certificate.seed}"] if certificate.seed else []
+    words += [certificate.compute_dtype] if dtype_asked else []
+    return "-".join(words).replace(":", "-").replace("/", "-").replace("@", "-")
 
 
 def exit_code(certificate: Certificate, use: Literal["train", "infer"]) -> int:

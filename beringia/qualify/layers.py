@@ -2,7 +2,8 @@
 
 What a layer magnifies does not reach the next one here, so a defect shows where it is, also one that no single operator
 shows. The bound is measured: the same layer on the CPU in the compute dtype, from weights moved by up to one unit in
-the last place.
+the last place. A reference, which may be that CPU, is held against float64's results rounded instead
+(`rounded_float64.py`).
 
 B samples, T tokens, D hidden.
 """
@@ -10,8 +11,8 @@ B samples, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,20 +42,27 @@ Tensors = dict[str, torch.Tensor]
 
 
 def probe_layers(
-    chip: Chip, subject: Subject, dtype: torch.dtype, traffic: Mapping[str, Traffic], routes: Routes
+    chip: Chip,
+    subject: Subject,
+    dtype: torch.dtype,
+    traffic: Mapping[str, Traffic],
+    routes: Routes,
+    *,
+    draws: int = DRAWS,
+    drawing: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Iterator[ProbeResult]:
-    """One result a layer."""
+    """One result a layer. `drawing`: inside it the CPU's draws are made."""
     here = subject.place(subject.build(), chip.device, dtype)
     plain, wide = (subject.place(subject.build(), _CPU, kind) for kind in (dtype, torch.float64))
     for name, one in traffic.items():
         found = _run(subject, here, name, one, routes, dtype)
         exact = _run(subject, wide, name, one, routes, torch.float64)
-        draws = []
-        for seed in range(DRAWS):
+        drawn = []
+        for seed in range(draws):
             draw = moved_by_rounding(seed, dtype)
-            with _moved(plain, name, draw), draw.moving_results():
-                draws.append(_run(subject, plain, name, one, routes, dtype))
-        yield _judged(name, found, exact, draws, dtype)
+            with _moved(plain, name, draw), draw.moving_results(), drawing():
+                drawn.append(_run(subject, plain, name, one, routes, dtype))
+        yield _judged(name, found, exact, drawn, dtype)
 
 
 def _run(

@@ -9,19 +9,19 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
-from beringia.errors import InputError
+from beringia.errors import InputError, Refusal
 from beringia.model import PRESETS
 from beringia.processes.command import Command, check_command
 from beringia.qualify.arithmetic.indices import probe_indices
-from beringia.qualify.bundle import BundleManifest, read_bundle, read_manifest
+from beringia.qualify.bundle import BundleManifest, origin_of, read_bundle, read_trusted
 from beringia.qualify.candidate import Extent, probe_candidate
 from beringia.qualify.effects import power_of
 from beringia.qualify.evidence import Opened, QualifyOrder, Unrepeatable
@@ -35,6 +35,8 @@ from beringia.qualify.trace import TraceExtent
 from beringia.qualify.verdict import judge
 from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
 from beringia.records.identity import ChipIdentity
+from beringia.records.inputs import weights_of
+from beringia.records.signature import Signed, load_or_create_key, public_key_of
 from beringia.version import __version__
 
 REFERENCE = "cpu"
@@ -66,9 +68,17 @@ class Request:
     soak_seconds: float = 0.0
     speed: bool = False
     collectives: bool = True
+    ranks: int = 2
+    """Devices that the collectives are tried on."""
     patience_seconds: float = 900.0
     command: Command = Command("the chip")
     """How its machine is reached, and where files are there."""
+    key: Path | None = None
+    """Private key that a bundle made here is signed with; None: this machine's."""
+    trusted_keys: tuple[str, ...] = ()
+    """Public keys of those whose bundles are believed; none: this machine's."""
+    given: frozenset[str] = frozenset()
+    """Names of the fields above that a bundle must have as they are here; in all others it decides."""
 
     def order(self, task: Literal["describe", "reference", "candidate"], bundle: Path) -> QualifyOrder:
         """What the process is to do."""
@@ -92,20 +102,26 @@ class Request:
             memory_bytes=self.memory_bytes,
             soak_seconds=self.soak_seconds,
             speed=self.speed,
+            key=None if self.key is None else str(self.key.absolute()),
         )
 
 
 Say = Callable[[str], None]
 
 
-def record_reference(request: Request, bundle: Path, limit_bytes: int, say: Say = lambda text: None) -> BundleManifest:
-    """`beringia reference`: record the request's chip, on this machine, into a bundle."""
+def record_reference(
+    request: Request, bundle: Path, limit_bytes: int, say: Say = lambda text: None
+) -> Signed[BundleManifest]:
+    """`beringia reference`: record the request's chip, on this machine, into a bundle; what it says, signed.
+
+    Raises Refusal for a chip that is not sound.
+    """
     with tempfile.TemporaryDirectory(prefix="beringia-") as directory:
         order = request.order("reference", bundle.absolute())
         order = order.model_copy(update={"limit_bytes": limit_bytes})
         log = Path(directory) / "reference.log"
         gather(order, request.command, log, patience_seconds=request.patience_seconds, say=say)
-    return read_manifest(bundle)
+    return read_trusted(bundle, (public_key_of(load_or_create_key(request.key)),))
 
 
 def request_for(chip: Chip, model: str, seed: int) -> Request:
@@ -140,16 +156,21 @@ def qualify(
     with tempfile.TemporaryDirectory(prefix="beringia-") as name:
         directory = Path(name)
         bundle = against if against is not None else reference_for(request, directory, say)
-        manifest = read_manifest(bundle)
-        request = _as_recorded(request, manifest, bundle)
+        own = public_key_of(load_or_create_key(request.key))
+        signed = read_trusted(bundle, request.trusted_keys if against is not None and request.trusted_keys else (own,))
+        request = _as_recorded(request, signed.record, bundle)
         say("probing the chip")
         far = FarChip.of(request.command, directory, request.patience_seconds)
-        order = far.sent(request.order("candidate", bundle.absolute()))
+        origin = origin_of(signed)
+        order = request.order("candidate", bundle.absolute()).model_copy(
+            update={"bundle_hash": origin.hash, "recompute": signed.public_key != own}
+        )
+        order = far.sent(order)
         evidence = far.gather(order, say)
         assert evidence.opened is not None
         _check_same(request.chip, evidence.opened.identity, opened)
         probes = [*evidence.probes, *_in_processes_of_their_own(far, request, order, evidence, say)]
-    return _certificate(request, manifest, evidence, probes, time.perf_counter() - began)
+    return _certificate(request, signed, evidence, probes, time.perf_counter() - began)
 
 
 def _check_same(name: str, found: ChipIdentity, wanted: ChipIdentity | None) -> None:
@@ -174,13 +195,13 @@ def qualify_here(chip: Chip, subject: Subject, plan: TraceExtent = PLAN, say: Sa
     with tempfile.TemporaryDirectory(prefix="beringia-") as name:
         path = Path(name) / "reference.bundle"
         make_bundle(subject, Cpu(), chip.capabilities.compute_dtype, path, plan=plan, say=say)
-        bundle = read_bundle(path)
+        bundle, signed = read_bundle(path), read_trusted(path, (public_key_of(load_or_create_key()),))
     dtype = bundle.manifest.compute_dtype
     evidence = Evidence(opened=Opened(name=chip.name, identity=chip.identity, compute_dtype=dtype), complete=True)
     for line in probe_candidate(chip, subject, bundle, Extent(0, 0, 0.0, False)):
         evidence.take(line)
     request = Request(chip.name, subject.name, seed=subject.seed)
-    return _certificate(request, bundle.manifest, evidence, evidence.probes, time.perf_counter() - began)
+    return _certificate(request, signed, evidence, evidence.probes, time.perf_counter() - began)
 
 
 def reference_for(request: Request, directory: Path, say: Say = lambda text: None) -> Path:
@@ -193,13 +214,23 @@ def reference_for(request: Request, directory: Path, say: Say = lambda text: Non
         assert described.opened is not None
         dtype = described.opened.compute_dtype
     bundle = directory / f"reference-{dtype}.bundle"
-    if bundle.exists():
+    if bundle.exists() and _is_own(bundle, request.key):
         return bundle
     order = request.order("reference", bundle.absolute())
     here = order.model_copy(update={"chip": REFERENCE, "compute_dtype": dtype})
     begun = _begun_by("recording the reference", say)
     gather(here, Command("the reference"), directory / "reference.log", say=begun)
     return bundle
+
+
+def _is_own(bundle: Path, key: Path | None) -> bool:
+    """Whether it can be read and was made with this key; otherwise it is made anew: it may have come with a run's
+    directory from another machine, or be of another version."""
+    try:
+        read_trusted(bundle, (public_key_of(load_or_create_key(key)),))
+    except (InputError, Refusal):
+        return False
+    return True
 
 
 def _begun_by(stage: str, say: Say) -> Say:
@@ -215,7 +246,8 @@ def _begun_by(stage: str, say: Say) -> Say:
 
 
 def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Request:
-    """The request with what the bundle fixes. Raises InputError where the bundle is of another model."""
+    """The request with what the bundle fixes. Raises InputError where the bundle is of another model, or has other
+    values than were given."""
     same = {
         "seed": manifest.seed,
         "samples": manifest.samples,
@@ -227,6 +259,7 @@ def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Re
         "extent": manifest.extent,
         "run_tokens": manifest.run_tokens,
     }
+    _check_given(request, same, bundle)
     request = replace(request, **same)  # type: ignore[arg-type]  # fields of the same names and types
     own = DecoderSubject(request.model, request.seed, layers=request.layers).fingerprint()
     if (own.configuration, own.weights) != (manifest.model.configuration, manifest.model.weights):
@@ -236,6 +269,27 @@ def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Re
             "give the model that the bundle was made of, or make a bundle of this one."
         )
     return request
+
+
+_FLAGS = {"compute_dtype": "--dtype"}
+"""Of the command line, where they are not called as the field is."""
+
+
+def _check_given(request: Request, fixed: Mapping[str, Any], bundle: Path) -> None:
+    different = [name for name in fixed if name in request.given and getattr(request, name) != fixed[name]]
+    if different:
+        asked, found = (
+            ", ".join(f"{_FLAGS.get(name, f'--{name}')} {_value(values[name])}" for name in different)
+            for values in (vars(request), fixed)
+        )
+        raise InputError(
+            f"{asked} was given, but the bundle {bundle} was recorded with {found}: leave it out, or make a bundle "
+            "with what you want."
+        )
+
+
+def _value(value: Any) -> str:
+    return "all" if value is None else str(value)
 
 
 def _in_processes_of_their_own(
@@ -249,14 +303,21 @@ def _in_processes_of_their_own(
     results = probe_indices(order.chip, faults=order.faults, command=far.command, log=far.log("indices"))
     if request.collectives:
         say("collectives")
-        asked = CollectivesOrder(chip=order.chip, faults=order.faults, seed=request.seed, bandwidth=request.speed)
+        asked = CollectivesOrder(
+            chip=order.chip, faults=order.faults, seed=request.seed, ranks=request.ranks, bandwidth=request.speed
+        )
         results += collectives_at(far.command, asked, far.log("collectives"))
     return results
 
 
 def _certificate(
-    request: Request, manifest: BundleManifest, evidence: Evidence, probes: list[ProbeResult], seconds: float
+    request: Request,
+    signed: Signed[BundleManifest],
+    evidence: Evidence,
+    probes: list[ProbeResult],
+    seconds: float,
 ) -> Certificate:
+    manifest = signed.record
     opened = evidence.opened
     assert opened is not None
     power = power_of(manifest.batches)
@@ -269,9 +330,12 @@ def _certificate(
         identity=opened.identity,
         identity_hash=opened.identity.hash,
         reference=manifest.reference,
+        bundle=origin_of(signed),
         model=manifest.model.model_copy(
             update={"name": request.model if request.model in PRESETS else Path(request.model).name}
         ),
+        layers=manifest.layers,
+        weight_files=None if request.model in PRESETS else weights_of(request.model),
         compute_dtype=manifest.compute_dtype,
         seed=request.seed,
         verdict=judgement.verdict,

@@ -1,4 +1,4 @@
-"""Makes a bundle: float64, the reference chip, its noise, its calls."""
+"""Makes a bundle: float64, the reference chip, its noise, its calls; of a reference that is sound, or none."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from beringia.qualify.effects import RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.recording import Recorder
 from beringia.qualify.serving import scenarios
+from beringia.qualify.sound_reference import (
+    USED_AT_MOST,
+    Reference,
+    capped,
+    check_effects,
+    check_has_numbers,
+    check_operators,
+)
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.records.signature import load_or_create_key
 
 DRAWS = 4
 """Traces from moved weights: with six batches each, 24 distances for every gradient."""
@@ -29,15 +38,24 @@ def make_bundle(
     *,
     plan: TraceExtent,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
+    key: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Record `subject` on `chip` into a bundle at `path`; `say` hears what is being done."""
+    """Record `subject` on `chip` into a bundle at `path`, signed with the private key at `key` (None: this machine's);
+    `say` hears what is being done.
+
+    Raises Refusal, before anything is written, for a reference that is not sound (`sound_reference.py`), InputError for
+    a model, or a dtype, that gives no numbers.
+    """
     tracer = Tracer(subject, plan)
     say("float64 on the CPU")
     exact, routes = tracer.in_float64()
+    check_has_numbers(exact, subject.name)
+    reference = Reference(chip, subject, dtype, routes)
     say("the reference's operators")
     capture = CallCapture(limit_bytes)
     recording = Recorder(subject, chip, dtype, also=capture.take).record(tracer, routes)
+    check_operators(reference, recording.checks)
     assert recording.trace is not None, "a reference has every operator"
 
     def draws() -> Iterator[Trace]:
@@ -47,8 +65,14 @@ def make_bundle(
             yield tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change)
 
     noise = RoundingNoise.of(exact, recording.trace, draws())
+    say("whether the reference is sound")
+    traffic = {name: Traffic(x.to(dtype), gradient.to(dtype)) for name, (x, gradient) in tracer.traffic(routes).items()}
+    check_effects(reference, recording, noise, traffic)
     errors = {
-        error_key(check.module, check.operator, check.direction, check.ordinal): (check.error, check.used)
+        error_key(check.module, check.operator, check.direction, check.ordinal): (
+            check.error,
+            min(check.used, USED_AT_MOST),
+        )
         for check in recording.checks
         if check.error is not None
     }
@@ -75,8 +99,9 @@ def make_bundle(
             "errors": errors,
             "calls_left_out": capture.left_out,
         },
-        noise,
+        capped(noise),
         routes,
-        {name: Traffic(x.to(dtype), gradient.to(dtype)) for name, (x, gradient) in tracer.traffic(routes).items()},
+        traffic,
         capture.calls,
+        load_or_create_key(key),
     )

@@ -141,6 +141,8 @@ class TraceExtent:
     steps: int = 6
     whole: bool = False
     """Whether all ways of serving and training are tried, and not only a subset that covers them."""
+    scenarios: bool = True
+    """Whether any is, beside the batches."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,8 @@ class Tracer:
         self._subject = subject
         self._plan = plan
         self._batches = [subject.batch(number) for number in range(max(plan.batches, plan.steps))]
-        self._servings = subject.servings(whole=plan.whole)
-        self._unlike = subject.micro_batches(whole=plan.whole)
+        self._servings = subject.servings(whole=plan.whole) if plan.scenarios else ()
+        self._unlike = subject.micro_batches(whole=plan.whole) if plan.scenarios else ()
 
     @property
     def servings(self) -> tuple[Serving, ...]:

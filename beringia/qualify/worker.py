@@ -23,6 +23,7 @@ from beringia.qualify.candidate import Extent, probe_candidate
 from beringia.qualify.evidence import Begun, Fact, Opened, Probed, QualifyOrder
 from beringia.qualify.fitting import check_fits
 from beringia.qualify.probing import failure
+from beringia.qualify.recomputed import recompute
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.subject import DecoderSubject
 from beringia.qualify.trace import TraceExtent
@@ -59,14 +60,19 @@ def _make_reference(order: QualifyOrder, subject: DecoderSubject, chip: Chip, dt
     def say(text: str) -> None:
         write(Begun(probe=text))
 
-    make_bundle(subject, chip, dtype, Path(order.bundle), plan=plan, limit_bytes=order.limit_bytes, say=say)
+    key = None if order.key is None else Path(order.key)
+    make_bundle(subject, chip, dtype, Path(order.bundle), plan=plan, limit_bytes=order.limit_bytes, key=key, say=say)
 
 
 def _probe(order: QualifyOrder, subject: DecoderSubject, chip: Chip, write: Write) -> None:
     extent = Extent(order.longest, order.memory_bytes, order.soak_seconds, order.speed)
+    bundle = read_bundle(Path(order.bundle), order.bundle_hash)
+    if order.recompute:
+        write(Begun(probe="the bundle's float64"))
+        write(Probed(result=recompute(subject, bundle)))
     begun = "opening"
     try:
-        for line in probe_candidate(chip, subject, read_bundle(Path(order.bundle)), extent):
+        for line in probe_candidate(chip, subject, bundle, extent):
             if isinstance(line, Begun):
                 begun = line.probe
                 _say(line.probe)

@@ -1,20 +1,25 @@
 """The result of qualifying a chip for a model: evidence, verdict, reasons. What `certificates/*.json` hold.
 
-A certificate is for one chip identity and one model; `records/signature.py` signs it. Numbers that were not finite are
-written as null.
+A certificate is for one chip identity and for what was tried on it: a model (its configuration, its weights, how many
+of its layers), a dtype, beside a reference. `records/signature.py` signs it. Numbers that were not finite are written
+as null.
+
+Schema 1 said nothing of layers, files of weights and bundles. Such a certificate reads as it did, is written and signed
+without them, and what it does not say is not compared.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from beringia.records.identity import ChipIdentity
 from beringia.records.record import Record
 
-CERTIFICATE_SCHEMA = 1
+CERTIFICATE_SCHEMA = 2
+_SINCE_2 = ("layers", "weight_files", "bundle")
 
 Verdict = Literal["train", "infer", "unfit", "inconclusive"]
 """train: training and inference; infer: inference only; unfit: neither; inconclusive: too little evidence."""
@@ -28,11 +33,19 @@ PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Direction = Literal["forward", "backward", "optimizer", "decode"]
 
 
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Finite = Annotated[float | None, BeforeValidator(_finite_or_none)]
+"""A number, or None for what JSON has no word for: infinities and NaN."""
+
+
 class Measure(Record):
     """One measured quantity beside its bound."""
 
     name: str
-    value: float | None
+    value: Finite
     """None: not a finite number, which no bound allows."""
     bound: float
     """The largest value that a sound chip has."""
@@ -84,16 +97,16 @@ class OperatorCheck(Record):
     """Its other arguments, as text."""
     basis: str
     """How its bound is derived."""
-    error: float | None
+    error: Finite
     """Root mean square of the error over that of the float64 result."""
-    reference_error: float | None = None
+    reference_error: Finite = None
     """The same on the reference chip, where it made the same call."""
     measures: tuple[Measure, ...]
     worst_element: tuple[int, ...] = ()
     """Index of the element that used most of its bound."""
-    found: float | None = None
+    found: Finite = None
     """The element's value on the chip."""
-    expected: float | None = None
+    expected: Finite = None
     """The element's value in float64."""
     wrong_share: float = 0.0
     """Share of the elements beyond their bound."""
@@ -101,7 +114,7 @@ class OperatorCheck(Record):
     """Lowest index of such an element, in each dimension."""
     wrong_to: tuple[int, ...] = ()
     """Highest index of such an element, in each dimension."""
-    factor: float | None = None
+    factor: Finite = None
     """What the float64 result has to be multiplied with to be nearest to the chip's; only where the bound is broken."""
     refused: str = ""
     """The chip's words where it could not carry out the operator."""
@@ -154,6 +167,15 @@ def _says_nothing(value: object) -> bool:
     return not value
 
 
+class BundleOrigin(Record):
+    """Which recording of a reference the chip was compared with."""
+
+    hash: str
+    """SHA-256 of the bundle's manifest, which has that of its tensors."""
+    public_key: PublicKey
+    """Who signed it."""
+
+
 class Certificate(Record):
     """All of it, to be signed."""
 
@@ -167,7 +189,13 @@ class Certificate(Record):
     identity_hash: str
     reference: ChipIdentity
     """The chip whose numbers it was compared with, beside float64."""
+    bundle: BundleOrigin | None = None
+    """Its recording."""
     model: ModelFingerprint
+    layers: int | None = None
+    """Only so many of the model's layers were tried; None: all."""
+    weight_files: str | None = None
+    """Hash of the files that hold the weights, of a model directory; None for a preset."""
     compute_dtype: str
     seed: int
     verdict: Verdict
@@ -189,6 +217,23 @@ class Certificate(Record):
     """Those that were, beside the batches."""
     untried: tuple[str, ...] = Field(default=(), exclude_if=_says_nothing)
     """What people do with such a model, and was not tried."""
+
+    @model_serializer(mode="wrap")
+    def _as_its_schema_has_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A signature is over the fields that its schema had."""
+        document: dict[str, Any] = write(self)
+        return {name: value for name, value in document.items() if self.schema_version > 1 or name not in _SINCE_2}
+
+    @property
+    def scope(self) -> str:
+        """What it is for, beside the chip: `r2-nano, 2 of its layers, in bfloat16`."""
+        part = "" if self.layers is None else f", {self.layers} of its layers"
+        return f"{self.model.name}{part}, in {self.compute_dtype}"
+
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """Kinds of probes that it has."""
+        return tuple(dict.fromkeys(probe.probe for probe in self.probes))
 
     def allows(self, use: Literal["train", "infer"]) -> bool:
         """Whether the chip may be used so."""

@@ -24,6 +24,7 @@ Section = TypeVar("Section", bound=Record)
 
 _MODEL_FILES = {".json", ".jinja", ".safetensors"}
 """What is read of a Hugging Face directory; a README beside them changes nothing."""
+_WEIGHTS = ".safetensors"
 
 
 class InputFile(Record):
@@ -51,6 +52,12 @@ class Input(Record):
         """SHA-256 over names and contents, not over where and when; None where there are no files."""
         return canonical_hash([[file.name, file.sha256] for file in self.files]) if self.files else None
 
+    @property
+    def weights(self) -> str | None:
+        """SHA-256 over names and contents of the files that hold weights; None where there are none."""
+        held = [[file.name, file.sha256] for file in self.files if file.name.endswith(_WEIGHTS)]
+        return canonical_hash(held) if held else None
+
 
 class Inputs(Record):
     """All inputs of a run, by key of the recipe."""
@@ -77,6 +84,13 @@ NO_INPUTS = Inputs(inputs={})
 def look_at_inputs(recipe: Recipe, before: Inputs = NO_INPUTS) -> Inputs:
     """What the recipe's paths hold now. What can no longer be seen where it was counts as unchanged."""
     return Inputs(inputs={key: look_at(key, path, before.inputs.get(key)) for key, path in _paths(recipe) if path})
+
+
+def weights_of(path: str, known: Inputs = NO_INPUTS) -> str | None:
+    """Hash of the weights in a model's directory; files that `known` has as they are now are not read again."""
+    place = str(Path(path).absolute())
+    before = next((one for one in known.inputs.values() if one.place == place), None)
+    return look_at("model.path", path, before and before.model_copy(update={"path": path})).weights
 
 
 def _paths(recipe: Recipe) -> Iterator[tuple[str, str | None]]:

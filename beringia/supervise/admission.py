@@ -1,9 +1,12 @@
 """Whether a chip may train: what the run directory's certificates say of the chip that a worker has opened.
 
 A certificate counts when its signature holds (by a key that the recipe trusts, where it names any), its chip identity
-is the opened chip's, it is about the dtype that the chip computes in, and its model's configuration is the recipe's. Of
-several the newest that decides counts: a later `unfit` overrules an earlier `train`, a later `inconclusive` only where
-a probe of it ruled training out.
+is the opened chip's, it is about the dtype that the chip computes in, its model's configuration is the recipe's, and it
+is about all layers. Where the recipe names a model directory, it must be about those files of weights, as they were
+when the run began: outliers of trained weights are what it was tried with. Steps change weights, so those of later
+steps are not compared; nor are a preset's, which are drawn: another seed's are as good evidence. Of several the newest
+that decides counts: a later `unfit` overrules an earlier `train`, a later `inconclusive` only where a probe of it ruled
+training out.
 
 Reads files; decides nothing about the run (`decide.py` does) and imports no torch.
 """
@@ -16,10 +19,12 @@ from pathlib import Path
 from beringia.errors import InputError, ModelError, Refusal
 from beringia.records.certificate import Certificate, Verdict
 from beringia.records.events import ChipOpened, Fallback, Unqualified
+from beringia.records.inputs import weights_of
 from beringia.records.model_source import configuration_hash
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.records.signature import read_signed, verify
+from beringia.supervise.run_files import recorded_inputs
 
 
 def admission(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> Fallback | Unqualified | None:
@@ -49,6 +54,7 @@ def _evidence(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> _Evidenc
         configuration = configuration_hash(model.preset, model.path)
     except ModelError as problem:
         return _Evidence(None, f"no certificate can be compared with the model. {problem}".rstrip("."))
+    weights = None if model.path is None else weights_of(model.path, recorded_inputs(run))
     fitting: list[tuple[str, Certificate]] = []
     others: list[str] = []
     for path in _about(opened.chip, recipe, run):
@@ -58,7 +64,7 @@ def _evidence(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> _Evidenc
         except (InputError, Refusal) as problem:
             others.append(f"{path.name} does not count: {str(problem).rstrip('.')}")
             continue
-        why_not = _mismatch(signed.record, opened, configuration)
+        why_not = _mismatch(signed.record, opened, configuration, weights)
         if why_not is None:
             fitting.append((path.name, signed.record))
         else:
@@ -79,7 +85,7 @@ def _about(label: str | None, recipe: Recipe, run: RunDirectory) -> list[Path]:
     return sorted(path for path in run.certificates.glob("*.json") if path.name not in others)
 
 
-def _mismatch(certificate: Certificate, opened: ChipOpened, configuration: str) -> str | None:
+def _mismatch(certificate: Certificate, opened: ChipOpened, configuration: str, weights: str | None) -> str | None:
     """Why a valid certificate says nothing about this chip or model."""
     if certificate.identity_hash != opened.identity_hash:
         changed = certificate.identity.differences(opened.identity)
@@ -91,6 +97,11 @@ def _mismatch(certificate: Certificate, opened: ChipOpened, configuration: str) 
         return f"is for computing in {certificate.compute_dtype}, and the run computes in {opened.compute_dtype}"
     if certificate.model.configuration != configuration:
         return f"is for another model, {certificate.model.name}"
+    if certificate.layers is not None:
+        return f"is for {certificate.layers} of the model's layers, and the run trains all of them"
+    tried = certificate.weight_files
+    if tried is not None and weights is not None and tried != weights:
+        return f"is for other weights of {certificate.model.name} ({tried[:12]}, here {weights[:12]})"
     return None
 
 

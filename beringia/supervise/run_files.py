@@ -91,7 +91,7 @@ def examine_run(recipe: Recipe, run: RunDirectory) -> Examined:
         return Examined(recipe, NO_INPUTS)
     found, rows = _recorded(run)
     before, now = (settle(one, found.train.horizon) for one in (found, _in_steps(recipe, found, rows)))
-    known = _recorded_inputs(run)
+    known = recorded_inputs(run)
     inputs = _look(now, run, known)
     changes = changes_between(before, now)
     opened = _opened(run) if any(rule_of(key) is Rule.OPENED for key in changes) else frozenset()
@@ -139,7 +139,7 @@ def taking_run(
 
 def _begin(recipe: Recipe, run: RunDirectory) -> Examined:
     """What a new run's recipe names, looked at and made ready."""
-    inputs, before = _look(recipe, run, NO_INPUTS), _recorded_inputs(run)
+    inputs, before = _look(recipe, run, NO_INPUTS), recorded_inputs(run)
     if run.model.exists() and inputs.content(RUN) != before.content(RUN):
         raise RunError(
             f"{run.model} was left by a start with another checkpoint: remove it, or choose a new directory with --out."
@@ -218,7 +218,7 @@ def _may_be_there(path: Path, run: RunDirectory) -> bool:
 
 def _are_inputs(run: RunDirectory) -> bool:
     try:
-        return run.inputs.exists() and bool(_recorded_inputs(run))
+        return run.inputs.exists() and bool(recorded_inputs(run))
     except (RunError, OSError):
         return False
 
@@ -270,10 +270,11 @@ def recorded_recipe(run: RunDirectory) -> Recipe:
     if not run.resolved_recipe.exists():
         raise RunError(f"{run.root} is not a run directory: it has no {run.resolved_recipe.name}.")
     recipe, _ = _recorded(run)
-    return with_own_model(placed(recipe, look_at_inputs(recipe, _recorded_inputs(run))), run)
+    return with_own_model(placed(recipe, look_at_inputs(recipe, recorded_inputs(run))), run)
 
 
-def _recorded_inputs(run: RunDirectory) -> Inputs:
+def recorded_inputs(run: RunDirectory) -> Inputs:
+    """The files that the run was made from, as they were last looked at. Raises RunError."""
     if not run.inputs.exists():  # a run that was begun before there was such a file
         return NO_INPUTS
     try:

@@ -25,6 +25,8 @@ PER_PEER = frozenset({"reduce-scatter", "all-to-all"})
 """Of these a rank contributes one piece for each rank."""
 SIZES = (1, 7, 1023, 65_537, 1_048_577)
 """Elements of a piece: alone, odd, beside a power of two, and past where libraries change their protocol."""
+LARGE = 2_621_441
+"""Elements past 2^21, of what training adds up over ranks: a bucket of gradients has 25 MiB."""
 WHOLE_LIMIT = 8
 """Largest whole number. bfloat16 has 8 significant bits, so sums of up to 256 / 8 = 32 ranks are exact in it, and in
 float16 and float32 all the more."""
@@ -97,7 +99,7 @@ def cases(compute_dtype: torch.dtype) -> list[Case]:
         Case(collective, dtype, size, fill)
         for collective in COLLECTIVES
         for dtype in dtypes
-        for size in SIZES
+        for size in (*SIZES, *([LARGE] if collective == "all-reduce" else []))
         for fill in (("random", "whole") if collective in SUMS else ("random",))
     ]
 

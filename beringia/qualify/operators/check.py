@@ -51,6 +51,8 @@ SMALL_COUNT = 8
 """Fewer small numbers than these say nothing: one beside the limit may be rounded to zero."""
 WRONG_FORM = "results of another form"
 """The measure of a result whose shape, dtype or layout is not torch's."""
+WRONG_INTEGERS = "other integers"
+"""The measure of a result of whole numbers."""
 _SMALLEST = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
 """The spacing of numbers below the smallest normal one where operators compute."""
 _BASIS_SMALL = "subnormal results that became zero; a chip that keeps them loses none"
@@ -173,6 +175,16 @@ def refused(call: RefusedCall) -> OperatorCheck:
         measures=(),
         refused=call.words,
     )
+
+
+def has_wrong_integers(check: OperatorCheck) -> bool:
+    """Whether whole numbers are other ones: what they name is another thing, however small the difference."""
+    return any(measure.name == WRONG_INTEGERS and measure.used > 1.0 for measure in check.measures)
+
+
+def wrong_form_words(check: OperatorCheck) -> str:
+    """What it has in place of what; empty where its results have torch's form."""
+    return next((measure.reason for measure in check.measures if measure.name == WRONG_FORM), "")
 
 
 def _named_places(call: Call) -> tuple[torch.Tensor, ...]:
@@ -418,7 +430,7 @@ def _judge_integers(found: torch.Tensor, exact: torch.Tensor) -> Judged:
         element = _largest_in(differ)
         values = float(found[element]), float(exact[element])
         worst = _Worst(element, *values, abs(values[0] - values[1]), 0.5)
-    measure = Measure(name="other integers", value=count, bound=0.5, unit="elements", reason="integers are exact")
+    measure = Measure(name=WRONG_INTEGERS, value=count, bound=0.5, unit="elements", reason="integers are exact")
     return (measure,), worst, None
 
 

@@ -17,6 +17,7 @@ from beringia.report.frame import Fact, PageTable
 from beringia.report.words import duration, percent, share_words, short_hash, significant
 
 KINDS = (
+    "reference",
     "arithmetic",
     "operators",
     "replay",

@@ -85,6 +85,7 @@ def _properties(certificate: Certificate) -> dict[str, str]:
         "truth": certificate.identity.truth,
         "identity": certificate.identity_hash,
         "model": certificate.model.name,
+        "scope": certificate.scope,
         "beringia": certificate.beringia,
     }
 

@@ -42,7 +42,8 @@ def verdict_sentence(certificate: Certificate) -> Sentence:
     """`Ascend 910B (emulated): serve on it, do not train on it: aten.mm of model.layers.3 is wrong (backward).`"""
     identity, verdict = certificate.identity, certificate.verdict
     because = _because(certificate).strip().rstrip(".")
-    return Sentence(identity.sku, identity.truth, _ADVICE[verdict], because)
+    part = "" if certificate.layers is None else f", for {certificate.layers} of the layers of {certificate.model.name}"
+    return Sentence(identity.sku, identity.truth, _ADVICE[verdict] + part, because)
 
 
 def chip_words(identity: ChipIdentity) -> str:
@@ -92,7 +93,7 @@ def _why_sound(certificate: Certificate) -> str:
     if wrong:
         return f"what {probes} found rules nothing out, though {wrong}"
     checks = count(len(certificate.operators), "operator check")
-    return f"{checks} and {probes} found nothing against it for {certificate.model.name}"
+    return f"{checks} and {probes} found nothing against it for {certificate.scope}"
 
 
 def _why_open(certificate: Certificate) -> str:

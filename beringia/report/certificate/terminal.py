@@ -22,6 +22,7 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
     """The end of a qualification; the caller prints the page's path under it."""
     width = min(TABLE_COLUMNS, console.width)
     console.print(Text(str(verdict_sentence(certificate)), style="bold"), width=width)
+    _print_named("for", (certificate.scope,), console, width)
     _print_named("because", certificate.reasons, console, width)
     if certificate.first_wrong is not None:
         _print_named("wrong", _first_wrong_lines(certificate), console, width)

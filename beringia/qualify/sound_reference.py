@@ -1,0 +1,218 @@
+"""Whether a reference may be one: its own recording, judged before a bundle is written.
+
+A candidate is held against what the reference did, so a fault of the reference would make the candidate's same fault
+sound. What is asked, and what none of the reference's own noise answers:
+
+1. are there numbers at all? A model that gives NaN in float64 can be compared with nothing
+2. did each operator and each layer give what float64 gives? What is beyond its bound is no harm yet: a sound CPU has a
+   few such calls in a trained model. So then: is the first pass farther from float64 than a candidate's may be, beside
+   draws of float64's results rounded once (`rounded_float64.py`), which no kernel of the reference has touched?
+3. is its own trace as far from float64 as its draws are, in the median batch? In a single batch a rounding may tip
+   over; that counts for no more than the farthest draw does (`capped`)
+
+What the optimizer does is not in a first pass; there a call's own error is what is judged. So it is in float32, where a
+sound chip's sums round as often as its results: float64's results, rounded once, have less noise than any chip, and
+draws of the CPU take their place, which judge any reference but the CPU itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+
+from beringia.chips.chip import Chip
+from beringia.chips.cpu import Cpu
+from beringia.errors import InputError, Refusal
+from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.qualify.effects import (
+    DRAW_ALLOWED,
+    EFFECT_ALLOWED,
+    IN_THE_MEDIAN,
+    RoundingNoise,
+    cell_of,
+    judge_sketches,
+)
+from beringia.qualify.layers import Traffic, probe_layers
+from beringia.qualify.locate import first_wrong
+from beringia.qualify.operators.check import has_wrong_integers, wrong_form_words
+from beringia.qualify.recording import Recording
+from beringia.qualify.rounded_float64 import RoundedFloat64
+from beringia.qualify.subject import Subject
+from beringia.qualify.trace import NOT_FINITE, ChosenRoutes, Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.records.certificate import OperatorCheck, ProbeResult
+
+SOUND_DRAWS = 3
+"""Of the first pass: outputs, every gradient, a step of decoding; made only where something is beyond its bound."""
+LAYER_DRAWS = 1
+"""Of each layer where what it shows is looked at again: its tensors have thousands of elements, over which norms are
+even."""
+USED_AT_MOST = EFFECT_ALLOWED
+"""Share of its bound that a reference's call is taken to have used. A call at its bound is 1.25 times as far off as a
+sound chip's, and a sound chip's whole trace has effects of up to 0.8 (`docs/qualify.md`): with every call at its bound
+the effect is 1, and with every call at so many times its bound it is what a chip is refused for. A single call may be
+farther off without harm; a candidate is allowed nothing for that."""
+_ADVICE = (
+    "No bundle was written: record on a chip or a machine that is sound, and give `beringia qualify` this one to learn "
+    "what else is wrong with it"
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is judged: a chip with a subject in a dtype."""
+
+    chip: Chip
+    subject: Subject
+    dtype: torch.dtype
+    routes: ChosenRoutes
+    """Float64's."""
+
+    @property
+    def drawing(self) -> Callable[[], AbstractContextManager[object]]:
+        """Inside it the draws are made that this reference is judged beside."""
+        return RoundedFloat64 if _rounds_once(self.dtype) else nullcontext
+
+    @property
+    def name(self) -> str:
+        """For a sentence: `cpu (Intel Xeon), as a reference for r2-nano in bfloat16,`."""
+        word = str(self.dtype).removeprefix("torch.")
+        return f"{self.chip.name} ({self.chip.identity.sku}), as a reference for {self.subject.name} in {word},"
+
+
+def check_has_numbers(exact: Trace, name: str) -> None:
+    """Raise InputError where the model gives numbers that are not finite in float64 already."""
+    if _is_finite(exact):
+        return
+    raise InputError(
+        f"{name} was to be qualified, but already in float64 it gives losses, outputs or gradients that are infinite "
+        "or NaN: there is nothing to compare a chip with. Give a model whose numbers are finite."
+    )
+
+
+def check_operators(reference: Reference, checks: Sequence[OperatorCheck]) -> None:
+    """Raise Refusal for a call of the reference that no effect excuses: an operator that is missing, other integers, a
+    result of another form than torch's; where no effect is judged, one beyond `USED_AT_MOST`."""
+    wrong = [one for one in checks if one.used > 1.0]
+    if any(_is_grave(one, reference.dtype) for one in wrong):
+        raise Refusal(f"{reference.name} is not sound: {_wrong_call(wrong[0])}. {_ADVICE}.")
+
+
+def check_effects(
+    reference: Reference, recording: Recording, noise: RoundingNoise, traffic: Mapping[str, Traffic]
+) -> None:
+    """Raise Refusal where the reference harms the model, InputError where its dtype does not hold the model's numbers.
+    `noise`: float64, the reference's trace and its draws, as they were found."""
+    assert recording.trace is not None, "a reference has every operator"
+    wrong = first_wrong(recording.checks)
+    if not _is_finite(recording.trace) or not _are_finite(noise):
+        _refuse_without_numbers(reference, wrong)
+    layer = next((one for one in _layers(reference, traffic) if one.outcome == "failed"), None)
+    harm = _beside_draws(noise, recording.trace)
+    if wrong is not None or layer is not None:
+        harm += _beside_others(reference, noise.exact, recording.trace)
+    if harm:
+        first = f"{_wrong_call(wrong)}, and " if wrong is not None else f"{layer.summary}, and " if layer else ""
+        raise Refusal(f"{reference.name} is not sound: {first}{harm[0].summary}. {_ADVICE}.")
+
+
+def _refuse_without_numbers(reference: Reference, wrong: OperatorCheck | None) -> NoReturn:
+    """Whose fault it is that the reference has none: the dtype's, where float64's results rounded to it have none."""
+    if not _is_finite(next(_sound_draws(reference))):
+        raise InputError(
+            f"{reference.name} cannot be recorded: in that dtype the model overflows, also where every operator gives "
+            "float64's result, rounded. Give a dtype with more exponent bits (bfloat16, float32), or a model whose "
+            "numbers are smaller."
+        )
+    first = "no watched call is wrong" if wrong is None else _wrong_call(wrong)
+    raise Refusal(
+        f"{reference.name} is not sound: {first}, and it gives infinities or NaN where float64 has numbers. {_ADVICE}."
+    )
+
+
+def capped(noise: RoundingNoise) -> RoundingNoise:
+    """With the reference's own distances no larger than what its draws allow a chip: where its trace alone tipped over,
+    or a fault struck it alone, no bound becomes wider for that."""
+    farthest: dict[tuple[str, str], float] = {}
+    for one in noise.drawn:
+        for (kind, name, _), far in one.items():
+            farthest[kind, name] = max(far, farthest.get((kind, name), 0.0))
+    own = {cell: min(far, DRAW_ALLOWED * farthest[cell[:2]]) for cell, far in noise.own.items()}
+    return replace(noise, own=own)
+
+
+def _is_grave(check: OperatorCheck, dtype: torch.dtype) -> bool:
+    alone = check.direction == "optimizer" or not _rounds_once(dtype)
+    too_far = alone and check.used > USED_AT_MOST
+    return bool(check.refused) or has_wrong_integers(check) or bool(wrong_form_words(check)) or too_far
+
+
+def _rounds_once(dtype: torch.dtype) -> bool:
+    """Whether the rounding of a sound chip's results is nearly all its noise, its sums being much more exact."""
+    return UNIT_ROUNDOFF[dtype] > UNIT_ROUNDOFF[torch.float32]
+
+
+def _wrong_call(check: OperatorCheck) -> str:
+    if check.refused:
+        return f"it does not have {check.name} ({check.refused})"
+    return f"{check.name} is {wrong_form_words(check) or f'{check.used:.3g} times its bound'}"
+
+
+def _layers(reference: Reference, traffic: Mapping[str, Traffic]) -> Iterator[ProbeResult]:
+    if reference.drawing is nullcontext and reference.chip.device.type == "cpu":
+        return iter(())  # it would be held against itself
+    batch = reference.routes.batches[0]
+    of = reference.chip, reference.subject, reference.dtype
+    return probe_layers(*of, traffic, batch, draws=LAYER_DRAWS, drawing=reference.drawing)
+
+
+def _beside_draws(noise: RoundingNoise, trace: Trace) -> list[ProbeResult]:
+    """Groups in whose median batch the trace is farther off than its draws, which alone are the floor here; and ways of
+    serving that are, of which the draws are one pass over the whole."""
+    judged = judge_sketches(replace(noise, own=dict.fromkeys(noise.own, 0.0)), trace)
+    return [
+        one
+        for one in judged
+        if any(
+            (part.name == IN_THE_MEDIAN or one.subject.startswith("serve ")) and part.used > 1.0
+            for part in one.measures
+        )
+    ]
+
+
+def _beside_others(reference: Reference, exact: Trace, found: Trace) -> list[ProbeResult]:
+    """Groups of the first pass that are farther off than draws that are not the reference's."""
+    first = _first_batch(exact.sketches)
+    noise = RoundingNoise.of(first, first, _sound_draws(reference))
+    return [one for one in judge_sketches(noise, _first_batch(found.sketches)) if one.outcome == "failed"]
+
+
+def _sound_draws(reference: Reference) -> Iterator[Trace]:
+    tracer = Tracer(reference.subject, TraceExtent(batches=1, steps=0, scenarios=False))
+    for seed in range(SOUND_DRAWS):
+        change = moved_by_rounding(seed, reference.dtype)
+        with reference.drawing():
+            draw = tracer.on_chip(Cpu(), reference.dtype, reference.routes, begin_step=lambda: None, change=change)
+        yield _first_batch(draw.sketches)
+
+
+def _first_batch(sketches: Mapping[str, torch.Tensor]) -> Trace:
+    """Outputs and gradients of the first batch, and decoding, without losses."""
+    none = torch.zeros(0)
+    kept = {name: one for name, one in sketches.items() if cell_of(name)[0] == "decode" or cell_of(name)[2] == "0"}
+    return Trace(kept, none, none)
+
+
+def _are_finite(noise: RoundingNoise) -> bool:
+    """Whether every draw has numbers."""
+    losses = bool(noise.losses_PK.isfinite().all() and noise.losses_PN.isfinite().all())
+    return losses and all(math.isfinite(far) for one in noise.drawn for far in one.values())
+
+
+def _is_finite(trace: Trace) -> bool:
+    losses = torch.cat([trace.losses_K, trace.losses_N])
+    return bool(losses.isfinite().all()) and not any(name.endswith(NOT_FINITE) for name in trace.sketches)

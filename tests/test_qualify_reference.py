@@ -1,0 +1,241 @@
+"""A reference is judged before it is one: a faulty chip, also a faulty CPU, makes no bundle."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import SmallSubject, opened
+from torch import nn
+from wrong_kernels import emulated_with
+
+from beringia.chips.chip import Chip
+from beringia.chips.cpu import Cpu
+from beringia.errors import InputError, Refusal
+from beringia.model import Decoder
+from beringia.qualify.bundle import read_bundle
+from beringia.qualify.candidate import beside_reference
+from beringia.qualify.effects import DRAW_ALLOWED, RoundingNoise
+from beringia.qualify.issue import issue
+from beringia.qualify.qualification import qualify_here
+from beringia.qualify.recording import Recorder
+from beringia.qualify.reference import make_bundle
+from beringia.qualify.rounded_float64 import RoundedFloat64
+from beringia.qualify.sound_reference import USED_AT_MOST, capped
+from beringia.qualify.subject import Batch, ModuleSubject
+from beringia.qualify.trace import Trace, TraceExtent, Tracer
+from beringia.records.certificate import Certificate
+from beringia.records.signature import read_signed
+
+SUBJECT = SmallSubject("llama")
+PLAN = TraceExtent(batches=3, steps=1)
+
+
+def record(chip: Chip, path: Path, *, subject: SmallSubject = SUBJECT, dtype: torch.dtype = torch.bfloat16) -> None:
+    make_bundle(subject, chip, dtype, path, plan=PLAN, limit_bytes=0)
+
+
+@contextmanager
+def silu_times(factor: float) -> Iterator[None]:
+    """This machine's CPU with a `silu` that is wrong by a factor in every dtype but float64."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def silu(x: torch.Tensor) -> torch.Tensor:
+        right = x * torch.sigmoid(x)
+        return right if x.dtype == torch.float64 else right * factor
+
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch's, that a kernel is replaced
+        library.impl("silu", silu, "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.mark.parametrize(
+    ("fault", "operator"),
+    [
+        ('kind = "wrong-backward"\nlength = 8\nstrength = 0.8', "attention"),
+        pytest.param('kind = "mask-ignored"\nlength = 8', "attention", marks=pytest.mark.slow),
+        ('kind = "short-accumulator"\nbits = 4', "aten.mm"),
+        pytest.param(
+            'kind = "stuck-tile"\ndirection = "forward"\nrow = 0\ncolumn = 1\nvalue = 1.0',
+            "aten.mm",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_chip_whose_fault_harms_the_model_is_no_reference(tmp_path: Path, fault: str, operator: str) -> None:
+    with opened("emulated:h800", fault, tmp_path) as chip, pytest.raises(Refusal, match="not sound") as refused:
+        record(chip, tmp_path / "x.bundle")
+    words = str(refused.value)
+    assert operator in words and "times its bound" in words and "\n" not in words
+    assert not (tmp_path / "x.bundle").exists()
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.2), (torch.float32, 1.01)])
+def test_a_cpu_with_a_wrong_kernel_is_no_reference_although_all_that_it_draws_has_the_same_fault(
+    tmp_path: Path, dtype: torch.dtype, factor: float
+) -> None:
+    with silu_times(factor), pytest.raises(Refusal, match=r"model\.layers\.0\.mlp: aten\.silu\.default \(forward"):
+        record(Cpu(), tmp_path / "x.bundle", dtype=dtype)
+    assert not (tmp_path / "x.bundle").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_a_sound_cpu_is_a_reference(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    record(Cpu(), tmp_path / "x.bundle", subject=SmallSubject(family), dtype=dtype)
+    assert (tmp_path / "x.bundle").exists()
+
+
+def test_a_harmless_wrong_call_of_the_reference_excuses_no_more_of_a_candidate_than_the_limit(tmp_path: Path) -> None:
+    with silu_times(1.01):
+        record(Cpu(), tmp_path / "x.bundle")
+        errors = read_bundle(tmp_path / "x.bundle").manifest.errors
+        assert max(used for _, used in errors.values()) == USED_AT_MOST
+        tracer = Tracer(SUBJECT, PLAN)
+        found = Recorder(SUBJECT, Cpu(), torch.bfloat16).record(tracer, tracer.in_float64()[1])
+    beside = [beside_reference(check, errors) for check in found.checks]
+    assert {check.operator for check in beside if check.used > 1.0} == {"aten.silu.default"}
+
+
+def test_float64_rounded_is_the_same_whatever_the_kernels_are() -> None:
+    batch = SUBJECT.batch(0)
+
+    def gradients() -> list[torch.Tensor]:
+        model = SUBJECT.place(SUBJECT.build(), torch.device("cpu"), torch.bfloat16)
+        with RoundedFloat64():
+            SUBJECT.loss(model, batch).backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    sound = gradients()
+    with silu_times(3.0):
+        struck = gradients()
+    assert len(sound) > 10 and all(torch.equal(one, other) for one, other in zip(sound, struck, strict=True))
+
+
+# ---- no numbers
+
+
+@dataclass(frozen=True)
+class ChangedSubject(SmallSubject):
+    """With its embeddings changed."""
+
+    change: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+
+    def build(self) -> Decoder:
+        decoder = super().build()
+        with torch.no_grad():
+            weight = decoder.get_parameter("model.embed_tokens.weight")
+            weight.copy_(self.change(weight))
+        return decoder
+
+
+def test_a_model_that_gives_nan_in_float64_is_an_input_error(tmp_path: Path) -> None:
+    subject = ChangedSubject("llama", change=lambda weight: weight * float("nan"))
+    with pytest.raises(InputError, match="llama .* already in float64"):
+        record(Cpu(), tmp_path / "x.bundle", subject=subject)
+
+
+def test_a_dtype_that_does_not_hold_the_models_numbers_is_an_input_error_that_names_others(tmp_path: Path) -> None:
+    subject = ChangedSubject("llama", change=lambda weight: weight * 1e5)
+    record(Cpu(), tmp_path / "x.bundle", subject=subject)
+    with pytest.raises(InputError, match="in float16.*the model overflows.*bfloat16"):
+        record(Cpu(), tmp_path / "y.bundle", subject=subject, dtype=torch.float16)
+    assert not (tmp_path / "y.bundle").exists()
+
+
+# ---- its own trace
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=5), st.floats(0, float("inf")))
+def test_its_own_trace_counts_for_no_more_than_the_farthest_draw_allows(draws: list[float], own: float) -> None:
+    cell = ("outputs", "", "0")
+    nothing = torch.zeros(0)
+    noise = RoundingNoise(Trace({}, nothing, nothing), {cell: own}, tuple({cell: far} for far in draws), *[nothing] * 2)
+    assert capped(noise).own[cell] == min(own, DRAW_ALLOWED * max(draws))
+
+
+def test_a_reference_that_is_off_in_its_own_trace_alone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault that strikes while nobody watches, and not when the draws are made."""
+    record_all = Recorder.record
+
+    def struck(self: Recorder, *arguments: object) -> object:
+        found = record_all(self, *arguments)  # type: ignore[arg-type]
+        assert found.trace is not None
+        moved = {name: sketch * 1.5 for name, sketch in found.trace.sketches.items()}
+        found.trace = replace(found.trace, sketches=moved)
+        return found
+
+    monkeypatch.setattr(Recorder, "record", struck)
+    with pytest.raises(Refusal, match="times what rounding explains"):
+        record(Cpu(), tmp_path / "x.bundle")
+
+
+# ---- candidates without numbers
+
+
+def nan_first(x: torch.Tensor) -> torch.Tensor:
+    """`silu` with NaN in its first element."""
+    right = torch.nn.functional.silu(x.cpu())
+    right.view(-1)[0] = float("nan")
+    return right.to(x.device)
+
+
+def test_a_candidate_that_gives_nan_is_unfit_and_its_certificate_can_be_signed_and_read(tmp_path: Path) -> None:
+    with emulated_with({torch.ops.aten.silu.default: nan_first}) as chip:
+        found = qualify_here(chip, SUBJECT, PLAN)
+    assert found.verdict == "unfit" and found.first_wrong is not None
+    assert found.first_wrong.check.operator == "aten.silu.default" and found.first_wrong.check.found is None
+    issued = issue(found, tmp_path, tmp_path / "key.pem")
+    assert read_signed(Path(issued.paths["certificate"]), Certificate).record == found
+
+
+class Recurrent(nn.Module):
+    """An LSTM, which the CPU has as one operator without a float64 form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 16, batch_first=True)
+        self.head = nn.Linear(16, 5)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        head: torch.Tensor = self.head(self.lstm(x_BTD)[0])
+        return head
+
+
+def of_sequences(number: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    return {"x": torch.randn(4, 6, 8, generator=generator)}
+
+
+def recurrent_outputs(model: nn.Module, batch: Batch) -> torch.Tensor:
+    outputs: torch.Tensor = model(batch["x"].to(next(model.parameters()).dtype))
+    return outputs
+
+
+def test_a_module_with_an_operator_that_float64_cannot_replay_is_judged_by_lockstep_and_told() -> None:
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return recurrent_outputs(model, batch).square().mean()
+
+    subject = ModuleSubject("recurrent", Recurrent, of_sequences, loss, recurrent_outputs)
+    found = qualify_here(Cpu(), subject, TraceExtent(batches=4, steps=1))
+    told = [probe.summary for probe in found.probes if probe.subject == "not judged"]
+    assert any("rnn" in words for words in told) and all("without a float64 form" in words for words in told)
+    lockstep = {probe.subject for probe in found.probes if probe.probe == "lockstep" and probe.outcome == "passed"}
+    assert {"outputs", "gradient lstm.weight_hh_l0", "update lstm"} <= lockstep
+    assert found.verdict == "train"
