@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from small_models import SmallSubject, opened
 
-from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.numerics.metrics import UNIT_ROUNDOFF, few
 from beringia.qualify.effects import (
     EFFECT_ALLOWED,
     LOSS_MARGIN,
@@ -25,12 +26,15 @@ from beringia.qualify.effects import (
     judge_trace,
     layer_of,
     minus,
+    numbers_of,
     power_of,
 )
 from beringia.qualify.subject import DecoderSubject
 from beringia.qualify.trace import (
+    ELEMENTARY_ULPS,
     WIDTH,
     ChosenRoutes,
+    RoundingDraw,
     Trace,
     TraceExtent,
     Tracer,
@@ -369,3 +373,74 @@ EXTREMES = st.sampled_from([math.inf, -math.inf, math.nan, 1e308, -1e308, 1.0])
 def test_a_difference_is_zero_exactly_where_both_are_the_same(one: float, other: float) -> None:
     found = float(minus(torch.tensor([one], dtype=torch.float64), torch.tensor([other], dtype=torch.float64)))
     assert (found == 0) == (one == other or (one != one and other != other))
+
+
+# ---- what few numbers, and sums that cancel, are allowed
+
+
+def difference_of(sketch: torch.Tensor) -> tuple[Trace, Trace]:
+    none = torch.zeros(0)
+    exact = torch.zeros_like(sketch)
+    return Trace({"update/model.norm.weight": sketch}, none, none), Trace(
+        {"update/model.norm.weight": exact}, none, none
+    )
+
+
+@given(st.integers(1, 900))
+def test_so_many_equal_errors_count_as_so_many_numbers(count: int) -> None:
+    errors = torch.zeros(900, dtype=torch.float64)
+    errors[:count] = 3e-5
+    (found,) = numbers_of(*difference_of(errors)).values()
+    assert found == pytest.approx(count)
+
+
+def test_one_error_beside_many_small_ones_counts_as_one() -> None:
+    errors = 1e-6 * random(900)
+    errors[5] = 1.0
+    (found,) = numbers_of(*difference_of(errors)).values()
+    assert found == pytest.approx(1.0, abs=1e-3)
+
+
+@given(st.integers(1, 400), st.integers(0, 2**31))
+@settings(max_examples=200)
+def test_the_root_mean_square_of_few_numbers_is_within_what_few_allows(count: int, seed: int) -> None:
+    assert float(random(count, seed=seed).square().mean().sqrt()) <= few(count)
+
+
+def test_few_allows_nothing_where_numbers_are_many() -> None:
+    assert few(math.inf) == 1.0 and few(1e8) < 1.001 and few(1) > 4.0
+
+
+def gradient_of(seed: int | None, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Of a weight that rows x are multiplied with, in a draw, or as it is."""
+    weight = torch.zeros(gradient.shape[1], x.shape[1], requires_grad=True)
+    with RoundingDraw(seed, torch.float32).moving_results() if seed is not None else nullcontext():
+        (x @ weight.T).backward(gradient)
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_a_gradient_whose_rows_cancel_moves_by_the_size_of_its_terms() -> None:
+    """The sum over 256 rows is almost nothing; what adding it up costs is not."""
+    rows = random(128, 3, seed=1).float()
+    x, gradient = torch.cat((rows, rows)), random(128, 2, seed=2).float()
+    both = torch.cat((gradient, -gradient))
+    moved = torch.stack([gradient_of(seed, x, both) for seed in range(200)]) - gradient_of(None, x, both)
+    terms = (both.double().square().T @ x.double().square()).sqrt()
+    wanted = UNIT_ROUNDOFF[torch.float32] * math.sqrt(256 / 6.0) * terms
+    found = moved.double().square().mean(0).sqrt()
+    torch.testing.assert_close(found, wanted, rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "moves"), [(torch.float32, True), (BF16, False)])
+def test_elementary_functions_move_by_what_makers_say_where_results_are_stored_in_float32(
+    dtype: torch.dtype, moves: bool
+) -> None:
+    x = random(5000).to(dtype)
+    with RoundingDraw(1, dtype).moving_results():
+        found = torch.exp(x)
+    relative = ((found.double() - torch.exp(x).double()) / torch.exp(x).double()).abs()
+    assert (float(relative.max()) > 0) == moves
+    assert float(relative.max()) <= ELEMENTARY_ULPS * 2.0 * UNIT_ROUNDOFF[torch.float32] * 1.3
+    with RoundingDraw(1, dtype).moving_results():
+        assert torch.equal(x * 3 - 1, x * 3 - 1), "arithmetic stays"
