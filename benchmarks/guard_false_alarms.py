@@ -72,6 +72,7 @@ def make_trainer(
             share=share,
             seed=seed,
             sharding=trainer.sharding,
+            clipping=trainer.clipping,
         )
     return trainer
 

@@ -79,6 +79,7 @@ def guard(made: Trainer, share: float, *more: type[Check[Any]]) -> Guard:
         share=share,
         seed=made.recipe.seed,
         sharding=made.sharding,
+        clipping=made.clipping,
         checks=[*all_checks(), *more],
     )
     # By the clock, a busy machine would decide what is checked when.

@@ -96,7 +96,8 @@ def test_a_file_beside_the_others_is_found_by_being_there(new_file: Path, monkey
 
 def test_every_check_has_a_name_of_its_own_and_sites_are_vouched_for() -> None:
     found = all_checks()
-    assert [check.name for check in found] == ["layer-shadow", "repeat", "update", "memory", "non-finite", "spike"]
+    names = ["layer-shadow", "repeat", "update", "clipping", "memory", "non-finite", "spike"]
+    assert [check.name for check in found] == names
     assert [check.name for check in found if check.vouches] == ["layer-shadow"]
 
 

@@ -11,28 +11,32 @@ from torch import nn
 from beringia.model import Decoder
 from beringia.train.sharding import whole
 
+EPSILON = 1e-6
+"""What torch adds to the norm before it divides the limit by it."""
+
 
 class Clipping:
     """Clips the gradients of one decoder."""
 
     def __init__(self, decoder: Decoder, limit: float) -> None:
-        self._limit = limit
-        self._groups = _groups(decoder)
+        self.limit = limit
+        self.groups = _groups(decoder)
+        """Parameters by the name of their group."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the groups, in the order of the norms."""
-        return tuple(self._groups)
+        return tuple(self.groups)
 
     def clip(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale all gradients so that their norm is at most the limit. Returns (norm, norms_G), both before that, on
         the device, float32; a group without gradients has norm 0."""
-        norms = [nn.utils.get_total_norm(_gradients(group)) for group in self._groups.values()]
-        device = next(norm.device for norm, group in zip(norms, self._groups.values(), strict=True) if group)
+        norms = [nn.utils.get_total_norm(_gradients(group)) for group in self.groups.values()]
+        device = next(norm.device for norm, group in zip(norms, self.groups.values(), strict=True) if group)
         norms_G = torch.stack([whole(norm).to(device) for norm in norms])
         norm = torch.linalg.vector_norm(norms_G)
-        everything = [parameter for group in self._groups.values() for parameter in group]
-        nn.utils.clip_grads_with_norm_(everything, self._limit, norm)
+        everything = [parameter for group in self.groups.values() for parameter in group]
+        nn.utils.clip_grads_with_norm_(everything, self.limit, norm)
         return norm, norms_G
 
 

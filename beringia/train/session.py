@@ -239,6 +239,7 @@ class Session:
             share=share,
             seed=self.recipe.seed,
             sharding=trainer.sharding,
+            clipping=trainer.clipping,
         )
         trainer.guard.accept_spikes(self.order.accepted_spikes)
         trainer.guard.remember(self.order.recent)

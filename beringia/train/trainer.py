@@ -82,7 +82,7 @@ class Trainer:
         self.optimizer = make_optimizer(
             decoder.named_parameters(), recipe.train, fused=chip.capabilities.fused_optimizer
         )
-        self._clipping = Clipping(decoder, recipe.train.clip)
+        self.clipping = Clipping(decoder, recipe.train.clip)
         self.guard: Guard | None = None
         self.while_computing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         """Entered around forward and backward of each step; the canary perturbs the weights in it."""
@@ -117,7 +117,7 @@ class Trainer:
             means_N = self._accumulate_gradients()
         if self.guard is not None:
             self.guard.gradients_ready()
-        norm, norms_G = self._clipping.clip()
+        norm, norms_G = self.clipping.clip()
         if self.guard is not None:
             self.guard.before_update()
         set_learning_rate(self.optimizer, rate)
@@ -177,7 +177,7 @@ class Trainer:
         """What some rows are of a step with these counts, with the weights as they are: their part of the objective's
         terms, and the norm of their gradient (with that of the other ranks' rows). The gradient is dropped again."""
         means_N = self._backward(batch, self.objective.targets(batch), counts)
-        norm, _ = self._clipping.clip()
+        norm, _ = self.clipping.clip()
         self._forget_pass()
         values = torch.cat((means_N, norm.reshape(1).to(means_N.dtype))).tolist()
         return dict(zip(self.number_names, values, strict=True))
@@ -186,6 +186,8 @@ class Trainer:
         """Gradients of the objective over all targets of all ranks. Returns its terms' global means, float32."""
         batches = self.batches()
         targets = [self.objective.targets(batch) for batch in batches]
+        if self.guard is not None:
+            self.guard.given(batches, targets)
         counts = self._count(targets)
         means_N = torch.zeros(len(self.objective.terms), dtype=torch.float32, device=self.chip.device)
         for number, (batch, own) in enumerate(zip(batches, targets, strict=True), start=1):
@@ -229,7 +231,7 @@ class Trainer:
         means, (gradient_norm, *group_norms) = values[: len(means_N)], values[len(means_N) :]
         numbers = {term.name: mean for term, mean in zip(self.objective.terms, means, strict=True)}
         if self.guard is not None:
-            self.guard.end_step(numbers, gradient_norm, dict(zip(self._clipping.names, group_norms, strict=True)))
+            self.guard.end_step(numbers, gradient_norm, dict(zip(self.clipping.names, group_norms, strict=True)))
         return StepResult(
             step=self.step,
             numbers=numbers,

@@ -77,8 +77,10 @@ class SiteCapture:
         self.site = site
         self.targets: Targets = {}
         """Of the decoder's last call; only at the head."""
+        self.sums: Sums = {}
+        """The objective's sums in that call; only at the head."""
         self.scales: dict[str, torch.Tensor] = {}
-        """Gradients of the objective's sums in that call, by term; only at the head."""
+        """Gradients of these sums, by term; only at the head."""
         root = root_of(decoder, site)
         self._layer = root.get(LAYER)
         self._stack = ExitStack()
@@ -117,7 +119,7 @@ class SiteCapture:
             self.scales[name] = gradient.detach()
 
         def note_sums(module: nn.Module, inputs: tuple[Any, ...], sums: Sums) -> None:
-            self.scales = {}
+            self.sums, self.scales = {name: term_sum.detach() for name, term_sum in sums.items()}, {}
             for name, term_sum in sums.items():
                 if term_sum.requires_grad:
                     term_sum.register_hook(partial(note_scale, name))  # type: ignore[no-untyped-call]  # in torch

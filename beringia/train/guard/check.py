@@ -30,7 +30,9 @@ import torch
 from beringia.chips.chip import Chip
 from beringia.model import Decoder
 from beringia.processes.ranks import Ranks
+from beringia.train.clipping import Clipping
 from beringia.train.guard.finding import Finding
+from beringia.train.guard.given import Given
 from beringia.train.objective import Objective
 from beringia.train.sharding import Sharding
 
@@ -92,6 +94,8 @@ class Training:
     sharding: Sharding
     sites: tuple[str, ...]
     """Every part of the decoder that is checked by itself, in the order of the forward pass."""
+    clipping: Clipping | None = None
+    """How gradients are clipped, where that is to be checked."""
 
 
 @dataclass
@@ -106,6 +110,8 @@ class Step:
     """Whether parts of the layers are compiled: what is inside kernels no log can see."""
     accepted_spikes: tuple[int, ...] = ()
     """Steps from which on spikes are known."""
+    given: tuple[Given, ...] = ()
+    """What the host gave this rank for each accumulation step; once it did."""
     moment: Moment = Moment.FORWARD
     numbers: Mapping[str, float] = field(default_factory=dict)
     """At the end: the objective's terms and the norm of the gradient, by name."""

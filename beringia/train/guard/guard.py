@@ -16,16 +16,19 @@ from typing import Any
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.model import Decoder
+from beringia.data import Batch
+from beringia.model import Decoder, Targets
 from beringia.numerics.keyed_sum import open_kernel
 from beringia.processes.ranks import Ranks
 from beringia.records.events import Alarm, CheckDone
 from beringia.records.manifest import CleanCheck
 from beringia.records.orders import StepNumbers
+from beringia.train.clipping import Clipping
 from beringia.train.guard.capture import sites_of
 from beringia.train.guard.check import GRADIENT, Check, Moment, Step, Training
 from beringia.train.guard.checks import all_checks
 from beringia.train.guard.events import Events
+from beringia.train.guard.given import Given
 from beringia.train.guard.schedule import BLOCK_STEPS, Schedule
 from beringia.train.guard.trust import Trust
 from beringia.train.objective import LOSS, MTP_LOSS, Objective
@@ -57,12 +60,14 @@ class Guard:
         share: float,
         seed: int,
         sharding: Sharding,
+        clipping: Clipping | None = None,
         checks: Sequence[type[Check[Any]]] | None = None,
     ) -> None:
-        """`checks`: other ones than all that have a file."""
+        """`clipping`: what clips the gradients, for its numbers to be checked; `checks`: other ones than all that have
+        a file."""
         self.sites = sites_of(decoder, mtp=objective.looks_ahead)
         self.seconds_in_step = self._charged_seconds = 0.0
-        training = Training(decoder, optimizer, objective, chip, ranks, sharding, self.sites)
+        training = Training(decoder, optimizer, objective, chip, ranks, sharding, self.sites, clipping)
         self.checks = [check(training) for check in (all_checks() if checks is None else checks)]
         self._chip = chip
         self._ranks = ranks
@@ -92,6 +97,10 @@ class Guard:
                 self._plan = self._next_block()
             self._due = self._checks_due(self._schedule.due(self._plan.pop(0)))
         self._reach(Moment.FORWARD)
+
+    def given(self, batches: Sequence[Batch], targets: Sequence[Targets]) -> None:
+        """What the host gives this rank in the step, by accumulation step."""
+        self._step.given = tuple(Given(b.tokens_BT, t) for b, t in zip(batches, targets, strict=True))
 
     def gradients_ready(self) -> None:
         """Gradients are complete, and not clipped yet."""

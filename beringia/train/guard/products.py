@@ -1,10 +1,12 @@
-"""Matrix products as the chip computed them, each held against its own operands by a random projection.
+"""Matrix products and sums as the chip computed them, each held against its own operands.
 
 For C = A B and a vector z of random signs, C z must be A (B z): three passes over memory instead of a product
 (Freivalds 1977). Every element of C takes part, so a wrong tile is seen wherever it lies, and the expected size of
 the projected error is the Frobenius norm of the whole error. Only one rounding and one sum lie between operands and
 result, so the bound needs no measurement: what storing C costs, and what adding up K products may cost
 (`numerics.metrics`).
+
+A sum (the gradient of a norm's weight or of a bias is one, over all rows) is made again in float64, element by element.
 
 A M K, B K N, C M N; `bmm` has a batch dimension in front.
 """
@@ -21,7 +23,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beringia.model.layers import precise
-from beringia.numerics.metrics import accumulation_floor, rounding_floor
+from beringia.numerics.metrics import accumulation_floor, reduction_floor, rounding_floor
 from beringia.numerics.replay import REFERENCE_DTYPE
 from beringia.train.guard.finding import Finding
 
@@ -32,6 +34,7 @@ reached."""
 DETECTOR = "products"
 
 _aten = torch.ops.aten
+_SUM = _aten.sum.dim_IntList
 _OPERANDS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1}
 """Where the two factors begin among the arguments; `addmm` has what is added before them."""
 
@@ -47,12 +50,23 @@ class Product:
     result: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Sum:
+    """One sum over some dimensions that ran on the chip."""
+
+    name: str
+    terms: torch.Tensor
+    dims: tuple[int, ...]
+    result: torch.Tensor
+
+
 class ProductLog(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class hook is untyped
-    """Inside, every matrix product is noted with its operands and result; nothing else changes."""
+    """Inside, every matrix product and every sum is noted with its operands and result; nothing else changes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.products: list[Product] = []
+        self.sums: list[Sum] = []
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -64,6 +78,10 @@ class ProductLog(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             shape = "x".join(map(str, (*left.shape, right.shape[-1])))
             name = f"product {len(self.products)} ({shape})"
             self.products.append(Product(name, left, right, args[0] if first else None, result))
+        elif func is _SUM and result.is_floating_point():
+            terms, dims = args[0], tuple(args[1] or range(args[0].dim()))
+            name = f"sum {len(self.sums)} ({'x'.join(map(str, terms.shape))})"
+            self.sums.append(Sum(name, terms, dims, result))
         return result
 
 
@@ -86,6 +104,17 @@ def judge_product(site: str, product: Product, seed: int) -> Finding:
         _bound(product, size, _typical_size(left, right)),
         "projected error relative to the product",
     )
+
+
+def judge_sum(site: str, added: Sum) -> Finding:
+    """Add up in float64, and hold each element's error against what adding and storing may cost it."""
+    terms, found = added.terms.detach().cpu().to(torch.float64), added.result.detach().cpu().to(torch.float64)
+    expected = terms.sum(added.dims).view_as(found)
+    length = terms.numel() // max(1, found.numel())
+    adding = reduction_floor(length, precise(added.terms.dtype)) * terms.abs().sum(added.dims).view_as(found)
+    bound = adding + rounding_floor(added.result.dtype) * expected.abs() + torch.finfo(torch.float32).tiny
+    used = ((found - expected).abs() / bound).max().item() if found.numel() else 0.0
+    return Finding(DETECTOR, site, added.name, used, 1.0, "largest error of an element over what its roundings allow,")
 
 
 def random_signs(length: int, generator: torch.Generator) -> torch.Tensor:

@@ -31,12 +31,17 @@ class Sample:
 
     def __init__(self, capture: SiteCapture, number: int) -> None:
         self.site = capture.site
-        self._calls = _last_pass(capture.calls)
+        self._calls = last_pass(capture.calls)
         last = next(reversed(self._calls.values())).output
         self.dtype, self.batch = last.dtype, last.shape[0]
         self.number = number % self.batch
         self._routes = capture.routes_MK
         self.tensors = self._seen()
+
+    def chosen(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the experts' block got, T D, and the experts that were chosen for it, T K; None where there are none."""
+        routes_TK = self._own_routes()
+        return None if routes_TK is None else (self._cut(self._calls["mlp"].inputs[0])[0], routes_TK)
 
     def replay(self, replica: nn.Module, dtype: torch.dtype, change: Change = lambda tensor: tensor) -> Tensors:
         """The judged tensors, from the replica computing in `dtype`; inputs and output gradients are changed first."""
@@ -62,18 +67,20 @@ class Sample:
     def _replay_layer(self, replica: nn.Module, own: Change) -> Tensors:
         call = self._calls[LAYER]
         rope = tuple(table.cpu() for table in call.inputs[1])
-        routes = self._routes
-        if routes is not None:
-            tokens = call.output.shape[1]
-            start = self.number * tokens
-            routes = routes[start : start + tokens].cpu()
-        with Taps(inner_parts(replica), lambda tensor: tensor) as taps, forcing_routes(replica, routes):
+        with Taps(inner_parts(replica), lambda tensor: tensor) as taps, forcing_routes(replica, self._own_routes()):
             run(lambda x: replica(x, rope), own(call.inputs[0]), own(_output_gradient(call)))
         calls = {name: taps.calls[name][0] for name in ("self_attn", "mlp", LAYER)}
         found: Tensors = {}
         for name, inner in calls.items():
             found |= _named(name, inner.output, inner.input_gradient)
         return found
+
+    def _own_routes(self) -> torch.Tensor | None:
+        if self._routes is None:
+            return None
+        tokens = self._calls[LAYER].output.shape[1]
+        start = self.number * tokens
+        return self._routes[start : start + tokens].cpu()
 
     def _single_parts(self) -> list[str]:
         inner = (LAYER, "self_attn", "mlp") if LAYER in self._calls else ()
@@ -126,7 +133,7 @@ def _output_gradient(call: Call) -> torch.Tensor:
     return call.output_gradient
 
 
-def _last_pass(calls: Mapping[str, list[Call]]) -> dict[str, Call]:
+def last_pass(calls: Mapping[str, list[Call]]) -> dict[str, Call]:
     """The call of each part in the last accumulation step; of the head, which the multi-token layer uses too, the
     first call in it, which is the model's own."""
     last = {name: part[-1] for name, part in calls.items()}

@@ -13,7 +13,8 @@ cancel, draws differ by more than any factor allows for: a tensor that exceeds t
 held against the largest of `CONFIRMING_REPLAYS` further draws, whose inputs are moved by up to a
 rounding, and half of which compute attention as one kernel. What exceeds
 that by little, up to `MARGIN` times, is looked for in `CONFIRMING_SAMPLES` other samples of the step: a fault as weak
-as that, if it is not one sample's ill condition, is in most of them.
+as that, if it is not one sample's ill condition, is in most of them. What stays within the bound adds up over samples
+and visits (`evidence.py`).
 
 T tokens, D hidden, V vocabulary, K experts a token.
 """
@@ -21,7 +22,7 @@ T tokens, D hidden, V vocabulary, K experts a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ import torch
 from torch import nn
 
 from beringia.model import Decoder, fusing_attention
+from beringia.model.experts import Router
 from beringia.model.layers import precise
 from beringia.numerics.metrics import (
     UNIT_ROUNDOFF,
@@ -39,7 +41,9 @@ from beringia.numerics.metrics import (
 )
 from beringia.numerics.replay import REFERENCE_DTYPE, place
 from beringia.train.guard.capture import SiteCapture
+from beringia.train.guard.evidence import ALLOWED, BOUND, DRAWS, Evidence, Place
 from beringia.train.guard.finding import Finding
+from beringia.train.guard.routes import judge_routes
 from beringia.train.guard.sample import (
     Change,
     Sample,
@@ -66,6 +70,9 @@ MARGIN = 2.0
 """Beyond this many times its bound one sample alarms alone. Of 3,800 shadows of sound emulated H800s one exceeded the
 bound of all draws, by 1.04."""
 CONFIRMING_SAMPLES = 3
+GATHERED_SAMPLES = 2 * BOUND
+"""Most samples of one step that evidence is looked for in, after the first."""
+_NET = f"samples, net, in which the {{}} is more than {ALLOWED:g} times that of each of {DRAWS} replays"
 DETECTOR = "layer-shadow"
 
 
@@ -89,8 +96,28 @@ class StorageError:
         return math.isfinite(self.relative)
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """A sample beside its replay."""
+
+    seen: Sample
+    replica: nn.Module
+    reference: Tensors
+
+    @property
+    def site(self) -> str:
+        """Where it was."""
+        return self.seen.site
+
+
+MEASURES = ("relative error", "error of the largest element", "signed error")
+Limits = tuple[float, float, float]
+"""One for each measure."""
+
+
 class Shadow:
-    """Replays sites of one decoder. Holds an empty replica of each site it has met, and each site's noise."""
+    """Replays sites of one decoder. Holds an empty replica of each site it has met, each site's noise, and the
+    evidence of all samples."""
 
     def __init__(self, decoder: Decoder, objective: Objective) -> None:
         self._decoder = decoder
@@ -98,36 +125,97 @@ class Shadow:
         self._replicas: dict[str, nn.Module] = {}
         self._noise: dict[str, dict[str, StorageError]] = {}
         self._visits: dict[str, int] = {}
+        self._evidence = Evidence()
 
     def judge(self, capture: SiteCapture, weights: Mapping[str, torch.Tensor], sample: int) -> list[Finding]:
         """Findings about a layer or the head, in the order of the computation; `weights` are the site's, whole."""
-        seen = sample_of(capture, sample, self._objective)
-        dtype = REFERENCE_DTYPE[seen.dtype]
-        replica = self._replica(capture.site, weights, seen.dtype, dtype)
-        visits = self._visits[seen.site] = self._visits.get(seen.site, -1) + 1
-        findings = self._judge_sample(seen, replica, dtype, fresh=visits % NOISE_VISITS == 0)
-        if not _alarming(findings) or max(finding.used for finding in findings) > MARGIN:
-            return findings
-        others = [
-            self._judge_sample(sample_of(capture, sample + place, self._objective), replica, dtype, fresh=True)
-            for place in range(1, min(CONFIRMING_SAMPLES, seen.batch - 1) + 1)
-        ]
-        clean = [other for other in others if not _alarming(other)]
-        return clean[0] if 2 * len(clean) > len(others) else findings
+        first = sample_of(capture, sample, self._objective)
+        dtype = REFERENCE_DTYPE[first.dtype]
+        replica = self._replica(capture.site, weights, first.dtype, dtype)
 
-    def _judge_sample(self, seen: Sample, replica: nn.Module, dtype: torch.dtype, *, fresh: bool) -> list[Finding]:
-        """Against the remembered noise where that suffices, against this sample's own, against further draws of it."""
-        reference = seen.replay(replica, dtype)
-        if fresh:
-            self._noise[seen.site] = _noise(seen, replica, reference)
-        findings = self._compare(seen, reference, self._noise[seen.site])
-        if not fresh and _alarming(findings):
-            self._noise[seen.site] = _noise(seen, replica, reference)
-            findings = self._compare(seen, reference, self._noise[seen.site])
+        def replayed(number: int) -> Replayed:
+            seen = sample_of(capture, sample + number, self._objective) if number else first
+            return Replayed(seen, replica, seen.replay(replica, dtype))
+
+        return self._judge_routes(first, replica) + self._judge_batch(replayed, first.batch)
+
+    def _judge_routes(self, seen: Sample, replica: nn.Module) -> list[Finding]:
+        chosen = seen.chosen()
+        if chosen is None or not bool(chosen[0].isfinite().all()):
+            return []
+        router = replica.get_submodule("mlp.gate")
+        assert isinstance(router, Router)
+        return [judge_routes(DETECTOR, seen.site, router, *chosen)]
+
+    def _judge_batch(self, replayed: Callable[[int], Replayed], samples: int) -> list[Finding]:
+        """The first sample, and others where it leaves a doubt."""
+        first = replayed(0)
+        visits = self._visits[first.site] = self._visits.get(first.site, -1) + 1
+        findings = self._judge_sample(first, fresh=visits % NOISE_VISITS == 0)
+        if _alarming(findings) and max(finding.used for finding in findings) <= MARGIN:
+            others = range(1, min(CONFIRMING_SAMPLES + 1, samples))
+            judged = [self._judge_sample(replayed(number), fresh=True) for number in others]
+            clean = [found for found in judged if not _alarming(found)]
+            findings = clean[0] if 2 * len(clean) > len(judged) else findings
         if _alarming(findings):
-            largest = _largest_noise(seen, replica, reference, self._noise[seen.site])
-            findings = self._compare(seen, reference, largest)
+            return findings
+        return findings + self._gather(first, map(replayed, range(1, min(GATHERED_SAMPLES + 1, samples))))
+
+    def _judge_sample(self, one: Replayed, *, fresh: bool) -> list[Finding]:
+        """Against the remembered noise where that suffices, against this sample's own, against further draws of it."""
+        site = one.site
+        if fresh:
+            self._noise[site] = _noise(one)
+        findings = self._compare(one, self._noise[site])
+        if not fresh and _alarming(findings):
+            self._noise[site] = _noise(one)
+            findings = self._compare(one, self._noise[site])
+        if _alarming(findings):
+            findings = self._compare(one, _largest_noise(one, CONFIRMING_REPLAYS, self._noise[site]))
         return findings
+
+    # What is within the bound of one sample
+
+    def _gather(self, first: Replayed, others: Iterator[Replayed]) -> list[Finding]:
+        """Evidence of this sample, and of further ones of the step for as long as there is any: what there is."""
+        places = self._weigh(first, self._noise[first.site])
+        while any(0 < self._evidence.score(place) <= BOUND for place in places):
+            other = next(others, None)
+            if other is None:
+                break
+            self._weigh(other, None)
+        scores = {place: self._evidence.score(place) for place in places}
+        return [
+            Finding(DETECTOR, site, name, float(score), float(BOUND), _NET.format(measure))
+            for (site, name, measure), score in scores.items()
+            if score > 0
+        ]
+
+    def _weigh(self, one: Replayed, remembered: Mapping[str, StorageError] | None) -> list[Place]:
+        """Note whether each error is larger than draws of this sample allow; draws are made where it is larger than
+        the noise that is remembered allows, if any is."""
+        exceeding = None if remembered is None else self._exceeding(one, remembered)
+        if exceeding is None or exceeding:
+            exceeding = self._exceeding(one, _largest_noise(one, DRAWS))
+        places = [(one.site, name, measure) for name in in_order(one.reference) for measure in MEASURES]
+        for one_place in places:
+            self._evidence.add(one_place, largest=one_place in exceeding)
+        return places
+
+    def _exceeding(self, one: Replayed, noise: Mapping[str, StorageError]) -> set[Place]:
+        found, length = one.seen.tensors, longest_product(self._decoder)
+        return {
+            (one.site, name, measure)
+            for name, reference in one.reference.items()
+            if noise[name].finite
+            for measure, value, limit in zip(
+                MEASURES,
+                _measured(found[name], reference),
+                persistent_limits(reference, noise[name], one.seen.dtype, length),
+                strict=True,
+            )
+            if not value <= limit
+        }
 
     def _replica(
         self, site: str, weights: Mapping[str, torch.Tensor], rounded: torch.dtype, dtype: torch.dtype
@@ -138,10 +226,11 @@ class Shadow:
         place(replica, weights_as_used(replica, weights, rounded, dtype))
         return replica
 
-    def _compare(self, seen: Sample, reference: Tensors, noise: Mapping[str, StorageError]) -> list[Finding]:
-        length = longest_product(self._decoder)
+    def _compare(self, one: Replayed, noise: Mapping[str, StorageError]) -> list[Finding]:
+        length, reference = longest_product(self._decoder), one.reference
+        found, dtype = one.seen.tensors, one.seen.dtype
         return [
-            judge_tensor(seen.site, name, seen.tensors[name], reference[name], noise[name], seen.dtype, length)
+            judge_tensor(one.site, name, found[name], reference[name], noise[name], dtype, length)
             for name in in_order(reference)
             if noise[name].finite
         ]
@@ -151,15 +240,13 @@ def _alarming(findings: list[Finding]) -> bool:
     return any(finding.alarming for finding in findings)
 
 
-def _noise(
-    seen: Sample, replica: nn.Module, reference: Tensors, change: Change = lambda tensor: tensor
-) -> dict[str, StorageError]:
+def _noise(one: Replayed, change: Change = lambda tensor: tensor) -> dict[str, StorageError]:
     """Errors of one replay in the chip's storage dtype, its inputs changed first."""
     # float64 has nothing wider to be compared with: float32's error, scaled by the ratio of their unit roundoffs.
-    dtype = torch.float32 if seen.dtype == torch.float64 else seen.dtype
-    scale = UNIT_ROUNDOFF[seen.dtype] / UNIT_ROUNDOFF[dtype]
-    rounded = seen.replay(replica, dtype, change)
-    errors = {name: difference(rounded[name], reference[name]) for name in reference}
+    dtype = torch.float32 if one.seen.dtype == torch.float64 else one.seen.dtype
+    scale = UNIT_ROUNDOFF[one.seen.dtype] / UNIT_ROUNDOFF[dtype]
+    rounded = one.seen.replay(one.replica, dtype, change)
+    errors = {name: difference(rounded[name], reference) for name, reference in one.reference.items()}
     return {
         name: StorageError(scale * error.relative, scale * error.largest, scale * abs(error.gain))
         for name, error in errors.items()
@@ -167,21 +254,37 @@ def _noise(
 
 
 def _largest_noise(
-    seen: Sample, replica: nn.Module, reference: Tensors, noise: dict[str, StorageError]
+    one: Replayed, draws: int, noise: Mapping[str, StorageError] | None = None
 ) -> dict[str, StorageError]:
     """The largest errors of several draws: replays whose inputs and output gradients are moved by up to a rounding."""
-    generator = torch.Generator().manual_seed(seen.number)
-    roundoff = UNIT_ROUNDOFF[torch.float32 if seen.dtype == torch.float64 else seen.dtype]
+    generator = torch.Generator().manual_seed(one.seen.number)
+    roundoff = UNIT_ROUNDOFF[torch.float32 if one.seen.dtype == torch.float64 else one.seen.dtype]
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         wide = tensor.to(REFERENCE_DTYPE[tensor.dtype])
         return wide * (1.0 + torch.empty_like(wide).uniform_(-roundoff, roundoff, generator=generator))
 
-    for number in range(CONFIRMING_REPLAYS):
-        with fusing_attention(replica) if number % 2 else nullcontext():
-            drawn = _noise(seen, replica, reference, move)
-        noise = {name: one.or_larger(drawn[name]) for name, one in noise.items()}
-    return noise
+    largest = dict(noise or {name: StorageError(0.0, 0.0) for name in one.reference})
+    for number in range(draws):
+        with fusing_attention(one.replica) if number % 2 else nullcontext():
+            drawn = _noise(one, move)
+        largest = {name: error.or_larger(drawn[name]) for name, error in largest.items()}
+    return largest
+
+
+def _measured(found: torch.Tensor, reference: torch.Tensor) -> Limits:
+    error = difference(found, reference)
+    return error.relative, error.largest, abs(error.gain)
+
+
+def persistent_limits(reference: torch.Tensor, noise: StorageError, dtype: torch.dtype, length: int) -> Limits:
+    """What each measure may be in sample after sample, given the largest errors of a few draws."""
+    # One rounding to nearest, where the bound of one sample has one in whatever direction.
+    floor = UNIT_ROUNDOFF[dtype] + accumulation_floor(length, precise(dtype))
+    floors = floor, floor * _peak(reference), floor
+    drawn = noise.relative, noise.largest, noise.gain
+    relative, largest, gain = (max(ALLOWED * one, least) for one, least in zip(drawn, floors, strict=True))
+    return relative, largest, gain
 
 
 def judge_tensor(
@@ -194,7 +297,6 @@ def judge_tensor(
     length: int,
 ) -> Finding:
     """The one of the three measures of a tensor that used most of its bound."""
-    error = difference(found, reference)
     floor = rounding_floor(dtype) + accumulation_floor(length, precise(dtype))
     relative = max(NOISE_ALLOWED * noise.relative, floor)
     # Zero-mean errors cancel over rows; those of truncating accumulators do not.
@@ -202,16 +304,11 @@ def judge_tensor(
     if noise.gain > gain:  # an overflow inside (the square of a norm, say) has one sign, on the CPU too
         gain = NOISE_ALLOWED * noise.gain
     # One element's rounding is relative to itself, the largest error to the tensor's root mean square.
-    peak = _peak(reference)
-    largest = max(LARGEST_ALLOWED * noise.largest, floor * peak)
-    measures = [
-        ("relative error", error.relative, relative),
-        ("error of the largest element", error.largest, largest),
-        ("signed error", abs(error.gain), gain),
-    ]
+    largest = max(LARGEST_ALLOWED * noise.largest, floor * _peak(reference))
+    bounds = relative, largest, gain
     findings = [
         Finding(DETECTOR, site, name, value, bound, f"{what} against the replay on the CPU")
-        for what, value, bound in measures
+        for what, value, bound in zip(MEASURES, _measured(found, reference), bounds, strict=True)
     ]
     return max(findings, key=lambda finding: finding.used)
 

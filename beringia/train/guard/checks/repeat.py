@@ -3,7 +3,7 @@
 Output, input gradient, and every parameter's gradient before clipping (where the step's gradient is of one pass on one
 rank, so that nothing else was added to it). A sound chip set to be deterministic gives the same bits; a difference is a
 fault that comes and goes, a race, or memory that changed since. A fault that repeats itself is invisible here, so a few
-of the products of the second run are held against their operands (`products.py`).
+of the products and sums of the second run are held against their operands (`products.py`).
 
 M rows, K experts a token.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,11 +23,14 @@ from beringia.numerics.replay import place, run
 from beringia.train.guard.capture import LAYER, SiteCapture, root_of, weights_of
 from beringia.train.guard.check import Check, Moment, Step, Training, Turns, When
 from beringia.train.guard.finding import Finding
-from beringia.train.guard.products import Product, ProductLog, judge_product
+from beringia.train.guard.products import Product, ProductLog, Sum, judge_product, judge_sum
 from beringia.train.guard.sample import empty_replica
 
 PRODUCTS_CHECKED = 8
+"""And as many sums."""
 DETECTOR = "repeat"
+
+Logged = TypeVar("Logged", Product, Sum)
 
 
 class Repeat(Check[SiteCapture]):
@@ -79,7 +83,8 @@ class Again:
         if self.alone and len(capture.calls[LAYER]) == 1:
             pairs |= self._parameter_gradients(capture.site, dict(zip(names, gradients[1:], strict=True)))
         findings = _compare(capture.site, pairs)
-        return findings + [judge_product(capture.site, product, draw) for product in _some(log.products, draw)]
+        findings += [judge_product(capture.site, product, draw) for product in _some(log.products, draw)]
+        return findings + [judge_sum(capture.site, added) for added in _some(log.sums, draw)]
 
     def _layer(self, site: str, weights: Mapping[str, torch.Tensor]) -> nn.Module:
         """The live layer; where its weights are sharded, another one that holds them whole, on the chip."""
@@ -110,7 +115,7 @@ def _compare(site: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor | N
     ]
 
 
-def _some(items: list[Product], draw: int) -> list[Product]:
+def _some(items: list[Logged], draw: int) -> list[Logged]:
     """`PRODUCTS_CHECKED` neighbours from a drawn place on, so that visits in turn come by all of them."""
     if len(items) <= PRODUCTS_CHECKED:
         return items
