@@ -25,9 +25,17 @@ DEFAULT_CHIPS = ("cpu", "cpu:bfloat16", "emulated:h800", "emulated:ascend-910b")
 
 
 def make_trainer(
-    chip: str, *, share: float | None, steps: int, seed: int = 7, preset: str = "r2-nano", faults: str | None = None
+    chip: str,
+    *,
+    share: float | None,
+    steps: int,
+    seed: int = 7,
+    preset: str = "r2-nano",
+    faults: str | None = None,
+    **train: Any,
 ) -> Any:
-    """A trainer on digit sums, 32 samples of 64 tokens; `chip` may end in a compute dtype, as in `cpu:bfloat16`."""
+    """A trainer on digit sums, 32 samples of 64 tokens; `chip` may end in a compute dtype, as in `cpu:bfloat16`, and
+    `train` says what else the recipe's section does."""
     import torch
 
     from beringia.chips.open import open_chip
@@ -50,7 +58,7 @@ def make_trainer(
         "model": {"preset": preset},
         "chips": {"chip": {"use": chip}},
         "data": {"task": "digit-sum"},
-        "train": {"prefer": ["chip"], "steps": steps, "compute": compute},
+        "train": {"prefer": ["chip"], "steps": steps, "compute": compute} | train,
     }
     recipe = parse_recipe(document, "the benchmark's recipe")
     opened = open_chip(chip, faults=faults, seed=seed)

@@ -1,6 +1,6 @@
 """How often, and how soon, the guard sees faults that nobody planted for it. Prints one JSON object.
 
-    python benchmarks/guard_foreign.py --json [--half first second] [--shares 0.1 0.01] [--chip emulated:h800] [--into F]
+    python benchmarks/guard_foreign.py --json [--half first second] [--shares 0.1 0.01] [--into FILE]
 
 The faults (`guard_foreign_faults.py`) are planted beside the emulator's fault module. As in `guard_detection.py`, each
 trial goes on from the same trained state with one fault that stays from a drawn step on, and what a fault does is
@@ -20,6 +20,7 @@ import json
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +158,11 @@ def main() -> None:
     for share in options.shares:
         trials = []
         for seed, fault in enumerate(faults):
-            harm, layer = kept.of(f"{options.chip} harm {fault.name}", lambda fault=fault: bench.harm(fault))
+            harm, layer = kept.of(f"{options.chip} harm {fault.name}", partial(bench.harm, fault))
             trial = {"fault": fault.name, "harm": harm, "layer": layer}
             if harm > 1.0:
-                within = WITHIN.get(share, 200)
                 key = f"{options.chip} {share} {seed} {fault.name}"
-                trial |= kept.of(key, lambda fault=fault, seed=seed: bench.trial(fault, seed, share, within))
+                trial |= kept.of(key, partial(bench.trial, fault, seed, share, WITHIN.get(share, 200)))
             trials.append({"delay": None} | trial)
             print(
                 f"{share} {fault.name}: harm {harm:.3g} in {layer}, {trial.get('detector')} after "

@@ -82,9 +82,9 @@ def accumulation_floor(length: int, accumulator: torch.dtype = torch.float32) ->
 def reduction_floor(length: int, accumulator: torch.dtype = torch.float32) -> float:
     """Relative error, to the sum of magnitudes, that adding up `length` terms may cost in vector units.
 
-    Those of all chips add in lanes, threads and blocks of threads, so a sum of n is one of at least sqrt(n) partial sums
-    of at most sqrt(n) terms: 2 sqrt(n) additions follow one another, and each costs at most 2u of a partial sum (Higham,
-    Accuracy and Stability, section 4.2).
+    Those of all chips add in lanes, threads and blocks of threads, so a sum of n is one of at least sqrt(n) partial
+    sums of at most sqrt(n) terms: 2 sqrt(n) additions follow one another, and each costs at most 2u of a partial sum
+    (Higham, Accuracy and Stability, section 4.2).
     """
     return 2.0 * math.sqrt(length) * 2.0 * UNIT_ROUNDOFF[accumulator]
 

@@ -171,6 +171,8 @@ class CheckDone(Event):
     value: float | None
     bound: float
     seconds: float
+    explained: bool = False
+    """Whether a value beyond its bound is no alarm because the step's data explain it: the CPU finds the same."""
 
 
 class Alarm(Event):

@@ -91,7 +91,7 @@ def divergence(trainer: Trainer, beat: Callable[[], None]) -> Divergence | None:
         found = trainer.numbers_of(sample, counts)
         beat()
         if _agreed(_of_one_sample(trainer, found, sample, counts), trainer) is not None:
-            numbers = _copy_on_the_cpu(trainer, beat).numbers_of(sample, counts)
+            numbers = copy_on_the_cpu(trainer, beat).numbers_of(sample, counts)
             return _agreed(_of_one_sample(trainer, numbers, sample, counts), trainer)
         sums.update({name: abs(value) for name, value in found.items()})
     return _agreed(_of_the_sum(sums), trainer)
@@ -131,7 +131,7 @@ def _agreed(own: Divergence | None, trainer: Trainer) -> Divergence | None:
     return Divergence(name, math.inf, LARGEST_FLOAT32)  # another rank's, which tells of it
 
 
-def _copy_on_the_cpu(trainer: Trainer, beat: Callable[[], None]) -> Trainer:
+def copy_on_the_cpu(trainer: Trainer, beat: Callable[[], None]) -> Trainer:
     """The same weights as a decoder of its own, and what computes with it: this rank's samples alone."""
     source = trainer.decoder
     decoder = Decoder(source.config)

@@ -41,6 +41,7 @@ from beringia.train.divergence import beyond_judging, divergence
 from beringia.train.evaluation import evaluate
 from beringia.train.guard import Guard
 from beringia.train.guard.check import GRADIENT
+from beringia.train.hard_batch import explained_by_data
 from beringia.train.reporting import Reporting
 from beringia.train.saving import Saving
 from beringia.train.state import adopt_progress, check_progress, live_tensors, progress_of
@@ -394,13 +395,23 @@ class Session:
         events = guard.take_events()
         spikes = [event for event in events if isinstance(event, Alarm) and event.detector == SPIKE]
         if spikes:
-            # A spike alone says little: whether every layer computes rightly comes first, so that it is acted upon.
-            events = [*(event for event in events if event not in spikes), *self._check_all_sites(), *spikes]
+            events = self._look_into(spikes, [event for event in events if event not in spikes])
         doubtful = beyond_judging(self.trainer, dict(result.numbers) | {GRADIENT: result.gradient_norm}) is not None
         for event in events:
             is_doubtful = doubtful and isinstance(event, Alarm) and event not in spikes
             self.channel.event(event.model_copy(update={"doubtful": True}) if is_doubtful else event)
         return any(isinstance(event, Alarm) for event in events)
+
+    def _look_into(self, spikes: list[Alarm], events: list[CheckDone | Alarm]) -> list[CheckDone | Alarm]:
+        """What is to be told of a step with spikes. A spike alone says little: whether every layer computes rightly in
+        this very batch comes first, so that it is acted upon; and if all do, whether the data explain it."""
+        with self.trainer.one_step_back():
+            events = [*events, *self._check_all_sites()]
+        if self._agree(any(isinstance(event, Alarm) for event in events)):
+            return [*events, *spikes]
+        if not explained_by_data(self.trainer, spikes, self.channel.beat):
+            return [*events, *spikes]
+        return [event.model_copy(update={"explained": True}) if _tells_of(event, spikes) else event for event in events]
 
     def _diverges(self) -> bool:
         """Whether the step that is due, for which the run went back, is beyond judging wherever it is computed.
@@ -478,3 +489,12 @@ class Session:
 
     def _fall_back(self, what: str, asked: str, used: str, reason: str) -> None:
         self.channel.event(Fallback(what=what, asked=asked, used=used, reason=reason))
+
+
+def _tells_of(event: CheckDone | Alarm, spikes: list[Alarm]) -> bool:
+    """Whether it is the check that one of these alarms came of."""
+    return (
+        isinstance(event, CheckDone)
+        and event.detector == SPIKE
+        and any((event.site, event.tensor, event.value) == (spike.site, spike.tensor, spike.value) for spike in spikes)
+    )

@@ -176,11 +176,34 @@ class Trainer:
     def numbers_of(self, batch: Batch, counts: Mapping[str, int]) -> dict[str, float]:
         """What some rows are of a step with these counts, with the weights as they are: their part of the objective's
         terms, and the norm of their gradient (with that of the other ranks' rows). The gradient is dropped again."""
-        means_N = self._backward(batch, self.objective.targets(batch), counts)
-        norm, _ = self.clipping.clip()
+        found = self.all_numbers_of(batch, counts)
+        return {name: found[name] for name in self.number_names}
+
+    def all_numbers_of(self, batch: Batch, counts: Mapping[str, int]) -> dict[str, float]:
+        """Likewise, with the norms of the gradients of each part."""
+        return self._numbers(self._backward(batch, self.objective.targets(batch), counts))
+
+    def numbers_of_step(self) -> dict[str, float]:
+        """What the step that is due would be with the weights as they are: all its numbers. The gradient is dropped
+        again."""
+        return self._numbers(self._accumulate_gradients())
+
+    @contextlib.contextmanager
+    def one_step_back(self) -> Iterator[None]:
+        """Inside, the step that was just taken is due again: its samples, not its weights."""
+        self.step, self.cursor = self.step - 1, self.cursor - self.recipe.train.batch
+        try:
+            yield
+        finally:
+            self.step, self.cursor = self.step + 1, self.cursor + self.recipe.train.batch
+
+    def _numbers(self, means_N: torch.Tensor) -> dict[str, float]:
+        """The objective's terms and the norms of the gradients as they are, by the guard's names for them."""
+        norm, norms_G = self.clipping.clip()
         self._forget_pass()
-        values = torch.cat((means_N, norm.reshape(1).to(means_N.dtype))).tolist()
-        return dict(zip(self.number_names, values, strict=True))
+        values = torch.cat((means_N, torch.cat((norm.reshape(1), norms_G)).to(means_N.dtype))).tolist()
+        names = (*self.number_names, *(f"{GRADIENT} of {name}" for name in self.clipping.names))
+        return dict(zip(names, values, strict=True))
 
     def _accumulate_gradients(self) -> torch.Tensor:
         """Gradients of the objective over all targets of all ranks. Returns its terms' global means, float32."""

@@ -1,4 +1,4 @@
-"""What the whole batch gives beside the layers: the loss, and the gradients of weights that no layer's second run gives.
+"""What the whole batch gives beside the layers: the loss, and gradients of weights that no layer's second run gives.
 
 The loss is recomputed from the chip's own logits, in float64. Gradients of the head, of the last norm, and of what the
 multi-token layer has before and after its layer are held against the inputs and output gradients of all their calls: of
@@ -66,8 +66,8 @@ def _judge_sum(
 
 
 def _of_log_softmax(logits_1TV: torch.Tensor) -> float:
-    """What rounding may cost the log-probabilities of one sample together: the logarithm of the sum of exponentials, the
-    largest logit that is taken off and added again, and the difference, all in float32."""
+    """What rounding may cost the log-probabilities of one sample together: the logarithm of the sum of exponentials,
+    the largest logit that is taken off and added again, and the difference, all in float32."""
     largest_T = logits_1TV.abs().amax(-1)
     vocabulary = logits_1TV.shape[-1]
     rounding = 2.0 * ELEMENTARY_ULPS * UNIT_ROUNDOFF[torch.float32]

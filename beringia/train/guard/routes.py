@@ -1,10 +1,10 @@
 """The choice of experts, recomputed from the layer's own input: every chosen expert must have been among the best.
 
 Near a tie the choice may fall either way, because scores are rounded. So an expert that was not chosen may be better
-than one that was, by as much as the rounding of both scores allows: of products, `numerics.metrics`' floor times the sum
-of magnitudes (Higham, Accuracy and Stability, section 3.1), through the slope of the score; and of what comes after
-them, `ELEMENTARY_ULPS`. Where experts are chosen within groups, a group's score has the margins of the two that it adds
-up; experts count as passed over only in groups that were kept for certain.
+than one that was, by as much as the rounding of both scores allows: of products, `numerics.metrics`' floor times the
+sum of magnitudes (Higham, Accuracy and Stability, section 3.1), through the slope of the score; and of what comes
+after them, `ELEMENTARY_ULPS`. Where experts are chosen within groups, a group's score has the margins of the two that
+it adds up; experts count as passed over only in groups that were kept for certain.
 
 T tokens, D hidden, E experts, K experts a token, G groups.
 """

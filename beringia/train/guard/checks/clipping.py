@@ -1,8 +1,8 @@
 """Clipping: norms of gradients as they lie, and the factor that was applied to them.
 
-The norm of one group in turn (the embedding, a layer, the head) is added up in float64; the norm of all is made from the
-groups' own; and a slice of one of the group's tensors must have become what it was, times limit over norm where that is
-less than 1 (Pascanu, Mikolov and Bengio 2013). Each rank sees the norm of what it holds, with the others' parts.
+The norm of one group in turn (the embedding, a layer, the head) is added up in float64; the norm of all is made from
+the groups' own; and a slice of one of the group's tensors must have become what it was, times limit over norm where
+that is less than 1 (Pascanu, Mikolov and Bengio 2013).
 """
 
 from __future__ import annotations

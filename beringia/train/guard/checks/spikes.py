@@ -136,6 +136,11 @@ class Spikes:
         ]
 
 
+def number_name(site: str, tensor: str) -> str:
+    """The number's name in `Step.numbers` or `Step.layer_numbers` that a finding is about."""
+    return tensor if site == "model" else f"{tensor} of {site}"
+
+
 def _place(name: str) -> tuple[str, str]:
     """Site and tensor: `gradient of layers.0` is about `layers.0`, `loss` about the whole model."""
     tensor, _, site = name.partition(" of ")
