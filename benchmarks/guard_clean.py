@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,8 @@ def main() -> None:
     for shape in options.shapes:
         for rate in options.rates:
             key = f"{options.chip} {options.share} {options.steps} {shape} {rate}"
-            runs.append(kept.of(key, lambda shape=shape, rate=rate: run(shape, rate, options)))
-            one = runs[-1]
-            print(f"{key}: {one['steps']} steps, loss {one['loss']}, {len(one['alarms'])} alarms {one['alarms'][:2]}, "
-                  f"{len(one['explained'])} explained, {one['most_used']}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            runs.append(kept.of(key, partial(run, shape, rate, options)))
+            print(f"{key}, {time.perf_counter() - started:.0f} s: {runs[-1]}", file=sys.stderr)
     document = {
         "benchmark": "guard-clean",
         "chip": options.chip,

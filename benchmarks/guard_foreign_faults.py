@@ -253,14 +253,17 @@ def _window(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return kernel(*args[:3], hidden, 0.0, False, **{k: v for k, v in kwargs.items() if k == "scale"})
 
 
-def _late_scale(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not hasattr(module, "scale"):
-        return own(*args, **kwargs)
-    scale, module.scale = module.scale, 1.15 * module.scale
-    try:
-        return own(*args, **kwargs)
-    finally:
-        module.scale = scale
+def _scaled(factor: float) -> Callable[..., Any]:
+    def change(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(module, "scale"):
+            return own(*args, **kwargs)
+        scale, module.scale = module.scale, factor * module.scale
+        try:
+            return own(*args, **kwargs)
+        finally:
+            module.scale = scale
+
+    return change
 
 
 # ---- experts
@@ -441,7 +444,7 @@ FIRST_HALF = (
     ),
     Fault("products: 4 bits of fraction", at(PRODUCTS, _rounded_product(4))),
     Fault("products: partial sums in 5 bits", at(PRODUCTS, _narrow_partial_sums)),
-    Fault("attention: scale 1.15 times", patched(nn.Module, "forward", _late_scale, only="self_attn")),
+    Fault("attention: scale 1.15 times", patched(nn.Module, "forward", _scaled(1.15), only="self_attn")),
     Fault("attention backward: value gradient lost late", at(ATTENTION_BACKWARD, _attention(_value_gradient_lost))),
     Fault("positions: last ones twice", _positions_late),
     Fault("norms: last elements not in the mean", at(("mean",), _mean_of_fewer)),
@@ -456,6 +459,12 @@ FIRST_HALF = (
     Fault("gradient of one tensor not zeroed", _gradient_kept),
     Fault("multi-token layer: halves swapped late", patched(Linear, "forward", _halves_swapped, only="eh_proj")),
     Fault("clipping: large tensors scaled again", at(("mul_",), _large_tensors_scaled_again, backward=False)),
+    Fault("attention: scale 1.03 times", patched(nn.Module, "forward", _scaled(1.03), only="self_attn")),
+    Fault("reciprocal root in 7 bits", at(("rsqrt",), _result_in(7, truncated=True))),
+    Fault(
+        "head backward: last two terms over the vocabulary lost",
+        at(PRODUCTS, _lost_terms(lambda k: k - 2, lambda a, b: _of_vocabulary(a.shape[1])), backward=True),
+    ),
 )
 """With these in sight the checks were made and their bounds chosen."""
 SECOND_HALF = (

@@ -1,5 +1,5 @@
-"""What a step was given, the loss, gradients at the two ends and the clipping are recomputed: sound ones pass, wrong ones
-are seen."""
+"""What a step was given, the loss, gradients at the two ends and the clipping are recomputed: sound ones pass, wrong
+ones are seen."""
 
 from __future__ import annotations
 
