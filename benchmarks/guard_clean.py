@@ -3,7 +3,7 @@
     python benchmarks/guard_clean.py --json [--steps 500] [--share 0.1] [--chip cpu:bfloat16] [--into FILE]
 
 Four shapes (latent attention with experts and a multi-token layer; grouped queries, dense; grouped queries with experts
-of the softmax kind; a tied head), five learning rates each. A spike is looked into as a session does: where every layer
+of the softmax kind; a tied head), five learning rates each; now and then a batch is hard. A spike is looked into as a session does: where every layer
 computes rightly and the data explain it, it is no alarm. A run ends where it is beyond judging (`train/divergence.py`):
 then alarms are doubtful, and the training's own. Results are appended to the file that `--into` names, and those in it
 are not run again. Must hold: no alarm.
@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,23 @@ from guard_false_alarms import make_trainer
 from guard_foreign import Kept
 
 RATES = (1e-3, 3e-3, 1e-2, 2e-2, 4e-2)
+HARD_EVERY = 120
+"""Steps from one hard batch to the next: its labels are a token that never comes."""
+
+
+@dataclass(frozen=True)
+class WithHardBatches:
+    """A stream, one in so many of whose batches is hard."""
+
+    stream: Any
+    batch: int
+    token: int
+
+    def samples(self, start: int, count: int) -> Any:
+        given = self.stream.samples(start, count)
+        if start // self.batch % HARD_EVERY != HARD_EVERY - 1:
+            return given
+        return replace(given, labels_BT=given.labels_BT.masked_fill(given.labels_BT >= 0, self.token))
 
 
 def name_shapes() -> tuple[str, ...]:
@@ -63,6 +80,8 @@ def run(shape: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     trainer = make_trainer(
         options.chip, share=options.share, steps=options.steps, seed=11, preset=shape, learning_rate=rate
     )
+    batch, token = trainer.recipe.train.batch, trainer.decoder.config.vocab_size - 1
+    trainer.stream = WithHardBatches(trainer.stream, batch, token)
     alarms: list[str] = []
     explained: list[str] = []
     most_used: dict[str, float] = {}
