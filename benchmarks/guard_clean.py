@@ -3,10 +3,10 @@
     python benchmarks/guard_clean.py --json [--steps 500] [--share 0.1] [--chip cpu:bfloat16] [--into FILE]
 
 Four shapes (latent attention with experts and a multi-token layer; grouped queries, dense; grouped queries with experts
-of the softmax kind; a tied head), five learning rates each; now and then a batch is hard. A spike is looked into as a session does: where every layer
-computes rightly and the data explain it, it is no alarm. A run ends where it is beyond judging (`train/divergence.py`):
-then alarms are doubtful, and the training's own. Results are appended to the file that `--into` names, and those in it
-are not run again. Must hold: no alarm.
+of the softmax kind; a tied head), five learning rates each; now and then a batch is hard. A spike is looked into as a
+session does: where every layer computes rightly and the data explain it, it is no alarm. A run ends where it is beyond
+judging (`train/divergence.py`): then alarms are doubtful, and the training's own. Results are appended to the file that
+`--into` names, and those in it are not run again. Must hold: no alarm.
 """
 
 from __future__ import annotations

@@ -25,13 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from guard_detection import HARM, WARM_STEPS, WITHIN, Gradients, State, distances, wilson
+from guard_detection import HARM, LATEST_ONSET, WARM_STEPS, WITHIN, Gradients, State, distances, wilson
 from guard_false_alarms import make_trainer
 from guard_foreign_faults import FIRST_HALF, PRESENT, SECOND_HALF, Fault
 
 HALVES = {"first": FIRST_HALF, "second": SECOND_HALF}
-LATEST_ONSET = 16
-"""Steps after the trained state, which is where the guard starts anew: less than half of its visits are first ones."""
 REQUIRED = {0.1: 0.95, 0.01: 0.9}
 
 
@@ -73,7 +71,7 @@ class Bench:
 
     def trial(self, fault: Fault, seed: int, share: float, within: int) -> dict[str, Any]:
         """Train with the fault from a drawn onset on until the guard alarms."""
-        onset = self.state.step + random.Random(seed).randrange(2, LATEST_ONSET)
+        onset = self.state.step + random.Random(seed).randrange(8, LATEST_ONSET)
         trainer = self.trainer(fault, share, seed)
         while trainer.step < onset + within - 1:
             PRESENT.now = trainer.step + 1 >= onset

@@ -20,6 +20,10 @@ UNIT_ROUNDOFF = {
 """Largest relative error of one rounding to nearest (Higham, Accuracy and Stability, section 2.1); truncation:
 twice."""
 
+ELEMENTARY_ULPS = 4
+"""Of roots, quotients, exponentials and logarithms: within 2 ulp on every chip whose figures are published (LLVM libc's
+GPU conformance table); twice that for those whose are not."""
+
 SMALLEST_BLOCK_TERMS = 4
 """Fewest products that a matrix unit adds before it rounds its accumulator (V100, A100 in tf32: arXiv 2511.10909)."""
 

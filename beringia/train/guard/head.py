@@ -16,7 +16,13 @@ import torch
 from torch import nn
 
 from beringia.model.layers import Linear, RMSNorm, precise
-from beringia.numerics.metrics import UNIT_ROUNDOFF, accumulation_floor, reduction_floor, rounding_floor
+from beringia.numerics.metrics import (
+    ELEMENTARY_ULPS,
+    UNIT_ROUNDOFF,
+    accumulation_floor,
+    reduction_floor,
+    rounding_floor,
+)
 from beringia.numerics.replay import Call
 from beringia.train.guard.capture import HEAD, LAYER, SiteCapture, parts_of, root_of
 from beringia.train.guard.check import Training
@@ -25,8 +31,6 @@ from beringia.train.guard.products import PROJECTION_ALLOWED, random_signs
 from beringia.train.guard.sample import last_pass
 from beringia.train.sharding import sum_of_host_values, whole
 
-ELEMENTARY_ULPS = 4
-"""As in `checks/update.py`."""
 _ROWS = 1024
 """Rows that are widened at a time: all logits of a batch would not fit."""
 
@@ -37,41 +41,39 @@ def judge_sums(detector: str, training: Training, capture: SiteCapture) -> list[
     passes = len(capture.calls["norm"])
     own = last_pass(capture.calls)["lm_head"]
     ahead = calls[-1] if len(calls) > passes else None
-    findings = []
-    for term in training.objective.terms:
-        call = ahead if term.ahead else own
-        if term.nats and call is not None and term.name in capture.sums:
-            findings.append(_judge_sum(detector, training, capture, call, term.name, ahead=term.ahead))
-    return findings
+    found = {False: own, True: ahead}
+    return [
+        _judge_sum(detector, training, capture, call, term.name, ahead=term.ahead)
+        for term in training.objective.terms
+        if term.nats and term.name in capture.sums and (call := found[term.ahead]) is not None
+    ]
 
 
 def _judge_sum(
     detector: str, training: Training, capture: SiteCapture, call: Call, name: str, *, ahead: bool
 ) -> Finding:
-    total, magnitude, allowed = 0.0, 0.0, 0.0
-    first = 1 if ahead else 0
+    sums = training.objective.sums_ahead if ahead else training.objective.sums
+    dtype = precise(call.output.dtype)
+    total = magnitude = rounding = 0.0
     for number in range(len(call.output)):
         logits_1TV = call.output[number : number + 1].cpu().to(torch.float64)
-        targets = {name: target[number : number + 1, first:].cpu() for name, target in capture.targets.items()}
-        own = training.objective.sums_ahead if ahead else training.objective.sums
-        value = own(logits_1TV, targets)[name].item()
+        targets = {of: target[number : number + 1, int(ahead) :].cpu() for of, target in capture.targets.items()}
+        value = sums(logits_1TV, targets)[name].item()
         total, magnitude = total + value, magnitude + abs(value)
-        allowed += _of_log_softmax(logits_1TV)
+        rounding += _of_log_softmax(logits_1TV, dtype)
     positions = call.output.shape[0] * call.output.shape[1]
-    dtype = precise(call.output.dtype)
-    allowed = allowed * UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF[torch.float32]
-    bound = allowed / magnitude + reduction_floor(positions, dtype) if magnitude else 1.0
-    error = abs(capture.sums[name].item() - total) / (magnitude or 1.0)
+    scale = magnitude or 1.0
+    error, bound = abs(capture.sums[name].item() - total) / scale, rounding / scale + reduction_floor(positions, dtype)
     return Finding(detector, HEAD, name, error, bound, "relative error of the sum over the batch")
 
 
-def _of_log_softmax(logits_1TV: torch.Tensor) -> float:
-    """What rounding may cost the log-probabilities of one sample together: the logarithm of the sum of exponentials,
-    the largest logit that is taken off and added again, and the difference, all in float32."""
+def _of_log_softmax(logits_1TV: torch.Tensor, dtype: torch.dtype) -> float:
+    """What rounding may cost the log-probabilities of one sample together, made in `dtype`: the logarithm of the sum of
+    exponentials, the largest logit that is taken off and added again, and the difference."""
     largest_T = logits_1TV.abs().amax(-1)
     vocabulary = logits_1TV.shape[-1]
-    rounding = 2.0 * ELEMENTARY_ULPS * UNIT_ROUNDOFF[torch.float32]
-    per_token_T = rounding * (2.0 * largest_T + math.log(vocabulary) + 1.0) + reduction_floor(vocabulary)
+    rounding = 2.0 * ELEMENTARY_ULPS * UNIT_ROUNDOFF[dtype]
+    per_token_T = rounding * (2.0 * largest_T + math.log(vocabulary) + 1.0) + reduction_floor(vocabulary, dtype)
     return float(per_token_T.sum())
 
 

@@ -16,11 +16,9 @@ from torch.nn import functional as F
 
 from beringia.model.experts import Router
 from beringia.model.layers import precise
-from beringia.numerics.metrics import UNIT_ROUNDOFF, accumulation_floor, rounding_floor
+from beringia.numerics.metrics import ELEMENTARY_ULPS, UNIT_ROUNDOFF, accumulation_floor, rounding_floor
 from beringia.train.guard.finding import Finding
 
-ELEMENTARY_ULPS = 4
-"""As in `checks/update.py`."""
 _SLOPE = {False: 0.25, True: 0.5}
 """Most that a score changes with its product, where scores are sigmoids; and with the largest change of any product,
 where they are shares of 1 (p (1 - p) times twice that)."""

@@ -16,15 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.numerics.metrics import ELEMENTARY_ULPS, UNIT_ROUNDOFF
 from beringia.train.guard.check import Check, Moment, Step, Training, Turns, When
 from beringia.train.guard.finding import Finding
 from beringia.train.sharding import local
 
 SLICE_ELEMENTS = 16384
-ELEMENTARY_ULPS = 4
-"""Root and quotient are within 2 ulp on every chip whose figures are published (LLVM libc's GPU conformance table);
-twice that for those whose are not."""
 _ROUNDOFF = 2.0 * UNIT_ROUNDOFF[torch.float32]
 _FLUSHED = 2.0**-126
 """A chip may flush what is below float32's smallest normal number to zero."""
