@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from guarded import changed_output, trainer
+from small_runs import beringia, of_kind, small_recipe, write_recipe
 
 from beringia.data import Batch
 from beringia.model import IGNORED
@@ -79,3 +83,22 @@ def test_a_chip_on_which_the_batch_is_harder_than_on_the_cpu_is_not_explained(ma
 
     with changed_output(made.decoder, larger):
         assert not explained(made, spike())
+
+
+@pytest.mark.slow
+def test_a_run_whose_text_has_one_hard_place_goes_on_and_tells_of_it(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    easy, draw = ["abcdefgh" * 60] * 400, random.Random(1)
+    easy[230] = "".join(draw.choice("0123456789") for _ in range(480))
+    (text / "one.txt").write_text("\n".join(easy))
+    document = small_recipe(train={"steps": 160, "learning_rate": 3e-3}, guard={"share": 0.02})
+    document["data"] = {"text": str(text), "tokenizer": "bytes", "sequence_length": 64}
+    run = tmp_path / "run"
+    done = beringia("train", str(write_recipe(tmp_path, document)), "--out", str(run))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert of_kind(run, "alarm") == []
+    explained = [event for event in of_kind(run, "check") if event.explained]
+    assert explained and {event.detector for event in explained} == {SPIKE}
+    assert all(event.value > event.bound for event in explained)
+    assert [decision.action for decision in of_kind(run, "decision")] == ["start"]

