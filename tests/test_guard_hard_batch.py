@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -135,8 +135,9 @@ def _sites(history: History) -> PageTable:
 def _site_row(key: tuple[str, str, str, str], checks: list[At[CheckDone]]) -> tuple[str, ...]:
     worst = max(checks, key=lambda at: share_of_bound(at.event.value, at.event.bound))
     share = share_of_bound(worst.event.value, worst.event.bound)
+    told = f"{significant(share)} (the data explain it)" if worst.event.explained else significant(share)
     spent = sum(at.event.seconds for at in checks)
-    return (*key, f"{len(checks):,}", significant(share), f"{worst.event.step:,}", significant(spent))
+    return (*key, f"{len(checks):,}", told, f"{worst.event.step:,}", significant(spent))
 
 
 def _steps(history: History) -> PageTable:
