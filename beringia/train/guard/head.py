@@ -10,7 +10,7 @@ M positions, T tokens, D inputs, V outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from beringia.numerics.metrics import (
     reduction_floor,
     rounding_floor,
 )
-from beringia.numerics.replay import Call
+from beringia.numerics.replay import REFERENCE_DTYPE, Call
 from beringia.train.guard.capture import HEAD, LAYER, SiteCapture, parts_of, root_of
 from beringia.train.guard.check import Training
 from beringia.train.guard.finding import Finding
@@ -55,26 +55,28 @@ def _judge_sum(
     sums = training.objective.sums_ahead if ahead else training.objective.sums
     dtype = precise(call.output.dtype)
     total = magnitude = rounding = 0.0
-    for number in range(len(call.output)):
-        logits_1TV = call.output[number : number + 1].cpu().to(torch.float64)
-        targets = {of: target[number : number + 1, int(ahead) :].cpu() for of, target in capture.targets.items()}
-        value = sums(logits_1TV, targets)[name].item()
+    samples = max(1, _ROWS // call.output.shape[1])
+    for start in range(0, len(call.output), samples):
+        some = slice(start, start + samples)
+        logits_BTV = call.output[some].cpu().to(torch.float64)
+        targets = {of: target[some, int(ahead) :].cpu() for of, target in capture.targets.items()}
+        value = sums(logits_BTV, targets)[name].item()
         total, magnitude = total + value, magnitude + abs(value)
-        rounding += _of_log_softmax(logits_1TV, dtype)
+        rounding += _of_log_softmax(logits_BTV, dtype)
     positions = call.output.shape[0] * call.output.shape[1]
     scale = magnitude or 1.0
     error, bound = abs(capture.sums[name].item() - total) / scale, rounding / scale + reduction_floor(positions, dtype)
     return Finding(detector, HEAD, name, error, bound, "relative error of the sum over the batch")
 
 
-def _of_log_softmax(logits_1TV: torch.Tensor, dtype: torch.dtype) -> float:
-    """What rounding may cost the log-probabilities of one sample together, made in `dtype`: the logarithm of the sum of
-    exponentials, the largest logit that is taken off and added again, and the difference."""
-    largest_T = logits_1TV.abs().amax(-1)
-    vocabulary = logits_1TV.shape[-1]
+def _of_log_softmax(logits_BTV: torch.Tensor, dtype: torch.dtype) -> float:
+    """What rounding may cost the log-probabilities of some samples together, made in `dtype`: the logarithm of the sum
+    of exponentials, the largest logit that is taken off and added again, and the difference."""
+    largest_BT = logits_BTV.abs().amax(-1)
+    vocabulary = logits_BTV.shape[-1]
     rounding = 2.0 * ELEMENTARY_ULPS * UNIT_ROUNDOFF[dtype]
-    per_token_T = rounding * (2.0 * largest_T + math.log(vocabulary) + 1.0) + reduction_floor(vocabulary, dtype)
-    return float(per_token_T.sum())
+    per_token_BT = rounding * (2.0 * largest_BT + math.log(vocabulary) + 1.0) + reduction_floor(vocabulary, dtype)
+    return float(per_token_BT.sum())
 
 
 def judge_gradients(detector: str, training: Training, capture: SiteCapture, seed: int) -> list[Finding]:
@@ -119,17 +121,18 @@ def _judge_part(
     return Finding(detector, capture.site, tensor, value, bound, "projected error relative to the gradient")
 
 
-def _rows(call: Call) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and output gradients of one call, some rows at a time, float64 on the CPU."""
-    assert call.output_gradient is not None
-    tensors = (call.inputs[0].flatten(0, -2), call.output_gradient.flatten(0, -2))
-    pairs = zip(*(torch.split(tensor, _ROWS) for tensor in tensors), strict=True)
-    return [(x.cpu().to(torch.float64), gradient.cpu().to(torch.float64)) for x, gradient in pairs]
+def _rows(call: Call, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and output gradients of one call, some rows at a time, widened on the CPU."""
+    tensors = (call.inputs[0].flatten(0, -2), _own(call).flatten(0, -2))
+    for x, gradient in zip(*(torch.split(tensor, _ROWS) for tensor in tensors), strict=True):
+        yield x.cpu().to(dtype), gradient.cpu().to(dtype)
 
 
 def _projected(calls: Sequence[Call], signs_D: torch.Tensor) -> torch.Tensor:
     """The gradient of a product's weight, V D, times a vector of signs: V."""
-    parts = [gradient_MV.T @ (x_MD @ signs_D) for call in calls for x_MD, gradient_MV in _rows(call)]
+    wide = REFERENCE_DTYPE[calls[0].output.dtype]
+    rows = (pair for call in calls for pair in _rows(call, wide))
+    parts = [(gradient_MV.T @ (x_MD @ signs_D.to(wide))).to(torch.float64) for x_MD, gradient_MV in rows]
     return torch.stack(parts).sum(0)
 
 
@@ -151,7 +154,7 @@ def _norm_gradient(calls: Sequence[Call], eps: float) -> torch.Tensor:
     """The gradient of a norm's weight above the sum of its terms' magnitudes, 2 D."""
     terms = []
     for call in calls:
-        for x_MD, gradient_MD in _rows(call):
+        for x_MD, gradient_MD in _rows(call, torch.float64):
             terms_MD = gradient_MD * x_MD * torch.rsqrt(x_MD.square().mean(-1, keepdim=True) + eps)
             terms.append(torch.stack((terms_MD.sum(0), terms_MD.abs().sum(0))))
     return torch.stack(terms).sum(0)

@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -96,6 +97,22 @@ class StorageError:
         return math.isfinite(self.relative)
 
 
+MEASURES = ("relative error", "error of the largest element", "signed error")
+Limits = tuple[float, float, float]
+"""One for each measure."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one tensor is from its reference, and what its bounds need to know of that."""
+
+    errors: Limits
+    peak: float
+    """Largest magnitude of the reference over its root mean square."""
+    rows: float
+    """Independent ones of the reference."""
+
+
 @dataclass(frozen=True)
 class Replayed:
     """A sample beside its replay."""
@@ -109,10 +126,10 @@ class Replayed:
         """Where it was."""
         return self.seen.site
 
-
-MEASURES = ("relative error", "error of the largest element", "signed error")
-Limits = tuple[float, float, float]
-"""One for each measure."""
+    @cached_property
+    def measured(self) -> dict[str, Measured]:
+        """By tensor, in the order of the computation."""
+        return {name: _measured(self.seen.tensors[name], self.reference[name]) for name in in_order(self.reference)}
 
 
 class Shadow:
@@ -197,21 +214,21 @@ class Shadow:
         exceeding = None if remembered is None else self._exceeding(one, remembered)
         if exceeding is None or exceeding:
             exceeding = self._exceeding(one, _largest_noise(one, DRAWS))
-        places = [(one.site, name, measure) for name in in_order(one.reference) for measure in MEASURES]
+        places = [(one.site, name, measure) for name in one.measured for measure in MEASURES]
         for one_place in places:
             self._evidence.add(one_place, largest=one_place in exceeding)
         return places
 
     def _exceeding(self, one: Replayed, noise: Mapping[str, StorageError]) -> set[Place]:
-        found, length = one.seen.tensors, longest_product(self._decoder)
+        length = longest_product(self._decoder)
         return {
             (one.site, name, measure)
-            for name, reference in one.reference.items()
+            for name, measured in one.measured.items()
             if noise[name].finite
             for measure, value, limit in zip(
                 MEASURES,
-                _measured(found[name], reference),
-                persistent_limits(reference, noise[name], one.seen.dtype, length),
+                measured.errors,
+                persistent_limits(measured, noise[name], one.seen.dtype, length),
                 strict=True,
             )
             if not value <= limit
@@ -227,11 +244,10 @@ class Shadow:
         return replica
 
     def _compare(self, one: Replayed, noise: Mapping[str, StorageError]) -> list[Finding]:
-        length, reference = longest_product(self._decoder), one.reference
-        found, dtype = one.seen.tensors, one.seen.dtype
+        length = longest_product(self._decoder)
         return [
-            judge_tensor(one.site, name, found[name], reference[name], noise[name], dtype, length)
-            for name in in_order(reference)
+            judge_tensor(one.site, name, measured, noise[name], one.seen.dtype, length)
+            for name, measured in one.measured.items()
             if noise[name].finite
         ]
 
@@ -272,43 +288,39 @@ def _largest_noise(
     return largest
 
 
-def _measured(found: torch.Tensor, reference: torch.Tensor) -> Limits:
+def _measured(found: torch.Tensor, reference: torch.Tensor) -> Measured:
     error = difference(found, reference)
-    return error.relative, error.largest, abs(error.gain)
+    return Measured(
+        (error.relative, error.largest, abs(error.gain)), peak=_peak(reference), rows=independent_rows(reference)
+    )
 
 
-def persistent_limits(reference: torch.Tensor, noise: StorageError, dtype: torch.dtype, length: int) -> Limits:
+def persistent_limits(measured: Measured, noise: StorageError, dtype: torch.dtype, length: int) -> Limits:
     """What each measure may be in sample after sample, given the largest errors of a few draws."""
     # One rounding to nearest, where the bound of one sample has one in whatever direction.
     floor = UNIT_ROUNDOFF[dtype] + accumulation_floor(length, precise(dtype))
-    floors = floor, floor * _peak(reference), floor
+    floors = floor, floor * measured.peak, floor
     drawn = noise.relative, noise.largest, noise.gain
     relative, largest, gain = (max(ALLOWED * one, least) for one, least in zip(drawn, floors, strict=True))
     return relative, largest, gain
 
 
 def judge_tensor(
-    site: str,
-    name: str,
-    found: torch.Tensor,
-    reference: torch.Tensor,
-    noise: StorageError,
-    dtype: torch.dtype,
-    length: int,
+    site: str, name: str, measured: Measured, noise: StorageError, dtype: torch.dtype, length: int
 ) -> Finding:
     """The one of the three measures of a tensor that used most of its bound."""
     floor = rounding_floor(dtype) + accumulation_floor(length, precise(dtype))
     relative = max(NOISE_ALLOWED * noise.relative, floor)
     # Zero-mean errors cancel over rows; those of truncating accumulators do not.
-    gain = max(relative / math.sqrt(independent_rows(reference)), floor)
+    gain = max(relative / math.sqrt(measured.rows), floor)
     if noise.gain > gain:  # an overflow inside (the square of a norm, say) has one sign, on the CPU too
         gain = NOISE_ALLOWED * noise.gain
     # One element's rounding is relative to itself, the largest error to the tensor's root mean square.
-    largest = max(LARGEST_ALLOWED * noise.largest, floor * _peak(reference))
+    largest = max(LARGEST_ALLOWED * noise.largest, floor * measured.peak)
     bounds = relative, largest, gain
     findings = [
         Finding(DETECTOR, site, name, value, bound, f"{what} against the replay on the CPU")
-        for what, value, bound in zip(MEASURES, _measured(found, reference), bounds, strict=True)
+        for what, value, bound in zip(MEASURES, measured.errors, bounds, strict=True)
     ]
     return max(findings, key=lambda finding: finding.used)
 
