@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load, save
 
 from beringia.errors import InputError
+from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.qualify.effects import Cell, RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.operators.watch import Call, Place
@@ -161,7 +162,9 @@ def read_bundle(path: Path, expected_hash: str | None = None) -> Bundle:
     sketches = {name.removeprefix("sketch."): tensor for name, tensor in tensors.items() if name.startswith("sketch.")}
     exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
     numbers = dict(zip(draws[0], tensors["numbers"].tolist(), strict=True))
-    noise = RoundingNoise(exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"], numbers)
+    noise = RoundingNoise(
+        exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"], numbers, _rounds_once(manifest)
+    )
     calls = [_call(entry, tensors) for entry in manifest.calls]
     return Bundle(
         manifest,
@@ -233,6 +236,10 @@ def _check_errors(path: Path, manifest: BundleManifest) -> None:
             f"The bundle {path} is of a reference that used {used:.3g} of what its call {call} may be off by, and a "
             f"sound one uses {USED_AT_MOST:g} at most: make a bundle with `beringia reference`, which refuses others."
         )
+
+
+def _rounds_once(manifest: BundleManifest) -> bool:
+    return UNIT_ROUNDOFF[getattr(torch, manifest.compute_dtype)] > UNIT_ROUNDOFF[torch.float32]
 
 
 def error_key(module: str, operator: str, direction: str, ordinal: int) -> str:

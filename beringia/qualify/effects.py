@@ -38,8 +38,16 @@ FEW_ALLOWED = 1.1
 (`docs/qualify.md`), times how far the root mean square of so few may be above that of others (`few`). Adam's first
 steps, for one, make of a gradient near zero a whole step of either sign: then a handful of weights are most of an
 update's distance, in draws as on chips."""
+REFERENCE_ALLOWED = 1.6
+"""Times the reference's own distance, in 16-bit dtypes, where the rounding of results is nearly all of a sound chip's
+error and falls on the same numbers on every chip. Sound ones have 0.9 to 1.25, and up to 1.45 where they compute
+attention as one kernel and the reference in parts (`docs/qualify.md`); both beside what `few` allows."""
+EVEN_DRAWS = 1.5
+"""Largest over smallest of the draws' distances that are even: where a rounding may tip a single distance over, the
+reference's own says little."""
 MEDIAN_BATCHES = 3
 """With fewer batches the median is as much at one batch's mercy as the worst is."""
+BESIDE_REFERENCE = "distance beside the reference's"
 IN_THE_MEDIAN = "effect in the median batch"
 """The measure that no single batch decides."""
 LOSS_MARGIN = 2.0
@@ -74,6 +82,8 @@ class RoundingNoise:
     numbers: Mapping[Cell, float] = field(default_factory=dict)
     """Of how many numbers, as it were, a draw's distance is: 1 where one sketched number is all of it. Where nothing is
     said: of very many."""
+    rounds_once: bool = False
+    """Whether the rounding of results is nearly all of a sound chip's error: in 16-bit dtypes."""
 
     @staticmethod
     def of(exact: Trace, reference: Trace, draws: Iterable[Trace]) -> RoundingNoise:
@@ -100,7 +110,9 @@ class RoundingNoise:
         drawn = [_by_group(one) for one in self.drawn]
         numbers = _by_group(self.numbers)
         return {
-            group: _floor(own, [one[group] for one in drawn], min(numbers[group].values(), default=math.inf))
+            group: _floor(
+                own, [one[group] for one in drawn], min(numbers[group].values(), default=math.inf), self.rounds_once
+            )
             for group, own in _by_group(self.own).items()
         }
 
@@ -117,6 +129,8 @@ class Floor:
     """Root mean square over draws, and not less than the reference's own."""
     numbers: float
     """Of how many numbers a distance is, in the batch where these are fewest."""
+    reference: Mapping[str, float] | None
+    """The reference's own distances by batch, where they say what a sound chip's are."""
 
 
 def judge_trace(noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
@@ -154,14 +168,16 @@ def power_of(batches: int) -> float:
     return float(numpy.maximum(inside, 0.0).mean())
 
 
-def _floor(own: Mapping[str, float], drawn: Sequence[Mapping[str, float]], numbers: float) -> Floor:
+def _floor(own: Mapping[str, float], drawn: Sequence[Mapping[str, float]], numbers: float, rounds_once: bool) -> Floor:
     """From the reference's own distances by batch and the draws'."""
     of_draws = [far for one in drawn for far in one.values()]
+    tells = len(own) >= MEDIAN_BATCHES or max(of_draws) <= EVEN_DRAWS * min(of_draws)
     return Floor(
         max(_rms(of_draws), _rms(list(own.values()))),
         max(of_draws),
         {batch: max(_rms([one[batch] for one in drawn]), far) for batch, far in own.items()},
         numbers,
+        own if rounds_once and tells else None,
     )
 
 
@@ -221,6 +237,13 @@ def _judge_group(group: Group, far: Mapping[str, float], floor: Floor, smallest:
         of_batches = [distance / max(floor.by_batch[batch], smallest) for batch, distance in far.items()]
         reason = "the same in the median batch, over that batch's own floor"
         measures.append(_effect(IN_THE_MEDIAN, statistics.median(of_batches), EFFECT_ALLOWED, reason))
+    if floor.reference is not None:
+        beside = [distance / max(floor.reference[batch], smallest) for batch, distance in far.items()]
+        numbers = floor.numbers * (1 + len(beside) // 2)  # a median is made of half of the batches
+        reason = "distance from float64 over the reference's own, which rounds the same numbers; in the median batch"
+        allowed = REFERENCE_ALLOWED * few(numbers)
+        times = _effect(BESIDE_REFERENCE, statistics.median(beside), allowed, reason)
+        measures.append(times.model_copy(update={"unit": "reference's"}))
     failed = [measure for measure in measures if measure.used > 1.0]
     of = f": {name}" if kind == "serve" else f" of {name}" if name else ""
     return ProbeResult(

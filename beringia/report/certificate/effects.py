@@ -63,7 +63,7 @@ def effects_of(probes: Sequence[ProbeResult]) -> list[Effect]:
     """Every effect that lockstep found; the loss, which is in nats, is no effect."""
     found = []
     for probe in probes:
-        effects = [measure for measure in probe.measures if measure.unit == "noise floors"]
+        effects = [measure for measure in probe.measures if measure.unit in ("noise floors", "reference's")]
         if probe.probe == "lockstep" and effects:
             worst = max(effects, key=lambda measure: measure.used)
             found.append(Effect(_kind(probe), _row(probe), probe.subject, worst.value, worst.bound))
