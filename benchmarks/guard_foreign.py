@@ -8,7 +8,7 @@ established without the guard: the gradients that the update gets (after clippin
 without it, from the same state and data, in some layer, over what the sound chip's differ there from the CPU's in the
 same dtype. Those above `HARM` count.
 
-Checks and bounds were made with the first half of the faults in sight, and frozen (commit 0502631) before the second
+Checks and bounds were made with the first half of the faults in sight, and frozen (commit 05e3ee5) before the second
 half was run against them.
 
 Results of single trials are appended to the file that `--into` names, and those in it are not run again.
