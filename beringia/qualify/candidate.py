@@ -13,6 +13,7 @@ from beringia.qualify.arithmetic.integers import probe_integers
 from beringia.qualify.arithmetic.multiply_add import probe_multiply_add
 from beringia.qualify.bundle import Bundle, error_key
 from beringia.qualify.capture import replay
+from beringia.qualify.choices import probe_choices
 from beringia.qualify.departure import first_departure
 from beringia.qualify.effects import judge_trace
 from beringia.qualify.evidence import Begun, Checked, Departed, Fact, Probed, Unrepeatable
@@ -68,6 +69,8 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
         yield from _told_of_running(recording, bundle)
     yield Begun(probe="layers")
     for result in probe_layers(chip, subject, dtype, bundle.traffic, bundle.routes.batches[0]):
+        yield Probed(result=result)
+    for result in probe_choices(chip, subject, dtype, bundle.traffic, bundle.routes.batches[0]):
         yield Probed(result=result)
     yield Begun(probe="replay")
     yield from _replay(chip, bundle)

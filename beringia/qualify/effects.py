@@ -135,7 +135,11 @@ class Floor:
 
 def judge_trace(noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
     """All that the trace says: outputs, decoding, gradients, updates, losses."""
-    return [*judge_sketches(noise, found), _judge_losses(noise, found), _judge_training(noise, found)]
+    results = judge_sketches(noise, found)
+    # Where all that is served is right, only what is made of it can be wrong: the loss.
+    served_rightly = all(result.outcome == "passed" for result in results if result.rules_out == "infer")
+    losses = _judge_losses(noise, found, "train" if served_rightly else "infer")
+    return [*results, losses, _judge_training(noise, found)]
 
 
 def judge_sketches(noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
@@ -268,7 +272,7 @@ def _times(failed: Sequence[Measure]) -> str:
     return "more than any multiple of" if worst.value is None else f"{worst.value:.3g} times"
 
 
-def _judge_losses(noise: RoundingNoise, found: Trace) -> ProbeResult:
+def _judge_losses(noise: RoundingNoise, found: Trace, use: Use) -> ProbeResult:
     differences = minus(found.losses_K, noise.exact.losses_K).tolist()
     spread = _rms(noise.losses_PK.flatten().tolist())
     margin = LOSS_MARGIN * max(spread, _rounding(_mean_size(noise.exact.losses_K)))
@@ -280,7 +284,7 @@ def _judge_losses(noise: RoundingNoise, found: Trace) -> ProbeResult:
         probe="lockstep",
         subject="loss",
         outcome="failed" if outside else "passed" if inside else "inconclusive",
-        rules_out="infer",
+        rules_out=use,
         summary="the loss is "
         + ("equivalent" if inside else "not equivalent" if outside else "neither shown equal nor different")
         + f" (mean difference within {low:.3g} and {high:.3g}, margin {margin:.3g})",

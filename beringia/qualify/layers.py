@@ -60,7 +60,7 @@ def probe_layers(
         drawn = []
         for seed in range(draws):
             draw = moved_by_rounding(seed, dtype)
-            with _moved(plain, name, draw), draw.moving_results(), drawing():
+            with moved(plain, name, draw), draw.moving_results(), drawing():
                 drawn.append(_run(subject, plain, name, one, routes, dtype))
         yield _judged(name, found, exact, drawn, dtype)
 
@@ -83,7 +83,7 @@ def _run(
 
 
 @contextmanager
-def _moved(model: nn.Module, name: str, change: Change) -> Iterator[None]:
+def moved(model: nn.Module, name: str, change: Change) -> Iterator[None]:
     """Inside, one layer's weights are changed."""
     own = {f"{name}.{part}": parameter for part, parameter in model.get_submodule(name).named_parameters()}
     before = {path: parameter.detach().clone() for path, parameter in own.items()}

@@ -63,8 +63,8 @@ class ProbeResult(Record):
     """What one probe found."""
 
     probe: str
-    """`arithmetic`, `operators`, `lengths`, `layers`, `repeat`, `lockstep`, `collectives`, `memory`, `soak` or
-    `speed`."""
+    """`arithmetic`, `operators`, `lengths`, `layers`, `experts`, `repeat`, `lockstep`, `collectives`, `memory`, `soak`
+    or `speed`."""
     subject: str
     """What was looked at: a layer, a collective, a length, a dtype."""
     outcome: Literal["passed", "failed", "inconclusive", "told"]

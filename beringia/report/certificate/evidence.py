@@ -23,6 +23,7 @@ KINDS = (
     "replay",
     "lengths",
     "layers",
+    "experts",
     "repeat",
     "lockstep",
     "collectives",
