@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--bundles", type=Path, default=Path("foreign-bundles"))
     parser.add_argument("--store", type=Path, default=Path("foreign.jsonl"))
     parser.add_argument("--half", choices=("first", "second", "both", "none"), default="both")
-    parser.add_argument("--per-kind", type=int, default=3)
+    parser.add_argument("--per-kind", type=int, default=4)
     parser.add_argument("--of", default=",".join(faults.ALL), help="models")
     parser.add_argument("--only", default="", help="what names of faults and variants contain")
     parser.add_argument("--clean", type=int, default=10**6, help="sound variants, at most")

@@ -5,6 +5,7 @@ A variant is a model, a dtype, a chip, and a setting of torch in which it is qua
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ _DENSE = ("grouped", "tied", "odd", "sharp")
 """Modules of others choose their experts themselves, and near a tie another choice is no error."""
 _EXACT_MODELS = ("grouped", "odd", "r2-nano")
 """Bit by bit arithmetic takes long."""
+_EXACT_CHIPS = tuple(chip for chip in EMULATED if chip != "ascend-910b")
+"""That profile's sums lose no bits, which the exact fidelity does not hold."""
 
 Setting = Callable[[], AbstractContextManager[Any]]
 Other = Callable[[DecoderSubject], Subject]
@@ -48,7 +51,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """All of them, models by turns, so that the first few are of every kind."""
+    """All of them, in an order that is drawn once, so that the first few are of every kind."""
     made: list[Variant] = []
     for dtype in DTYPES:
         for chip in EMULATED:
@@ -59,9 +62,9 @@ def variants() -> list[Variant]:
         for chip in ("cpu", *(f"emulated:{name}" for name in EMULATED)):
             made += [Variant(model, dtype, chip, "transformers", subject=of_transformers) for model in _DENSE]
     made += [Variant(model, "float32", "cpu", "medium precision", medium_precision) for model in MODELS]
-    for chip in EMULATED:
+    for chip in _EXACT_CHIPS:
         made += [Variant(model, "bfloat16", f"emulated:{chip}@exact") for model in _EXACT_MODELS]
-    return made
+    return random.Random(0).sample(made, len(made))
 
 
 @contextmanager
@@ -110,6 +113,8 @@ def compiled(subject: DecoderSubject) -> Subject:
 
 def of_transformers(subject: DecoderSubject) -> Subject:
     """The same weights in transformers' own module, with weights and activations in one dtype."""
+
+    transformers.utils.logging.disable_progress_bar()
 
     def make() -> nn.Module:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(

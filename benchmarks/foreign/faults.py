@@ -661,7 +661,7 @@ def mask_ignored_in_pieces(strength: Strength, stack: ExitStack) -> None:
     _patch(stack, attention, "attend", made)
 
 
-@code(FIRST, r"serve|routes|experts|gate", models=("latent",))
+@code(FIRST, r"serve|decode|gate", models=("latent",))
 def router_bias_of_wrong_sign(strength: Strength, stack: ExitStack) -> None:
     """Experts are chosen with their bias taken away, or left out, where it is to be added."""
 
@@ -856,7 +856,8 @@ def residual_rounded_twice(strength: Strength, stack: ExitStack) -> None:
             if not _there(q):
                 return out
             limit = 2.0 ** strength.bits(10, 5)
-            return (out * limit).round() / limit
+            rounded = (out.detach() * limit).round() / limit
+            return out + (rounded - out.detach())  # the gradient goes through
 
         return attend
 
