@@ -74,3 +74,14 @@ def test_rows_are_compared_at_the_ends_and_around_powers_of_two() -> None:
     rows = set(rows_compared(2056).tolist())
     assert {0, 15, 127, 128, 255, 256, 511, 512, 1023, 1024, 2047, 2048, 2055} <= rows
     assert len(rows) < 120 and max(rows) == 2055
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cpu_has_effects_well_within_the_bound_at_every_seed(dtype: torch.dtype, seed: int) -> None:
+    """In float32 a sum over thousands of positions rounds as often: the floor knows how many there are."""
+    with opened("cpu") as chip:
+        results = [result for result, _ in probe_lengths(chip, dtype, Heads(64, 32), (520, 2056), seed)]
+    effects = [measure.used for result in results for measure in result.measures if measure.name == "effect"]
+    assert len(effects) == 4 and max(effects) < 0.9
+    assert {result.rules_out for result in results} == {"neither"}

@@ -144,11 +144,9 @@ def _floors(done: _Pass, rows: torch.Tensor, length: int) -> dict[str, torch.Ten
     squares = {name: torch.zeros_like(tensor) for name, tensor in exact.items()}
     for seed in range(_DRAWS):
         draw = moved_by_rounding(seed, done.inputs[0].dtype)
-        moved = replace(
-            done,
-            inputs=tuple(draw(f"{place}", tensor.double()) for place, tensor in enumerate(done.inputs)),
-            grad=draw("grad", done.grad.double()),
-        )
+        # Sums run over positions: turned, so that a draw moves each operand by what adding so many up costs.
+        turned = (draw(f"{place}", tensor.double().mT).mT for place, tensor in enumerate(done.inputs))
+        moved = replace(done, inputs=tuple(turned), grad=draw("grad", done.grad.double().mT).mT)
         for name, tensor in _all_of(_attention(moved, rows, length)).items():
             squares[name] += (tensor - exact[name]).square() / _DRAWS
     return squares
