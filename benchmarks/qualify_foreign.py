@@ -48,7 +48,7 @@ from beringia.qualify.verdict import judge
 HALVES = {"first": faults.FIRST, "second": faults.SECOND}
 REQUIRED = {"clear_verdict": 0.97, "moderate_not_accepted": 0.90, "place": 0.95, "harmless_refused": 0}
 REQUIRED_CLEAN = {"refused": 0, "inconclusive_at_most": 0.02, "qualifications": 250, "of_trained_models": 150}
-_BREAKS = (RuntimeError, IndexError, ValueError, NotImplementedError)
+_BREAKS = (RuntimeError, IndexError, ValueError)
 """What a faulty chip may raise: its process would end."""
 _EXTENT = Extent(longest=0, memory_bytes=0, soak_seconds=0.0, speed=False)
 
