@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,17 @@ def test_opening_switches_reduced_precision_and_nondeterminism_off() -> None:
     assert torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "highest"
     assert switches["deterministic_algorithms"] == "True" and switches["float32_matmul_precision"] == "highest"
     assert switches["subnormals"] == "kept" and subnormals_kept()
+
+
+def test_opening_imports_no_compiler_and_one_that_comes_later_is_told() -> None:
+    code = (
+        "import sys, beringia\nfrom beringia.chips.open import open_chip\nopen_chip('cpu')\nimport torch\n"
+        "print('torch._inductor' in sys.modules, torch.get_deterministic_debug_mode())\n"
+        "import torch._inductor.config\nprint(torch._inductor.config.deterministic)\n"
+        "torch._inductor.config.deterministic = False\nopen_chip('cpu')\nprint(torch._inductor.config.deterministic)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "2", "True", "True"]
 
 
 def test_accumulating_rows_at_repeated_indices_repeats_bit_for_bit_on_two_threads() -> None:

@@ -438,6 +438,18 @@ def test_attention_on_the_cpu_in_bfloat16_is_within_its_bounds_where_heads_share
         assert len(attention) == 8 and max(found.used for found in attention) <= 1.0
 
 
+@given(seed=st.integers(0, 2**31), sharpness=st.floats(1.0, 30.0))
+@settings(max_examples=25, deadline=None)
+def test_attention_on_the_cpu_in_float16_has_no_sign_in_its_errors_however_peaked_it_is(
+    seed: int, sharpness: float
+) -> None:
+    """Of peaked attention some results are far larger than most, and so are their roundings."""
+    q, k, v = (random(4, 4, 64, 16, seed=seed + place).to(torch.float16) for place in range(3))
+    v = v * torch.tensor([8.0 if row % 16 == 0 else 0.25 for row in range(64)], dtype=torch.float16)[:, None]
+    calls = calls_of(lambda: F.scaled_dot_product_attention(q * sharpness, k, v, is_causal=True))
+    assert not any("signed error" in broken(call) for call in calls if "attention" in call.place.operator)
+
+
 # ---- what each measure sees
 
 
@@ -673,6 +685,66 @@ def test_a_product_of_a_published_unit_is_within_its_bound_in_every_element(
     call = only_call(lambda: a @ b, "mm")
     used = {measure.name: measure.used for measure in judged(with_result(call, matmul(a, b, unit=unit))).measures}
     assert used["worst element"] <= 1.0 and used["root mean square error"] <= 1.0
+
+
+# ---- sums by index
+
+
+def _sum_by_index(name: str, rows_MD: torch.Tensor, places_M: torch.Tensor) -> torch.Tensor:
+    """Rows added up in eight places, as an operator of that name does it."""
+    width = rows_MD.shape[1]
+    into = torch.zeros(8, width, dtype=rows_MD.dtype)
+    if name == "embedding_dense_backward":
+        return torch.ops.aten.embedding_dense_backward(rows_MD, places_M, 8, -1, False)
+    if name == "index_add":
+        return into.index_add(0, places_M, rows_MD, alpha=-3)
+    if name == "scatter_add":
+        return into.scatter_add(0, places_M[:, None].expand(-1, width), rows_MD)
+    return into.index_put((places_M,), rows_MD, accumulate=True)
+
+
+BY_INDEX = ["embedding_dense_backward", "index_add", "scatter_add", "index_put"]
+
+
+@pytest.mark.parametrize("name", BY_INDEX)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 400), mean=st.sampled_from([0.0, 0.3, 3.0]))
+@settings(max_examples=15, deadline=None)
+def test_rows_that_meet_in_one_place_may_be_added_in_their_own_dtype(
+    name: str, dtype: torch.dtype, seed: int, count: int, mean: float
+) -> None:
+    rows_MD = (random(count, 48, seed=seed) + mean).to(dtype)
+    places_M = torch.randint(0, 8, (count,), generator=torch.Generator().manual_seed(seed)).clamp_max(5)
+    assert not broken(only_call(lambda: _sum_by_index(name, rows_MD, places_M), name))
+
+
+@pytest.mark.parametrize("name", BY_INDEX)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_that_is_missing_from_such_a_sum_is_wrong(name: str, dtype: torch.dtype) -> None:
+    rows_MD, places_M = random(40, 48, dtype=dtype), torch.arange(40) % 8
+    call = only_call(lambda: _sum_by_index(name, rows_MD, places_M), name)
+    less = _sum_by_index(name, rows_MD.index_fill(0, torch.tensor([11]), 0.0), places_M)
+    assert "root mean square error" in broken(with_result(call, less))
+
+
+@pytest.mark.parametrize("name", ["sum", "mean"])
+@given(seed=st.integers(0, 2**31), terms=st.integers(2, 600), left=st.sampled_from([0.0, 1e-7, 1e-4]))
+@settings(max_examples=25, deadline=None)
+def test_a_sum_whose_terms_cancel_may_be_off_by_what_adding_them_costs(
+    name: str, seed: int, terms: int, left: float
+) -> None:
+    rows_MN = random(48, terms, seed=seed)
+    rows_MN[:, -1] = left - rows_MN[:, :-1].double().sum(1)
+    call = only_call(lambda: getattr(rows_MN, name)(1), name)
+    backwards = getattr(rows_MN.flip(1), name)(1)
+    assert not broken(call) and not broken(with_result(call, backwards))
+
+
+def test_a_term_that_is_missing_from_a_sum_that_cancels_is_wrong() -> None:
+    rows_MN = random(48, 128)
+    rows_MN[:, -1] = 1e-4 - rows_MN[:, :-1].double().sum(1)
+    call = only_call(lambda: rows_MN.sum(1), "sum")
+    assert "root mean square error" in broken(with_result(call, rows_MN[:, 1:].sum(1)))
 
 
 # ---- calls on lists

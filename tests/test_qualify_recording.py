@@ -1,13 +1,20 @@
-"""Passes that are watched again, for faults that come and go."""
+"""What is watched of a model on a chip: each call under a name of its own, and further passes for faults that come and
+go."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from small_models import SmallSubject, opened
+from torch._ops import OpOverload
 
-from beringia.qualify.recording import Recorder
+from beringia.chips.chip import Chip
+from beringia.chips.emulated import device
+from beringia.model import IGNORED
+from beringia.qualify.recording import Recorder, Recording
+from beringia.qualify.trace import TraceExtent, Tracer
 
 SUBJECT = SmallSubject("llama")
 WRONG = 'kind = "wrong-backward"\nlength = 4\nstrength = 0.8\nsites = [1]\nfrom_step = 3'
@@ -46,3 +53,37 @@ def test_one_that_does_not_repeat_itself_in_the_backward_pass_is_named_too(tmp_p
 def test_on_a_sound_chip_every_operator_repeats_itself() -> None:
     with opened("emulated:h800") as chip:
         assert Recorder(SUBJECT, chip, torch.bfloat16)._first_unrepeatable() is None
+
+
+def recorded(chip: Chip) -> Recording:
+    tracer = Tracer(SUBJECT, TraceExtent(batches=1, steps=1))
+    return Recorder(SUBJECT, chip, torch.bfloat16).record(tracer, tracer.in_float64()[1])
+
+
+def test_every_call_of_training_decoding_and_serving_has_a_name_of_its_own() -> None:
+    with opened("cpu") as chip:
+        checks = recorded(chip).checks
+    names = {(check.module, check.operator, check.direction, check.ordinal) for check in checks}
+    assert len(names) == len(checks)
+
+
+def learning_what_is_ignored(func: OpOverload, kernel: device.Kernel) -> device.Kernel:
+    """An interposer: the loss gives ignored targets a gradient, that of token 0."""
+    if func is not torch.ops.aten.nll_loss_backward.default:
+        return kernel
+
+    def backward(grad: torch.Tensor, log: torch.Tensor, target: torch.Tensor, *others: object) -> torch.Tensor:
+        learned: torch.Tensor = kernel(grad, log, target.where(target != IGNORED, 0), *others)
+        return learned
+
+    return backward
+
+
+def test_a_loss_that_learns_ignored_targets_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened("emulated:h800") as chip:
+        monkeypatch.setattr(device._state, "interposers", (*device._state.interposers, learning_what_is_ignored))
+        device._state.handlers.clear()
+        checks = recorded(chip).checks
+    device._state.handlers.clear()
+    wrong = [check for check in checks if check.used > 1.0]
+    assert {(check.operator, check.direction) for check in wrong} == {("aten.nll_loss_backward.default", "backward")}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from beringia.machine.threads import prepare_threads, usable_cores
+from beringia.qualify.worker import SMALL_PARAMETERS
 
 
 def in_a_new_process(code: str, **environment: str) -> str:
@@ -35,3 +36,18 @@ def test_what_the_user_set_stays() -> None:
 
 def test_processes_that_share_a_machine_share_its_cores() -> None:
     assert prepare_threads({}, processes=10**6)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_reference_for_a_small_model_is_recorded_on_one_thread_unless_the_user_set_another_number() -> None:
+    code = (
+        "import sys, beringia, torch\nfrom beringia.qualify import worker\nworker.usable_cores = lambda: 3\n"
+        "torch.set_num_threads(int(sys.argv[1]))\nworker._settle_threads(int(sys.argv[2]))\n"
+        "print(torch.get_num_threads())"
+    )
+
+    def threads(given: int, parameters: int) -> str:
+        argv = [sys.executable, "-c", code, str(given), str(parameters)]
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+    small, large = SMALL_PARAMETERS - 1, SMALL_PARAMETERS
+    assert [threads(3, small), threads(3, large), threads(2, small)] == ["1", "3", "2"]

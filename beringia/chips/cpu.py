@@ -23,6 +23,7 @@ import torch
 
 from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Presence, ServeArguments
 from beringia.chips.classification import Rule, device_text, gravest_match
+from beringia.chips.deterministic import use_deterministic_algorithms
 from beringia.records.identity import ChipIdentity
 
 CHIP_NAME = "cpu"
@@ -220,7 +221,7 @@ def _has_proc() -> bool:
 def make_repeatable() -> None:
     """Make torch's CPU kernels give the same bits every time, for the whole process."""
     # index_put with accumulation adds in the order in which threads arrive unless deterministic algorithms are on.
-    torch.use_deterministic_algorithms(True)
+    use_deterministic_algorithms()
     # Filling every new tensor changes no number of a correct program and costs a pass over memory.
     torch._C._set_deterministic_fill_uninitialized_memory(False)
     torch._C._set_mkldnn_deterministic(True)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from beringia.chips.chip import Chip, Memory
+from beringia.chips.deterministic import use_deterministic_algorithms
 from beringia.errors import ChipUnavailable
 from beringia.machine.tools import ToolFailed, run_tool
 from beringia.records.identity import ChipIdentity
@@ -103,7 +104,7 @@ def make_repeatable() -> None:
             f"CUBLAS_WORKSPACE_CONFIG={workspace} is set, but products repeat only with "
             f"{' or '.join(_REPEATING_WORKSPACES)}: unset it."
         )
-    torch.use_deterministic_algorithms(True)
+    use_deterministic_algorithms()
     # Filling every new tensor changes no number of a correct program and costs a pass over memory.
     torch._C._set_deterministic_fill_uninitialized_memory(False)
     # Benchmarking picks the convolution that was fastest this time.

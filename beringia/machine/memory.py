@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 from functools import cache
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_KERNELS_KEPT = 256
+"""Measured: with 64 a qualification takes a tenth longer, with 256 no longer than with all."""
 _LARGEST_KEPT_BYTES = 1 << 30
 """Blocks from this size on still come from the kernel: a checkpoint's staging buffers, not activations."""
 
@@ -25,6 +28,12 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     kept = library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
     return bool(kept and library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN, before its first product, keep the code of fewer shapes than the 1,024 of its default: of a program
+    with many shapes that is 0.2 GB, and each is needed for a short while. A value in the environment wins."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS_KEPT))
 
 
 def return_freed_memory() -> bool:

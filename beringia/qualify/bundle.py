@@ -132,7 +132,7 @@ def write_bundle(
     """Write a bundle, signed with `key`; `manifest` has the fields that are not derived from the other arguments."""
     tensors = _noise_tensors(noise) | _route_tensors(routes) | _traffic_tensors(traffic)
     entries = [_entry(call, tensors) for call in calls]
-    content = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
+    content = save(_apart(tensors))
     whole = BundleManifest(
         **manifest,
         beringia=__version__,
@@ -142,6 +142,19 @@ def write_bundle(
     )
     signed = json.dumps(sign(whole, key).document(), allow_nan=False)
     _write_zip(path, {_MANIFEST: signed.encode(), _TENSORS: content})
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each contiguous, in memory of its own: copied where it is not."""
+    apart: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        if not own or tensor.data_ptr() in taken:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(tensor.data_ptr())
+        apart[name] = tensor
+    return apart
 
 
 def read_bundle(path: Path, expected_hash: str | None = None) -> Bundle:

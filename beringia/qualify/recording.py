@@ -3,11 +3,12 @@
 The same on the reference and on the candidate. Order matters: planted and real faults may depend on what ran before,
 so the training steps that are watched come first and are those of training.
 
-1. two training steps, every operator call held against float64 (`operators/`); weights and moments must not change
-   between the steps
-2. a step of decoding, and calls of every way of serving, likewise
-3. the trace (`trace.py`), not watched
-4. the first pass of the trace again: the same bits
+1. two training steps, and a pass over a batch with ignored targets, every operator call held against float64
+   (`operators/`); weights and moments must not change between the steps
+2. a step of decoding, likewise
+3. every way of serving, some calls of which are watched, and all of which are compared
+4. the rest of the trace (`trace.py`), not watched
+5. the first pass of the trace again: the same bits
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
@@ -25,9 +27,9 @@ from torch import nn
 from beringia.chips.chip import Chip
 from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown
-from beringia.qualify.operators.watch import Call, Place, Watch, tensors_in
+from beringia.qualify.operators.watch import Call, CallCounts, Place, Watch, tensors_in
 from beringia.qualify.refusals import REFUSALS
-from beringia.qualify.serving import Serving, Step
+from beringia.qualify.serving import Step
 from beringia.qualify.subject import Around, Batch, Subject, on_device
 from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
@@ -68,19 +70,19 @@ class Recorder:
         self._chip = chip
         self._dtype = dtype
         self._step = 0
+        self._counts: CallCounts = Counter()
         self._recording = Recording()
 
     def record(self, tracer: Tracer, routes: ChosenRoutes) -> Recording:
         """Everything; where the chip refuses an operator, what came before it."""
         found = self._recording
         with self._timed("operators"):
-            complete = (
-                self._watch_training() and self._watch_decoding() and self._watch_serving(tracer.servings, routes)
-            )
-        if not complete:
+            complete = self._watch_training() and self._watch_unlike(tracer) and self._watch_decoding()
+            served = self._watch_serving(tracer, routes) if complete else None
+        if served is None:
             return found
         with self._timed("trace"):
-            found.trace = tracer.on_chip(self._chip, self._dtype, routes, begin_step=self.begin_step)
+            found.trace = tracer.on_chip(self._chip, self._dtype, routes, begin_step=self.begin_step, served=served)
         with self._timed("repeat"):
             found.unrepeatable = self._repeat(tracer, routes, found.trace)
             if found.unrepeatable and not any(check.used > 1.0 for check in found.checks):
@@ -114,7 +116,7 @@ class Recorder:
     def _watch_training(self) -> bool:
         model = self._model()
         optimizer = make_optimizer(model, fused=self._chip.capabilities.fused_optimizer)
-        with Watch(model, self._chip.device, self._take) as watch:
+        with self._watch(model, self._take) as watch:
             for number in range(WATCHED_STEPS):
                 if number > 0:
                     before = {name: tensor.cpu().clone() for name, tensor in _state(model, optimizer)}
@@ -140,34 +142,68 @@ class Recorder:
             optimizer.zero_grad(set_to_none=True)
             self._subject.after_update(model)
 
+    def _watch_unlike(self, tracer: Tracer) -> bool:
+        """Forward and backward pass of the last unlike batch, in the step that has begun, for the loss of ignored
+        targets: its layers, which know nothing of them, were watched in training."""
+        model = self._model()
+        layers = tuple(f"{name}." for name in self._subject.layers_of(model))
+
+        def judge(call: Call) -> None:
+            if not f"{call.place.module}.".startswith(layers):
+                self._judge(call)
+
+        def train(watch: Watch) -> None:
+            with watch.direction("forward"):
+                for batch in tracer.unlike[-1:]:
+                    self._subject.loss(model, on_device(batch, self._chip.device)).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+
+        # Not handed on: to a bundle they are the calls of a training step once more, in other shapes.
+        return self._watched(model, judge, train)
+
     def _watch_decoding(self) -> bool:
         return self._watch_inference(lambda model, watch: self._subject.decode(model, self._batch(0)), self._take)
 
-    def _watch_serving(self, servings: Sequence[Serving], routes: ChosenRoutes) -> bool:
-        """Of every serving the calls that are to be watched: the others only bring the cache to where these begin."""
+    def _watch_serving(self, tracer: Tracer, routes: ChosenRoutes) -> dict[str, torch.Tensor] | None:
+        """What every serving gives, for the trace, with the calls watched that are to be; None where the chip refuses
+        an operator."""
+        served: dict[str, torch.Tensor] = {}
+        if not tracer.servings:
+            return served
 
         def serve(model: nn.Module, watch: Watch) -> None:
             def around(step: Step) -> Around:
                 return watch.paused(False) if step.watched else nullcontext()
 
             with watch.paused():
-                for serving, chosen in zip(servings, routes.servings, strict=True):
-                    self._subject.serve(model, serving, chosen, around)
+                served.update(tracer.serve(model, routes, around))
 
         # Not handed on: their arguments, whole caches, would take the room of all others.
-        return self._watch_inference(serve, self._judge) if servings else True
+        return served if self._watch_inference(serve, self._judge) else None
 
     def _watch_inference(self, compute: Callable[[nn.Module, Watch], object], take: Callable[[Call], None]) -> bool:
         model = self._model()
         self.begin_step()
-        with Watch(model, self._chip.device, take) as watch, watch.direction("decode"), torch.no_grad():
-            try:
+
+        def infer(watch: Watch) -> None:
+            with watch.direction("decode"), torch.no_grad():
                 compute(model, watch)
+
+        return self._watched(model, take, infer)
+
+    def _watched(self, model: nn.Module, take: Callable[[Call], None], run: Callable[[Watch], object]) -> bool:
+        """Whether the chip has every operator of `run`."""
+        with self._watch(model, take) as watch:
+            try:
+                run(watch)
             except REFUSALS as error:
                 if not self._was_refused(watch, error):
                     raise
                 return False
         return True
+
+    def _watch(self, model: nn.Module, take: Callable[[Call], None]) -> Watch:
+        """One that counts on: each call of a recording has a name of its own."""
+        return Watch(model, self._chip.device, take, self._counts)
 
     def _was_refused(self, watch: Watch, error: Exception) -> bool:
         """Whether an operator is missing on the chip: a finding. A fault of the chip goes on to the caller."""

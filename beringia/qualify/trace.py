@@ -33,8 +33,8 @@ from beringia.machine.memory import return_freed_memory
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.numerics.replay import Taps
 from beringia.qualify.operators.watch import in_backward
-from beringia.qualify.serving import Serving
-from beringia.qualify.subject import Batch, Routes, Subject, on_device
+from beringia.qualify.serving import Serving, Step
+from beringia.qualify.subject import Around, Batch, Routes, Subject, nothing_around, on_device
 
 WIDTH = 1024
 LEARNING_RATE = 1e-3
@@ -183,6 +183,11 @@ class Tracer:
         return self._servings
 
     @property
+    def unlike(self) -> tuple[Batch, ...]:
+        """Batches whose gradients are added up in its traces."""
+        return self._unlike
+
+    @property
     def unlike_words(self) -> tuple[str, ...]:
         """What a training step over its unlike batches is, for who reads a certificate."""
         sizes = [" x ".join(map(str, batch["labels"].shape)) for batch in self._unlike]
@@ -216,9 +221,11 @@ class Tracer:
         routes: ChosenRoutes,
         *,
         begin_step: Callable[[], None],
+        served: dict[str, torch.Tensor] | None = None,
         change: Change | None = None,
     ) -> Trace:
-        """On a chip in `dtype`; `begin_step` is called before each pass, `change` alters the weights first."""
+        """On a chip in `dtype`; `begin_step` is called before each pass, `change` alters the weights first. `served`:
+        what `serve` gave there already."""
         return_freed_memory()
         model = self._subject.build()
         if change is not None:
@@ -229,7 +236,19 @@ class Tracer:
         fused = chip.capabilities.fused_optimizer
         at_once = change is not None  # noise is that of rounding, whatever a prompt is cut into
         with change.moving_results() if isinstance(change, RoundingDraw) else nullcontext():
-            return self._run(model, fused=fused, routes=routes, begin_step=begin_step, at_once=at_once)[0]
+            trace, _ = self._run(
+                model, fused=fused, routes=routes, begin_step=begin_step, at_once=at_once, served=served
+            )
+        return trace
+
+    def serve(
+        self, model: nn.Module, routes: ChosenRoutes, around: Callable[[Step], Around] = nothing_around
+    ) -> dict[str, torch.Tensor]:
+        """The sketches of all servings by a model that is placed, call by call, as they are served; `around` each."""
+        sketches: dict[str, torch.Tensor] = {}
+        for serving, chosen in zip(self._servings, routes.servings, strict=True):
+            sketches |= _served(self._subject.serve(model, serving, chosen, around))
+        return sketches
 
     def first_pass(
         self, chip: Chip, dtype: torch.dtype, routes: ChosenRoutes, *, begin_step: Callable[[], None]
@@ -246,6 +265,7 @@ class Tracer:
         routes: ChosenRoutes | None,
         begin_step: Callable[[], None],
         at_once: bool,
+        served: dict[str, torch.Tensor] | None = None,
     ) -> tuple[Trace, ChosenRoutes]:
         sketches: dict[str, torch.Tensor] = {}
         losses: list[float] = []
@@ -259,7 +279,10 @@ class Tracer:
         with torch.no_grad():
             batch = on_device(self._batches[0], _device(model))
             sketches |= sketches_of("decode", "decode", self._subject.decode(model, batch))
-        served, chosen_servings = self._serve(model, routes, begin_step, at_once=at_once)
+        if served is None or routes is None:
+            served, chosen_servings = self._serve(model, routes, begin_step, at_once=at_once)
+        else:
+            chosen_servings = routes.servings
         accumulated, chosen_unlike = self._accumulate(model, routes, begin_step)
         training, chosen_steps, updates = self._train(model, fused, routes, begin_step)
         return (
@@ -286,8 +309,7 @@ class Tracer:
                 else:
                     found, own = self._subject.serve(model, serving, known), known
             chosen.append(own)
-            for scenario, logits in found.items():
-                sketches |= sketches_of(f"serve/{scenario}", scenario, logits)
+            sketches |= _served(found)
         return sketches, tuple(chosen)
 
     def _accumulate(
@@ -409,6 +431,14 @@ def sketches_of(name: str, kind: str, tensor: torch.Tensor) -> dict[str, torch.T
         codes = flat.isnan() * 4.0 + flat.isposinf() * 2.0 + flat.isneginf() * 1.0
         found[name + NOT_FINITE] = sketch(kind, codes) * _APART
     return found
+
+
+def _served(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sketches of what a serving gave, by scenario."""
+    sketches: dict[str, torch.Tensor] = {}
+    for scenario, logits in found.items():
+        sketches |= sketches_of(f"serve/{scenario}", scenario, logits)
+    return sketches
 
 
 def _adding_up(weight: torch.Tensor, dtype: torch.dtype) -> float:

@@ -129,6 +129,10 @@ def bound_of(call: Call, exact: tuple[torch.Tensor, ...]) -> Bound:
     attention = Attention.of(call)
     if attention is not None:
         return _attention(attention, operation)
+    if name in _ADDED_UP:
+        return _added_up(operation)
+    if name in _BY_INDEX:
+        return _added_by_index(operation)
     for names, rule, basis, terms in _RULES:
         if name in names:
             return Bound(rule(operation), basis, terms(operation), True)
@@ -222,10 +226,56 @@ def _sigmoid_backward(operation: Operation) -> Allowed:
     return [2 * ARITHMETIC_ROUNDINGS * _F32 * grad.abs() * y.abs() for _ in operation.exact]
 
 
-def _added_up(operation: Operation) -> Allowed:
-    """Linear in its inputs: a random walk of roundings over the terms, relative to the sum of magnitudes."""
+def _added_up(operation: Operation) -> Bound:
+    """Linear in its inputs: a random walk of roundings over the terms, relative to the sum of magnitudes.
+
+    The partial sums of N terms whose squares add up to Q^2 are a random walk of sqrt(k / N) Q, so their roundings add
+    up to u Q sqrt(N / 6) in root mean square, whatever is left of the terms in the end: where they cancel, as in the
+    backward pass of a norm, that is more than any share of the result.
+    """
+    squares, counts = _squares_and_counts(operation)
+    unit = min(operation.storing, _F32)
+    noise = [unit * (count.abs() * square.abs() / 6.0).sqrt() for square, count in zip(squares, counts, strict=True)]
+    basis = "a rounding a term, as a random walk"
+    return Bound(_walked(operation), basis, terms_of(operation), True, noise=tuple(noise))
+
+
+def _added_by_index(operation: Operation) -> Bound:
+    """Sums of rows that are added to what lies in their place, in its own dtype: so do PyTorch's CPU kernels, and
+    atomic additions on devices. Their partial sums are also k / N of the whole S, and the roundings of all u sqrt(N
+    (Q^2 / 6 + S^2 / 9)). A place that nothing is added to keeps what it has."""
+    squares, counts = _squares_and_counts(operation)
+    noise = []
+    for square, count, exact in zip(squares, counts, operation.exact, strict=True):
+        additions = (count - 1.0).clamp_min(0.0)
+        noise.append(operation.storing * (additions * (square / 6.0 + exact.square() / 9.0)).sqrt())
+    allowed = [inside + RANDOM_WALK * one for inside, one in zip(_walked(operation), noise, strict=True)]
+    basis = "a rounding a term, as a random walk, in the dtype of the result"
+    return Bound(allowed, basis, terms_of(operation), True, noise=tuple(noise))
+
+
+def _walked(operation: Operation) -> Allowed:
     roundings = min(float(terms_of(operation)), RANDOM_WALK * math.sqrt(terms_of(operation))) + ARITHMETIC_ROUNDINGS
     return [roundings * _F32 * size.abs() for size in operation.on_magnitudes()]
+
+
+def _squares_and_counts(operation: Operation) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """The operator applied to its terms' squares, and to a one for each of them. Of a mean over N terms these are sums
+    divided by N, and their product is that of sums divided by N^2, as it should be."""
+
+    def applied(change: Callable[[torch.Tensor], torch.Tensor], alpha: float) -> tuple[torch.Tensor, ...]:
+        args, kwargs = changed(operation.args, change), changed(operation.kwargs, change)
+        return evaluate(operation.call.func, args, kwargs | ({"alpha": alpha} if "alpha" in kwargs else {}))
+
+    return applied(_square, operation.kwargs.get("alpha", 1.0) ** 2), applied(_one_each, 1.0)
+
+
+def _square(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.square() if tensor.is_floating_point() else tensor
+
+
+def _one_each(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(tensor) if tensor.is_floating_point() else tensor
 
 
 def _norm(operation: Operation) -> Allowed:
@@ -351,7 +401,7 @@ def may_overflow(call: Call, exact: tuple[torch.Tensor, ...], place: int) -> tor
         rows = attention.overflows()
         of_rows = attention.grad_BHTV is None
         return rows.view(*rows.shape, *[1] * (found.dim() - 3)).expand_as(found) if of_rows else found | rows.any()
-    if operation.name in _PRODUCTS | _ADDED_UP:
+    if operation.name in _PRODUCTS | _ADDED_UP | _BY_INDEX:
         found |= operation.on_magnitudes(finite=True)[place].abs() >= largest * (1.0 - terms_of(operation) * _F32)
     try:
         own = in_own_dtypes(call, "cpu")[place]
@@ -453,8 +503,12 @@ _GATED_BACKWARD = _names(
 )
 _ADDED_UP = _names(
     """
-    sum mean cumsum scatter_add index_add embedding_dense_backward index_put _index_put_impl scatter_reduce
-    nll_loss_forward
+    sum mean cumsum scatter_reduce nll_loss_forward
+    """
+)
+_BY_INDEX = _names(
+    """
+    scatter_add index_add embedding_dense_backward index_put _index_put_impl
     """
 )
 _NORMS = frozenset({"linalg_vector_norm", "norm"})
@@ -471,7 +525,6 @@ _RULES: tuple[tuple[frozenset[str], Rule, str, Callable[[Operation], int]], ...]
     (_GATED, _gated, "an elementary function, relative to its argument", _one),
     (_GATED_BACKWARD, _gated_backward, "an elementary function, relative to its argument", _one),
     (frozenset({"sigmoid_backward"}), _sigmoid_backward, "a few roundings of one", _one),
-    (_ADDED_UP, _added_up, "a rounding a term, as a random walk", terms_of),
     (_NORMS, _norm, "a rounding a term, as a random walk", terms_of),
     (_PRODUCTS, _product, "a product: every term cut, every block's sum truncated", terms_of),
     (frozenset({"_softmax"}), _softmax, "an exponential of a rounded difference", _last),

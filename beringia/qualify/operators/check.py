@@ -359,8 +359,9 @@ def _rms_and_sign(
     storing = math.hypot(_rms(rounded - exact) / size, inside)
     relative = RMS_ALLOWED * (storing + _inner_floor(bound, size))
     excess = wide - rounded
-    spread = _rms(excess) / size
     total = float(torch.linalg.vector_norm(exact, 1))
+    # Over the same mean as the gain is, which of peaked results lies far below their root mean square.
+    spread = _rms(excess) * exact.numel() / total
     gain = float(excess.mul_(exact.sign()).sum()) / total
     signed = _inner_floor(bound, total / exact.numel()) + SIGNED_DEVIATIONS * spread / math.sqrt(
         independent_rows(exact) if exact.dim() > 1 else 1.0

@@ -78,6 +78,10 @@ class RefusedCall:
     words: str
 
 
+CallCounts = Counter[tuple[str, str, Direction]]
+"""How many calls were seen, by module, operator and direction."""
+
+
 def in_backward() -> bool:
     """Whether autograd's backward pass is running."""
     return torch._C._current_graph_task_id() != -1
@@ -90,7 +94,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
     ...     model(tokens).backward()
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, take: Callable[[Call], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        take: Callable[[Call], None],
+        counts: CallCounts | None = None,
+    ) -> None:
+        """`counts`: of the calls that were seen before, which this goes on with."""
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.refused: RefusedCall | None = None
         """The first call that raised; the error goes on to the caller, who knows the chip's words."""
@@ -101,7 +112,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         self._stack = [""]
         self._phase: Direction = "forward"
         self._noted: list[tuple[int, str]] = []
-        self._counts: Counter[tuple[str, str, str]] = Counter()
+        self._counts: CallCounts = Counter() if counts is None else counts
         self._position = 0
         self._parameters = dict(model.named_parameters())
         self._named = WeakTensorKeyDictionary({parameter: name for name, parameter in model.named_parameters()})
