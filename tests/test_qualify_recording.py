@@ -3,17 +3,19 @@ go."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_models import SmallSubject, opened
+from small_models import CONFIGS, SmallSubject, opened
 from torch._ops import OpOverload
 
 from beringia.chips.chip import Chip
 from beringia.chips.emulated import device
 from beringia.model import IGNORED
-from beringia.qualify.recording import Recorder, Recording
+from beringia.qualify.recording import WATCHED_STEPS, Recorder, Recording, left_out_later
 from beringia.qualify.trace import TraceExtent, Tracer
 
 SUBJECT = SmallSubject("llama")
@@ -55,9 +57,9 @@ def test_on_a_sound_chip_every_operator_repeats_itself() -> None:
         assert Recorder(SUBJECT, chip, torch.bfloat16)._first_unrepeatable() is None
 
 
-def recorded(chip: Chip) -> Recording:
-    tracer = Tracer(SUBJECT, TraceExtent(batches=1, steps=1))
-    return Recorder(SUBJECT, chip, torch.bfloat16).record(tracer, tracer.in_float64()[1])
+def recorded(chip: Chip, subject: SmallSubject = SUBJECT) -> Recording:
+    tracer = Tracer(subject, TraceExtent(batches=1, steps=1))
+    return Recorder(subject, chip, torch.bfloat16).record(tracer, tracer.in_float64()[1])
 
 
 def test_every_call_of_training_decoding_and_serving_has_a_name_of_its_own() -> None:
@@ -87,3 +89,32 @@ def test_a_loss_that_learns_ignored_targets_is_named(monkeypatch: pytest.MonkeyP
     device._state.handlers.clear()
     wrong = [check for check in checks if check.used > 1.0]
     assert {(check.operator, check.direction) for check in wrong} == {("aten.nll_loss_backward.default", "backward")}
+
+
+def test_of_many_layers_a_few_are_watched_later_among_them_the_first_and_the_last() -> None:
+    layers = [f"model.layers.{number}" for number in range(30)]
+    watched = [name for name in layers if name not in left_out_later(layers)]
+    assert watched == [f"model.layers.{number}" for number in (0, 6, 12, 17, 23, 29)]
+    assert left_out_later(layers[:6]) == []
+
+
+def test_every_layer_is_watched_in_a_training_step_and_few_in_later_ones_and_in_serving(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(CONFIGS, "deep", replace(CONFIGS["llama"], num_hidden_layers=9))
+    with opened("cpu") as chip:
+        checks = recorded(chip, SmallSubject("deep")).checks
+    products: Counter[str] = Counter()
+    for check in checks:
+        if (
+            check.module.endswith("mlp.down_proj")
+            and check.operator == "aten.mm.default"
+            and check.direction == "forward"
+        ):
+            products[check.module.split(".")[2]] += 1
+    assert {layer for layer, count in products.items() if count == WATCHED_STEPS} == set("023568")
+    assert {layer for layer, count in products.items() if count == 1} == set("147")
+    served = {
+        check.module.split(".")[2] for check in checks if check.direction == "decode" and "layers" in check.module
+    }
+    assert served == set("012345678"), "in a step of decoding"

@@ -3,8 +3,9 @@
 The same on the reference and on the candidate. Order matters: planted and real faults may depend on what ran before,
 so the training steps that are watched come first and are those of training.
 
-1. two training steps, and a pass over a batch with ignored targets, every operator call held against float64
-   (`operators/`); weights and moments must not change between the steps
+1. two training steps, and a pass over a batch with ignored targets, operator calls held against float64
+   (`operators/`): all in the first step, later those of a few layers (`left_out_later`); weights and moments must not
+   change between the steps
 2. a step of decoding, likewise
 3. every way of serving, some calls of which are watched, and all of which are compared
 4. the rest of the trace (`trace.py`), not watched
@@ -17,9 +18,10 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -35,6 +37,7 @@ from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optim
 from beringia.records.certificate import Measure, OperatorCheck
 
 WATCHED_STEPS = 2
+LAYERS_LATER = 6
 AT_REST = "memory at rest"
 """Stands for an operator where numbers changed that nothing wrote."""
 
@@ -116,21 +119,25 @@ class Recorder:
     def _watch_training(self) -> bool:
         model = self._model()
         optimizer = make_optimizer(model, fused=self._chip.capabilities.fused_optimizer)
-        with self._watch(model, self._take) as watch:
-            for number in range(WATCHED_STEPS):
-                if number > 0:
-                    before = {name: tensor.cpu().clone() for name, tensor in _state(model, optimizer)}
-                self.begin_step()
-                if number > 0:
-                    self._compare_at_rest(before, model, optimizer)
-                    del before  # as large as weights and moments
-                try:
-                    self._training_step(watch, model, optimizer, self._batch(number))
-                except REFUSALS as error:
-                    if not self._was_refused(watch, error):
-                        raise
-                    return False
-        return True
+        self.begin_step()
+        complete = self._watched_step(self._take, model, optimizer, 0)
+        judge = self._judge_outside(left_out_later(self._layers))
+        for number in range(1, WATCHED_STEPS):
+            if complete:
+                self._begin_step_at_rest(model, optimizer)
+                complete = self._watched_step(judge, model, optimizer, number)
+        return complete
+
+    def _begin_step_at_rest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        before = {name: tensor.cpu().clone() for name, tensor in _state(model, optimizer)}
+        self.begin_step()
+        self._compare_at_rest(before, model, optimizer)
+
+    def _watched_step(
+        self, take: Callable[[Call], None], model: nn.Module, optimizer: torch.optim.Optimizer, number: int
+    ) -> bool:
+        batch = self._batch(number)
+        return self._watched(model, take, lambda watch: self._training_step(watch, model, optimizer, batch))
 
     def _training_step(self, watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
         with watch.direction("forward"):
@@ -146,11 +153,6 @@ class Recorder:
         """Forward and backward pass of the last unlike batch, in the step that has begun, for the loss of ignored
         targets: its layers, which know nothing of them, were watched in training."""
         model = self._model()
-        layers = tuple(f"{name}." for name in self._subject.layers_of(model))
-
-        def judge(call: Call) -> None:
-            if not f"{call.place.module}.".startswith(layers):
-                self._judge(call)
 
         def train(watch: Watch) -> None:
             with watch.direction("forward"):
@@ -158,7 +160,7 @@ class Recorder:
                     self._subject.loss(model, on_device(batch, self._chip.device)).backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
         # Not handed on: to a bundle they are the calls of a training step once more, in other shapes.
-        return self._watched(model, judge, train)
+        return self._watched(model, self._judge_outside(self._layers), train)
 
     def _watch_decoding(self) -> bool:
         return self._watch_inference(lambda model, watch: self._subject.decode(model, self._batch(0)), self._take)
@@ -178,7 +180,8 @@ class Recorder:
                 served.update(tracer.serve(model, routes, around))
 
         # Not handed on: their arguments, whole caches, would take the room of all others.
-        return served if self._watch_inference(serve, self._judge) else None
+        judge = self._judge_outside(left_out_later(self._layers))
+        return served if self._watch_inference(serve, judge) else None
 
     def _watch_inference(self, compute: Callable[[nn.Module, Watch], object], take: Callable[[Call], None]) -> bool:
         model = self._model()
@@ -226,6 +229,16 @@ class Recorder:
         if judged is not None:
             self._recording.checks.append(judged)
 
+    def _judge_outside(self, layers: Sequence[str]) -> Callable[[Call], None]:
+        """Judges the calls that are in none of these layers."""
+        inside = tuple(f"{name}." for name in layers)
+
+        def judge(call: Call) -> None:
+            if not f"{call.place.module}.".startswith(inside):
+                self._judge(call)
+
+        return judge
+
     def _compare_at_rest(
         self, before: Mapping[str, torch.Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -269,6 +282,10 @@ class Recorder:
 
     # Small parts
 
+    @cached_property
+    def _layers(self) -> tuple[str, ...]:
+        return tuple(self._subject.layers_of(self._subject.build()))
+
     def _model(self) -> nn.Module:
         return self._subject.place(self._subject.build(), self._chip.device, self._dtype)
 
@@ -282,6 +299,16 @@ class Recorder:
 
     def _timed(self, part: str) -> _Timer:
         return _Timer(self._recording.seconds, part)
+
+
+def left_out_later(layers: Sequence[str]) -> list[str]:
+    """Of many layers those that are watched in the first training step and in decoding and no more: all but
+    `LAYERS_LATER` from the first to the last. In later steps, and in serving, all layers make the same calls; what is
+    wrong in those that are left out has its effect in the trace, and then further passes are watched."""
+    if len(layers) <= LAYERS_LATER:
+        return []
+    watched = {round(number * (len(layers) - 1) / (LAYERS_LATER - 1)) for number in range(LAYERS_LATER)}
+    return [name for number, name in enumerate(layers) if number not in watched]
 
 
 class _Timer:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -319,9 +319,7 @@ class DecoderSubject(Subject):
         """T + 1 tokens: solved sums for a preset, text for a model that has read some."""
         if self.source in PRESETS:
             return _sums(self.seed, number, self.tokens + 1)
-        tokenizer = load_tokenizer(self.source)
-        check_vocabulary(tokenizer, config_of(self.source).vocab_size)
-        return _text(tokenizer, number, self.tokens + 1)
+        return _text(_tokenizer(self.source, _written_at(self.source)), number, self.tokens + 1)
 
 
 @dataclass(frozen=True)
@@ -381,6 +379,19 @@ def _sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, MixtureOfExperts)
     }
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(source: str, written_at: int) -> Tokenizer:
+    """Of a model; read once for all rows, for large ones take half a second to read."""
+    tokenizer = load_tokenizer(source)
+    check_vocabulary(tokenizer, config_of(source).vocab_size)
+    return tokenizer
+
+
+def _written_at(source: str) -> int:
+    """When the newest of its files was written, in nanoseconds."""
+    return max((file.lstat().st_mtime_ns for file in Path(source).glob("*")), default=0)
 
 
 def _sums(seed: int, number: int, tokens: int) -> list[int]:

@@ -407,15 +407,32 @@ def sketch(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
     Infinities and NaN have sketches of their own (`not_finite`): here they are zeros.
     """
-    flat = tensor.detach().cpu().double().flatten().nan_to_num(0.0, 0.0, 0.0)
+    flat = tensor.detach().cpu().flatten()
+    found = _added_with_signs(name, flat)
+    # A sum is finite only if its terms are.
+    return found if _all_finite(found) else _added_with_signs(name, flat.double().nan_to_num(0.0, 0.0, 0.0))
+
+
+def _added_with_signs(name: str, flat: torch.Tensor) -> torch.Tensor:
+    """Rows of `WIDTH`, added up a block at a time: of a large tensor neither a copy in float64 nor a product with its
+    signs is made whole, which would take several passes over memory."""
     if flat.numel() <= WIDTH:
-        return flat
-    signed = flat * _signs(name, flat.numel())
-    missing = -flat.numel() % WIDTH
-    whole = torch.nn.functional.pad(signed, (0, missing)) if missing else signed
-    return whole.view(-1, WIDTH).sum(0)
+        return flat.to(torch.float64, copy=True)
+    signs, found = _signs(name, flat.numel()), torch.zeros(WIDTH, dtype=torch.float64)
+    for start in range(0, flat.numel(), _BLOCK):
+        signed = flat[start : start + _BLOCK].double() * signs[start : start + _BLOCK]
+        whole = signed.numel() // WIDTH * WIDTH
+        found += signed[:whole].view(-1, WIDTH).sum(0)
+        found[: signed.numel() - whole] += signed[whole:]
+    return found
 
 
+def _all_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+_BLOCK = 256 * WIDTH
+"""Elements; in float64 they fit in a core's cache."""
 NOT_FINITE = "#not-finite"
 """Follows the name of a sketch that says where its tensor is infinite or NaN."""
 _APART = 1e200
@@ -425,12 +442,12 @@ _APART = 1e200
 def sketches_of(name: str, kind: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensor's sketch under its name, and, if not all is finite, the one that says what is not. `kind`: what the
     signs are drawn from."""
-    flat = tensor.detach().cpu()  # a faulty chip must not judge itself
-    found = {name: sketch(kind, flat)}
-    if not bool(flat.isfinite().all()):
-        codes = flat.isnan() * 4.0 + flat.isposinf() * 2.0 + flat.isneginf() * 1.0
-        found[name + NOT_FINITE] = sketch(kind, codes) * _APART
-    return found
+    flat = tensor.detach().cpu().flatten()  # a faulty chip must not judge itself
+    found = _added_with_signs(kind, flat)
+    if _all_finite(found) or _all_finite(flat):
+        return {name: found}
+    codes = flat.isnan() * 4.0 + flat.isposinf() * 2.0 + flat.isneginf() * 1.0
+    return {name: sketch(kind, flat), name + NOT_FINITE: sketch(kind, codes) * _APART}
 
 
 def _served(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
