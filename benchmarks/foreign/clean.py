@@ -59,7 +59,10 @@ def variants() -> list[Variant]:
         for software, setting in SETTINGS.items():
             made += [Variant(model, dtype, "cpu", software, setting) for model in MODELS]
         made += [Variant(model, dtype, "cpu", "compiled", subject=compiled) for model in MODELS]
-        for chip in ("cpu", *(f"emulated:{name}" for name in EMULATED)):
+        # With weights and moments in float16 nobody trains: AdamW's epsilon is no number there, and a second moment that
+        # a rounding brings to zero makes a step of any size. The same software on the same chip has the same bits.
+        others = () if dtype == "float16" else tuple(f"emulated:{name}" for name in EMULATED)
+        for chip in ("cpu", *others):
             made += [Variant(model, dtype, chip, "transformers", subject=of_transformers) for model in _DENSE]
     made += [Variant(model, "float32", "cpu", "medium precision", medium_precision) for model in MODELS]
     for chip in _EXACT_CHIPS:
