@@ -9,6 +9,9 @@ one by one, so an interrupted benchmark goes on; bundles and the sound chips' er
 
 **The right verdict** of clear harm to inference is unfit, of clear harm to training alone infer. A fault of moderate
 harm must not be accepted, a harmless one not be refused, a sound variant neither refused nor, but for few, left open.
+With `--references N`, chips with N of the faults of clear harm, each of another kind, are also asked for a bundle: none
+may write one, and each must be told what is wrong.
+
 **The right place** of a wrong operator is that operator; of wrong code the module, or the quantity, that it reaches.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import AbstractContextManager
@@ -33,6 +37,7 @@ from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.chips.emulated.device import register
 from beringia.chips.open import open_chip
+from beringia.errors import InputError, Refusal
 from beringia.machine.memory import keep_freed_memory
 from beringia.qualify.bundle import read_bundle
 from beringia.qualify.candidate import Extent, probe_candidate
@@ -147,6 +152,34 @@ def _harm(yardstick: Yardstick, chip: Chip) -> Harm:
         return Harm(1e30, 1e30, {"inference": str(error)[:200], "training": ""})
 
 
+def run_reference(fault: faults.Fault, workshop: Workshop) -> dict[str, Any]:
+    """The faulty chip asked for a bundle."""
+    subject = workshop.subject(fault.model)
+    began = time.perf_counter()
+
+    def record(chip: Chip) -> str:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "reference.bundle"
+            try:
+                make_bundle(subject, chip, getattr(torch, fault.dtype), path, plan=TraceExtent())
+            except (Refusal, InputError) as refusal:
+                return "" if path.exists() else str(refusal)
+            except _BREAKS as error:
+                return f"it broke: {error}"
+        return ""
+
+    words = _on_chip(fault, record)
+    seconds = round(time.perf_counter() - began, 1)
+    name = f"reference {fault.name}"
+    return {"name": name, "kind": fault.kind.name, "group": "reference", "words": words[:400], "seconds": seconds}
+
+
+def of_unlike_kinds(planted: list[faults.Fault], done: dict[str, dict[str, Any]], count: int) -> list[faults.Fault]:
+    """So many faults of clear harm, the first of each kind."""
+    clear = [fault for fault in planted if severity(done[fault.name]) == "clear"]
+    return list({fault.kind.name: fault for fault in reversed(clear)}.values())[::-1][:count]
+
+
 def run_clean(variant: clean.Variant, workshop: Workshop) -> dict[str, Any]:
     """One sound variant of a chip and its software."""
     subject = variant.subject(workshop.subject(variant.model))
@@ -224,6 +257,14 @@ def summary_of_clean(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def summary_of_references(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which were refused, and the words."""
+    return {
+        "refused": rate([bool(r["words"]) for r in results]),
+        "words": {r["name"]: r["words"] for r in results},
+    }
+
+
 def holds(planted: dict[str, Any], sound: dict[str, Any]) -> bool:
     """Whether what must hold does."""
     asked = {name: needed for name, needed in REQUIRED.items() if name in planted}
@@ -253,6 +294,8 @@ class Store:
 
 
 def _words(result: dict[str, Any]) -> str:
+    if result["group"] == "reference":
+        return f"{result['words'] or 'WRONG: recorded'} {result['seconds']} s"
     if result["group"] == "clean":
         return f"{result['verdict']} {result['largest_used']:.2f} {result['seconds']} s"
     harm = result["harm"]
@@ -275,6 +318,7 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=4)
     parser.add_argument("--of", default=",".join(faults.ALL), help="models")
     parser.add_argument("--only", default="", help="what names of faults and variants contain")
+    parser.add_argument("--references", type=int, default=0, help="faulty chips that are asked for a bundle")
     parser.add_argument("--clean", type=int, default=10**6, help="sound variants, at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -289,6 +333,10 @@ def main() -> None:
     for fault in sorted(planted, key=lambda fault: (fault.model, fault.dtype)):
         if fault.name not in store.results:
             store.add(run_fault(fault, workshop))
+    references = of_unlike_kinds(planted, store.results, options.references)
+    for fault in references:
+        if f"reference {fault.name}" not in store.results:
+            store.add(run_reference(fault, workshop))
     variants = [variant for variant in clean.variants() if options.only in variant.name and variant.model in models][
         : options.clean
     ]
@@ -304,6 +352,7 @@ def main() -> None:
         "half": options.half,
         "faults": of_faults,
         "clean": of_clean,
+        "references": summary_of_references([done[f"reference {fault.name}"] for fault in references]),
         "must_hold": REQUIRED | REQUIRED_CLEAN | {"holds": holds(of_faults, of_clean)},
     }
     print(json.dumps(document, indent=None if options.json else 2))

@@ -67,6 +67,7 @@ def test_every_call_of_training_decoding_and_serving_has_a_name_of_its_own() -> 
         checks = recorded(chip).checks
     names = {(check.module, check.operator, check.direction, check.ordinal) for check in checks}
     assert len(names) == len(checks)
+    assert [check.position for check in checks] == sorted({check.position for check in checks})
 
 
 def learning_what_is_ignored(func: OpOverload, kernel: device.Kernel) -> device.Kernel:

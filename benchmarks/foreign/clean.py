@@ -59,8 +59,8 @@ def variants() -> list[Variant]:
         for software, setting in SETTINGS.items():
             made += [Variant(model, dtype, "cpu", software, setting) for model in MODELS]
         made += [Variant(model, dtype, "cpu", "compiled", subject=compiled) for model in MODELS]
-        # With weights and moments in float16 nobody trains: AdamW's epsilon is no number there, and a second moment that
-        # a rounding brings to zero makes a step of any size. The same software on the same chip has the same bits.
+        # With weights and moments in float16 nobody trains: a second moment that a rounding brings to zero makes a step
+        # of any size, since AdamW's epsilon is below the smallest number. On the CPU that is the reference's own bits.
         others = () if dtype == "float16" else tuple(f"emulated:{name}" for name in EMULATED)
         for chip in ("cpu", *others):
             made += [Variant(model, dtype, chip, "transformers", subject=of_transformers) for model in _DENSE]

@@ -120,12 +120,11 @@ class Recorder:
         model = self._model()
         optimizer = make_optimizer(model, fused=self._chip.capabilities.fused_optimizer)
         self.begin_step()
-        complete = self._watched_step(self._take, model, optimizer, 0)
-        judge = self._judge_outside(left_out_later(self._layers))
+        complete = self._watched_step(model, optimizer, 0, left_out=())
         for number in range(1, WATCHED_STEPS):
             if complete:
                 self._begin_step_at_rest(model, optimizer)
-                complete = self._watched_step(judge, model, optimizer, number)
+                complete = self._watched_step(model, optimizer, number, left_out=left_out_later(self._layers))
         return complete
 
     def _begin_step_at_rest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -134,10 +133,12 @@ class Recorder:
         self._compare_at_rest(before, model, optimizer)
 
     def _watched_step(
-        self, take: Callable[[Call], None], model: nn.Module, optimizer: torch.optim.Optimizer, number: int
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, number: int, left_out: Sequence[str]
     ) -> bool:
         batch = self._batch(number)
-        return self._watched(model, take, lambda watch: self._training_step(watch, model, optimizer, batch))
+        return self._watched(
+            model, self._take, lambda watch: self._training_step(watch, model, optimizer, batch), left_out
+        )
 
     def _training_step(self, watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
         with watch.direction("forward"):
@@ -160,7 +161,7 @@ class Recorder:
                     self._subject.loss(model, on_device(batch, self._chip.device)).backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
         # Not handed on: to a bundle they are the calls of a training step once more, in other shapes.
-        return self._watched(model, self._judge_outside(self._layers), train)
+        return self._watched(model, self._judge, train, left_out=self._layers)
 
     def _watch_decoding(self) -> bool:
         return self._watch_inference(lambda model, watch: self._subject.decode(model, self._batch(0)), self._take)
@@ -180,10 +181,14 @@ class Recorder:
                 served.update(tracer.serve(model, routes, around))
 
         # Not handed on: their arguments, whole caches, would take the room of all others.
-        judge = self._judge_outside(left_out_later(self._layers))
-        return served if self._watch_inference(serve, judge) else None
+        return served if self._watch_inference(serve, self._judge, left_out_later(self._layers)) else None
 
-    def _watch_inference(self, compute: Callable[[nn.Module, Watch], object], take: Callable[[Call], None]) -> bool:
+    def _watch_inference(
+        self,
+        compute: Callable[[nn.Module, Watch], object],
+        take: Callable[[Call], None],
+        left_out: Sequence[str] = (),
+    ) -> bool:
         model = self._model()
         self.begin_step()
 
@@ -191,11 +196,18 @@ class Recorder:
             with watch.direction("decode"), torch.no_grad():
                 compute(model, watch)
 
-        return self._watched(model, take, infer)
+        return self._watched(model, take, infer, left_out)
 
-    def _watched(self, model: nn.Module, take: Callable[[Call], None], run: Callable[[Watch], object]) -> bool:
-        """Whether the chip has every operator of `run`."""
-        with self._watch(model, take) as watch:
+    def _watched(
+        self,
+        model: nn.Module,
+        take: Callable[[Call], None],
+        run: Callable[[Watch], object],
+        left_out: Sequence[str] = (),
+    ) -> bool:
+        """Whether the chip has every operator of `run`. Its calls count on: each of a recording has a name of its
+        own."""
+        with Watch(model, self._chip.device, take, self._counts, left_out) as watch:
             try:
                 run(watch)
             except REFUSALS as error:
@@ -203,10 +215,6 @@ class Recorder:
                     raise
                 return False
         return True
-
-    def _watch(self, model: nn.Module, take: Callable[[Call], None]) -> Watch:
-        """One that counts on: each call of a recording has a name of its own."""
-        return Watch(model, self._chip.device, take, self._counts)
 
     def _was_refused(self, watch: Watch, error: Exception) -> bool:
         """Whether an operator is missing on the chip: a finding. A fault of the chip goes on to the caller."""
@@ -229,23 +237,13 @@ class Recorder:
         if judged is not None:
             self._recording.checks.append(judged)
 
-    def _judge_outside(self, layers: Sequence[str]) -> Callable[[Call], None]:
-        """Judges the calls that are in none of these layers."""
-        inside = tuple(f"{name}." for name in layers)
-
-        def judge(call: Call) -> None:
-            if not f"{call.place.module}.".startswith(inside):
-                self._judge(call)
-
-        return judge
-
     def _compare_at_rest(
         self, before: Mapping[str, torch.Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         for name, tensor in _state(model, optimizer):
             now = tensor.cpu()
             if not torch.equal(_bits(before[name]), _bits(now)):
-                self._recording.checks.append(_changed_at_rest(name, before[name], now, len(self._recording.checks)))
+                self._recording.checks.append(_changed_at_rest(name, before[name], now, self._counts.total()))
 
     # Repeating
 

@@ -40,7 +40,7 @@ from beringia.qualify.effects import (
 from beringia.qualify.layers import Traffic, probe_layers
 from beringia.qualify.locate import first_wrong
 from beringia.qualify.operators.check import has_wrong_integers, wrong_form_words
-from beringia.qualify.recording import Recording
+from beringia.qualify.recording import Recording, left_out_later
 from beringia.qualify.rounded_float64 import RoundedFloat64
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import NOT_FINITE, ChosenRoutes, Trace, TraceExtent, Tracer, moved_by_rounding
@@ -165,6 +165,8 @@ def _wrong_call(check: OperatorCheck) -> str:
 def _layers(reference: Reference, traffic: Mapping[str, Traffic]) -> Iterator[ProbeResult]:
     if reference.drawing is nullcontext and reference.chip.device.type == "cpu":
         return iter(())  # it would be held against itself
+    left_out = left_out_later(list(traffic))  # what is wrong in a kind of layer is so in each of them
+    traffic = {name: one for name, one in traffic.items() if name not in left_out}
     batch = reference.routes.batches[0]
     of = reference.chip, reference.subject, reference.dtype
     return probe_layers(*of, traffic, batch, draws=LAYER_DRAWS, drawing=reference.drawing)

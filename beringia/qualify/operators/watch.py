@@ -100,12 +100,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         device: torch.device,
         take: Callable[[Call], None],
         counts: CallCounts | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
-        """`counts`: of the calls that were seen before, which this goes on with."""
+        """`counts`: of the calls that were seen before, which this goes on with. `left_out`: modules whose calls, and
+        those of the modules inside them, are made and counted and not handed on."""
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.refused: RefusedCall | None = None
         """The first call that raised; the error goes on to the caller, who knows the chip's words."""
         self._take = take
+        self._left_out = tuple(f"{name}." for name in left_out)
         self._problem: Exception | None = None
         self._paused = False
         self._device = device
@@ -113,7 +116,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         self._phase: Direction = "forward"
         self._noted: list[tuple[int, str]] = []
         self._counts: CallCounts = Counter() if counts is None else counts
-        self._position = 0
+        self._position = self._counts.total()
         self._parameters = dict(model.named_parameters())
         self._named = WeakTensorKeyDictionary({parameter: name for name, parameter in model.named_parameters()})
         # Weak: a gradient is freed in each step, and another tensor may get its place.
@@ -176,6 +179,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         ]
         if any(tensor.device.type == self._device.type for tensor in (*tensors_in((args, kwargs)), *results)):
             place = self._place(func, args, backward)
+            if f"{place.module}.".startswith(self._left_out):
+                return result
             self._hand_on(Call(place, func, _to_cpu(kept), _to_cpu(kept_kwargs), tuple(_to_cpu(results))), backward)
         return result
 
