@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -261,6 +260,7 @@ def qualify(
     from beringia.qualify.issue import exit_code, issue
     from beringia.qualify.qualification import Request
     from beringia.qualify.qualification import qualify as make_certificate
+    from beringia.records.command_line import command_line
     from beringia.records.signature import parse_public_key
 
     asked = {"compute_dtype": dtype, "layers": layers, "seed": seed, "batches": batches, "extent": extent}
@@ -281,7 +281,7 @@ def qualify(
         **given,  # type: ignore[arg-type]  # options of the fields' types
     )
     certificate = make_certificate(request, against, _stages())
-    certificate = certificate.model_copy(update={"command": shlex.join(["beringia", *sys.argv[1:]])})
+    certificate = certificate.model_copy(update={"command": command_line()})
     written = issue(certificate, out, key, dtype_asked=dtype is not None)
     from beringia.report.certificate import print_certificate, write_certificate_page, write_junit
 

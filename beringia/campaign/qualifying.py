@@ -16,6 +16,7 @@ from beringia.errors import RecipeError
 from beringia.qualify.hardware.collective_cases import MOST_RANKS
 from beringia.qualify.qualification import Request, qualify, reference_for
 from beringia.records.certificate import Certificate
+from beringia.records.command_line import command_line
 from beringia.records.events import AnyEvent, Qualified
 from beringia.records.recipe import Recipe
 from beringia.records.run_directory import RunDirectory
@@ -73,7 +74,7 @@ def qualify_chip(
     request = request_for(recipe, run, label)
     directory = run.root / "qualify"
     bundle = reference_for(request, directory, say)
-    certificate = qualify(request, bundle, say)
+    certificate = qualify(request, bundle, say).model_copy(update={"command": command_line()})
     signed = sign(certificate, key)
     write_certificate_page(signed, run.certificates / f"{label}.html")
     write_junit(certificate, run.certificates / f"{label}.xml")
