@@ -23,8 +23,9 @@ COLLECTIVES: tuple[Collective, ...] = ("all-reduce", "all-gather", "reduce-scatt
 SUMS = frozenset({"all-reduce", "reduce-scatter"})
 PER_PEER = frozenset({"reduce-scatter", "all-to-all"})
 """Of these a rank contributes one piece for each rank."""
-SIZES = (1, 7, 1023, 65_537, 1_048_577)
-"""Elements of a piece: alone, odd, beside a power of two, and past where libraries change their protocol."""
+SIZES = (1, 7, 1023, 4096, 65_537, 196_608, 1_048_577)
+"""Elements of a piece: alone, odd, beside a power of two, aligned as buckets of gradients are, and past where libraries
+change their protocol."""
 LARGE = 2_621_441
 """Elements past 2^21, of what training adds up over ranks: a bucket of gradients has 25 MiB."""
 WHOLE_LIMIT = 8
