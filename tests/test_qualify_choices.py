@@ -9,7 +9,7 @@ import torch
 from small_models import SmallSubject, opened
 
 from beringia.model.experts import Router
-from beringia.qualify.choices import probe_choices
+from beringia.qualify.choices import ROUTER, departed_choice, probe_choices
 from beringia.qualify.layers import Traffic
 from beringia.qualify.trace import TraceExtent, Tracer
 from beringia.records.certificate import ProbeResult
@@ -56,3 +56,11 @@ def test_other_experts_rule_inference_out(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(
         "to other experts than float64 does, more than rounding explains" in result.summary for result in results
     )
+
+
+def test_the_router_is_named_where_nothing_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Router, "choose", second_best(Router.choose))
+    departure = departed_choice(choices_on("emulated:h800")[0])
+    assert departure.quantity == "experts that are chosen" and departure.times is not None and departure.times > 1.0
+    assert departure.module.endswith(ROUTER)
+    assert isinstance(SmallSubject("deepseek_v3").build().get_submodule(departure.module), Router)

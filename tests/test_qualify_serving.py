@@ -288,3 +288,39 @@ def test_a_product_that_is_wrong_for_a_single_row_is_named_and_rules_inference_o
     assert recording.trace is not None
     found = failed(judge_trace(noise, recording.trace))
     assert found and all(subject.startswith("serve decoding 1 at") for subject in found), found
+
+
+def last_token_off_by_one(func: OpOverload, kernel: device.Kernel) -> device.Kernel:
+    """An interposer: of sequences of more than 64 tokens the last looks a row too low."""
+    if func is not torch.ops.aten.embedding.default:
+        return kernel
+
+    def embed(weight: torch.Tensor, index: torch.Tensor, *others: object) -> torch.Tensor:
+        if index.shape[-1] > 64:
+            index = index.clone()
+            index[..., -1] = (index[..., -1] - 1).clamp(min=0)
+        rows: torch.Tensor = kernel(weight, index, *others)
+        return rows
+
+    return embed
+
+
+def test_an_operator_that_is_wrong_only_in_long_prompts_is_named_once_they_fail(
+    exact: tuple[Trace, ChosenRoutes], noise: RoundingNoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracer = Tracer(SUBJECT, PLAN)
+    with opened("emulated:h800") as chip:
+        monkeypatch.setattr(device._state, "interposers", (*device._state.interposers, last_token_off_by_one))
+        device._state.handlers.clear()
+        recorder = Recorder(SUBJECT, chip, torch.bfloat16)
+        recording = recorder.record(tracer, exact[1])
+        assert recording.trace is not None and not any(check.used > 1.0 for check in recording.checks)
+        subjects = [result.subject for result in judge_trace(noise, recording.trace) if result.outcome == "failed"]
+        assert subjects[0] == "serve a prompt of 597 tokens whole"
+        trained = ["accumulated model.layers.0"]
+        wrong = [recorder.watch_where_it_failed(tracer, exact[1], failed) for failed in (subjects, trained)]
+    device._state.handlers.clear()
+    assert [{(check.operator, check.direction) for check in checks} for checks in wrong] == [
+        {("aten.embedding.default", "decode")},
+        {("aten.embedding.default", "forward")},
+    ]

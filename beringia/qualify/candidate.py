@@ -13,7 +13,7 @@ from beringia.qualify.arithmetic.integers import probe_integers
 from beringia.qualify.arithmetic.multiply_add import probe_multiply_add
 from beringia.qualify.bundle import Bundle, error_key
 from beringia.qualify.capture import replay
-from beringia.qualify.choices import probe_choices
+from beringia.qualify.choices import departed_choice, probe_choices
 from beringia.qualify.departure import first_departure
 from beringia.qualify.effects import judge_trace
 from beringia.qualify.evidence import Begun, Checked, Departed, Fact, Probed, Unrepeatable
@@ -53,25 +53,35 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
         yield Probed(result=result)
     yield Begun(probe="operators")
     recorder = Recorder(subject, chip, dtype)
-    recording = recorder.record(Tracer(subject, bundle.plan), bundle.routes)
+    tracer = Tracer(subject, bundle.plan)
+    recording = recorder.record(tracer, bundle.routes)
     checks = [beside_reference(check, bundle.manifest.errors) for check in recording.checks]
     for check in checks:
         yield Checked(check=check)
     for result in judge_operators(checks, recording):
         yield Probed(result=result)
+    nothing_named = False
     if recording.trace is not None:
         effects = judge_trace(bundle.noise, recording.trace)
         yield from _lockstep(recording, effects)
-        again = [*_look_again(recorder, checks, effects)]
+        again = [*_look_again(recorder, checks, effects)] or [
+            *_look_where_it_failed(recorder, tracer, bundle, checks, effects)
+        ]
         yield from again
-        if not again and not any(check.used > 1.0 for check in checks):
-            yield from _departure(chip, subject, dtype, bundle, effects)
+        nothing_named = not again and not any(check.used > 1.0 for check in checks)
+        if nothing_named:
+            departed = [*_departure(chip, subject, dtype, bundle, effects)]
+            yield from departed
+            nothing_named = not departed
         yield from _told_of_running(recording, bundle)
     yield Begun(probe="layers")
     for result in probe_layers(chip, subject, dtype, bundle.traffic, bundle.routes.batches[0]):
         yield Probed(result=result)
     for result in probe_choices(chip, subject, dtype, bundle.traffic, bundle.routes.batches[0]):
         yield Probed(result=result)
+        if nothing_named and result.outcome == "failed":
+            nothing_named = False
+            yield Departed(departure=departed_choice(result))
     yield Begun(probe="replay")
     yield from _replay(chip, bundle)
     yield Begun(probe="lengths")
@@ -169,6 +179,21 @@ def _look_again(recorder: Recorder, checks: list[OperatorCheck], effects: Sequen
     """Where the model is harmed and no watched call was wrong, the fault may come and go: watch further passes."""
     if any(effect.outcome == "failed" for effect in effects) and not any(check.used > 1.0 for check in checks):
         for check in recorder.watch_again(PASSES_AGAIN):
+            yield Checked(check=check)
+
+
+def _look_where_it_failed(
+    recorder: Recorder,
+    tracer: Tracer,
+    bundle: Bundle,
+    checks: list[OperatorCheck],
+    effects: Sequence[ProbeResult],
+) -> Iterator[Fact]:
+    """Where a way of serving or a step over unlike batches is harmed and no watched call was wrong: a call may be wrong
+    only in their shapes."""
+    failed = [effect.subject for effect in effects if effect.outcome == "failed"]
+    if failed and not any(check.used > 1.0 for check in checks):
+        for check in recorder.watch_where_it_failed(tracer, bundle.routes, failed):
             yield Checked(check=check)
 
 

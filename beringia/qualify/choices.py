@@ -19,9 +19,11 @@ from beringia.chips.chip import Chip
 from beringia.qualify.layers import DRAWS, Traffic, moved
 from beringia.qualify.subject import Routes, Subject
 from beringia.qualify.trace import moved_by_rounding
-from beringia.records.certificate import Measure, ProbeResult
+from beringia.records.certificate import Departure, Measure, ProbeResult
 
 _CPU = torch.device("cpu")
+ROUTER = "mlp.gate"
+"""In a layer."""
 DEVIATIONS = 3.0
 """Of a count of rare events: its standard deviation is the root of its mean."""
 
@@ -42,6 +44,13 @@ def probe_choices(
             with moved(plain, name, moved_by_rounding(seed, dtype)):
                 drawn.append(_others(_chosen(subject, plain, name, traffic[name], dtype), exact_MK))
         yield _judged(name, _others(_chosen(subject, here, name, traffic[name], dtype), exact_MK), drawn, len(exact_MK))
+
+
+def departed_choice(result: ProbeResult) -> Departure:
+    """What a layer's failed result says where nothing else is wrong."""
+    return Departure(
+        module=f"{result.subject}.{ROUTER}", quantity="experts that are chosen", times=result.measures[0].used
+    )
 
 
 def _chosen(subject: Subject, model: nn.Module, name: str, traffic: Traffic, dtype: torch.dtype) -> torch.Tensor:

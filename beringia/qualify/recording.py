@@ -80,8 +80,13 @@ class Recorder:
         """Everything; where the chip refuses an operator, what came before it."""
         found = self._recording
         with self._timed("operators"):
-            complete = self._watch_training() and self._watch_unlike(tracer) and self._watch_decoding()
-            served = self._watch_serving(tracer, routes) if complete else None
+            complete = (
+                self._watch_training()
+                # The short ones, for the loss of ignored targets: the layers, which know nothing of them, were watched.
+                and self._watch_unlike(tracer.unlike[-1:], left_out=self._layers)
+                and self._watch_decoding()
+            )
+            served = self._watch_serving(tracer, routes, lambda step: step.watched) if complete else None
         if served is None:
             return found
         with self._timed("trace"):
@@ -105,6 +110,20 @@ class Recorder:
             if wrong:
                 return wrong
         return []
+
+    def watch_where_it_failed(self, tracer: Tracer, routes: ChosenRoutes, failed: Sequence[str]) -> list[OperatorCheck]:
+        """The first way of serving that failed, and the unlike batches where these did, watched as a whole: for what is
+        wrong only in such shapes. `failed`: subjects of effects (`serve decoding 1 at 597`, `accumulated model.norm`).
+
+        Returns the wrong calls, in the order of execution.
+        """
+        seen = len(self._recording.checks)
+        serving = next((subject.removeprefix("serve ") for subject in failed if subject.startswith("serve ")), None)
+        if serving is not None:
+            self._watch_serving(tracer, routes, lambda step: step.scenario == serving)
+        if any(subject.startswith("accumulated ") for subject in failed):
+            self._watch_unlike(tracer.unlike, left_out_later(self._layers))
+        return [check for check in self._recording.checks[seen:] if check.used > 1.0]
 
     # Watching
 
@@ -150,32 +169,33 @@ class Recorder:
             optimizer.zero_grad(set_to_none=True)
             self._subject.after_update(model)
 
-    def _watch_unlike(self, tracer: Tracer) -> bool:
-        """Forward and backward pass of the last unlike batch, in the step that has begun, for the loss of ignored
-        targets: its layers, which know nothing of them, were watched in training."""
+    def _watch_unlike(self, batches: Sequence[Batch], left_out: Sequence[str]) -> bool:
+        """Forward and backward pass of unlike batches, in the step that has begun."""
         model = self._model()
 
         def train(watch: Watch) -> None:
             with watch.direction("forward"):
-                for batch in tracer.unlike[-1:]:
+                for batch in batches:
                     self._subject.loss(model, on_device(batch, self._chip.device)).backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
         # Not handed on: to a bundle they are the calls of a training step once more, in other shapes.
-        return self._watched(model, self._judge, train, left_out=self._layers)
+        return self._watched(model, self._judge, train, left_out)
 
     def _watch_decoding(self) -> bool:
         return self._watch_inference(lambda model, watch: self._subject.decode(model, self._batch(0)), self._take)
 
-    def _watch_serving(self, tracer: Tracer, routes: ChosenRoutes) -> dict[str, torch.Tensor] | None:
-        """What every serving gives, for the trace, with the calls watched that are to be; None where the chip refuses
-        an operator."""
+    def _watch_serving(
+        self, tracer: Tracer, routes: ChosenRoutes, wanted: Callable[[Step], bool]
+    ) -> dict[str, torch.Tensor] | None:
+        """What every serving gives, for the trace, with the wanted calls watched; None where the chip refuses an
+        operator."""
         served: dict[str, torch.Tensor] = {}
         if not tracer.servings:
             return served
 
         def serve(model: nn.Module, watch: Watch) -> None:
             def around(step: Step) -> Around:
-                return watch.paused(False) if step.watched else nullcontext()
+                return watch.paused(False) if wanted(step) else nullcontext()
 
             with watch.paused():
                 served.update(tracer.serve(model, routes, around))
