@@ -23,7 +23,7 @@ import torch
 
 from beringia.chips.chip import Capabilities, Chip, ChipFault, Memory, Presence, ServeArguments
 from beringia.chips.classification import Rule, device_text, gravest_match
-from beringia.chips.deterministic import use_deterministic_algorithms
+from beringia.numerics.deterministic import use_deterministic_algorithms
 from beringia.records.identity import ChipIdentity
 
 CHIP_NAME = "cpu"

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from beringia.chips.chip import Chip, Memory
-from beringia.chips.deterministic import use_deterministic_algorithms
 from beringia.errors import ChipUnavailable
 from beringia.machine.tools import ToolFailed, run_tool
+from beringia.numerics.deterministic import use_deterministic_algorithms
 from beringia.records.identity import ChipIdentity
 
 _WORKSPACE = ":4096:8"
