@@ -201,9 +201,11 @@ def _departure(
     chip: Chip, subject: Subject, dtype: torch.dtype, bundle: Bundle, effects: Sequence[ProbeResult]
 ) -> Iterator[Fact]:
     """Where the model is harmed and every operator is right: the first module that is not, or else what differs."""
-    first = next((effect for effect in effects if effect.outcome == "failed"), None)
-    if first is None:
+    failed = [effect for effect in effects if effect.outcome == "failed"]
+    if not failed:
         return
+    # What is inferred comes before what is learned from it, though a batch's gradients are made before its outputs.
+    first = next((effect for effect in failed if effect.rules_out == "infer"), failed[0])
     yield Begun(probe="departure")
     found = first_departure(chip, subject, dtype, bundle.routes.batches[0])
     if found is None:
