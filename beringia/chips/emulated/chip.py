@@ -86,10 +86,9 @@ class EmulatedChip(Chip):
         make_repeatable()
         self._faults = planted.Device(script, vendor=profile.vendor, seed=seed, index=index, memory=memory)
         self._device = device.register(device_name)
-        arithmetic = kernels.kernels_of(profile, fidelity)
-        device.install(arithmetic)
-        device.check_backward(self._device)  # before faults are planted, which count calls
-        device.install(arithmetic, [*kernels.results_of(profile), *self._faults.interposers()])
+        device.install(
+            kernels.kernels_of(profile, fidelity), [*kernels.results_of(profile), *self._faults.interposers()]
+        )
         self._identity = _identity(profile, fidelity, faults)
         self.opening = Opening(index, faults, seed, remembers=memory is not None)
         EmulatedChip._open = self

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -113,21 +112,6 @@ def register(name: str = "emu", module_extras: Mapping[str, Any] | None = None) 
     for attribute, value in (module_extras or {}).items():
         setattr(module, attribute, value)
     return _state.device
-
-
-@cache
-def check_backward(device: torch.device) -> None:
-    """Raise ChipUnavailable where torch cannot make backward passes on the device: it makes the queues of all devices
-    at the first backward pass of a process, and learns of none that comes later."""
-    try:
-        torch.ones((), device=device, requires_grad=True).clone().backward()  # type: ignore[no-untyped-call]  # torch
-    except RuntimeError as error:
-        if "device_ready_queues_" not in str(error):
-            raise
-        raise ChipUnavailable(
-            "An emulated chip was asked for after the first backward pass of this process, and torch learns of no "
-            "device later: open it before, or start another process."
-        ) from error
 
 
 def install(kernels: Mapping[OpOverload, Kernel], interposers: Sequence[Interposer] = ()) -> None:
