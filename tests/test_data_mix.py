@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from small_runs import beringia, final_hash, of_kind, small_recipe, start, worker_of
 from waiting import until
@@ -57,8 +58,10 @@ def test_each_source_gives_its_rows_in_order_none_twice_and_its_cursor_follows(
 
 @given(weights=st.lists(st.fractions(Fraction(1, 30), 5, max_denominator=30), min_size=1, max_size=3))
 def test_weights_mean_the_fractions_that_somebody_means_by_them(weights: list[Fraction]) -> None:
+    exact = [weight / sum(weights) for weight in weights]
+    assume(math.lcm(*(share.denominator for share in exact)) <= LONGEST_PERIOD)  # longer ones are refused
     rows = rows_in_a_period([float(weight) for weight in weights])
-    assert [Fraction(one, sum(rows)) for one in rows] == [weight / sum(weights) for weight in weights]
+    assert [Fraction(one, sum(rows)) for one in rows] == exact
 
 
 @pytest.mark.parametrize(
