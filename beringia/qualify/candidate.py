@@ -64,11 +64,12 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
     if recording.trace is not None:
         effects = judge_trace(bundle.noise, recording.trace)
         yield from _lockstep(recording, effects)
-        again = [*_look_again(recorder, checks, effects)] or [
-            *_look_where_it_failed(recorder, tracer, bundle, checks, effects)
-        ]
+        all_right = not any(check.used > 1.0 for check in checks)
+        again = [*_look_again(recorder, checks, effects)]
+        if all_right and not again:
+            again = [*_look_where_it_failed(recorder, tracer, bundle, effects)]
         yield from again
-        nothing_named = not again and not any(check.used > 1.0 for check in checks)
+        nothing_named = all_right and not again
         if nothing_named:
             departed = [*_departure(chip, subject, dtype, bundle, effects)]
             yield from departed
@@ -183,18 +184,13 @@ def _look_again(recorder: Recorder, checks: list[OperatorCheck], effects: Sequen
 
 
 def _look_where_it_failed(
-    recorder: Recorder,
-    tracer: Tracer,
-    bundle: Bundle,
-    checks: list[OperatorCheck],
-    effects: Sequence[ProbeResult],
+    recorder: Recorder, tracer: Tracer, bundle: Bundle, effects: Sequence[ProbeResult]
 ) -> Iterator[Fact]:
     """Where a way of serving or a step over unlike batches is harmed and no watched call was wrong: a call may be wrong
     only in their shapes."""
     failed = [effect.subject for effect in effects if effect.outcome == "failed"]
-    if failed and not any(check.used > 1.0 for check in checks):
-        for check in recorder.watch_where_it_failed(tracer, bundle.routes, failed):
-            yield Checked(check=check)
+    for check in recorder.watch_where_it_failed(tracer, bundle.routes, failed):
+        yield Checked(check=check)
 
 
 def _departure(
