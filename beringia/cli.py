@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from beringia.errors import BeringiaError, Inconclusive, InputError, RecipeError
+from beringia.processes.leaving import leaving_on_signals
 from beringia.version import __version__
 
 if TYPE_CHECKING:
@@ -545,7 +546,8 @@ def main(arguments: list[str] | None = None) -> None:
     _open_closed_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = app(arguments, standalone_mode=False, prog_name="beringia")
+        with leaving_on_signals():
+            status = app(arguments, standalone_mode=False, prog_name="beringia")
         sys.exit(status if isinstance(status, int) else 0)
     except typer.Exit as done:
         sys.exit(done.exit_code)

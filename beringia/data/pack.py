@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from beringia.data.sources import UnreadableFile
 from beringia.data.template_gaps import TemplateGaps
 from beringia.data.tokenizer import Tokenizer
 from beringia.errors import DataError
+from beringia.machine.aside import directory_beside
 from beringia.records.files import Beat, at_rest, publish_directory, sha256_of_file, write_text
 from beringia.records.record import canonical_hash
 
@@ -68,12 +68,9 @@ def pack(
         if found is not None:
             return found
         survey = _survey(folder, settings, beat)
-        aside = Path(tempfile.mkdtemp(prefix=".packing-", dir=directory))
-        try:
+        with directory_beside(directory / "packing") as aside:
             manifest = _write(folder, tokenizer, survey, settings, aside, shard_tokens, beat)
             return _publish(manifest, aside, directory)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)  # gone already once published
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class _Survey:
 def _find(folder: Path, settings: PackSettings, directory: Path, beat: Beat) -> Packed | None:
     """What is packed already and still true to its sources, wherever they lie now; without sources (another machine) it
     is taken as it is."""
-    for path in sorted(directory.glob(f"*/{MANIFEST}")):
+    for path in sorted(directory.glob(f"[!.]*/{MANIFEST}")):  # not what is being packed, or was when it was killed
         try:
             manifest = PackManifest.model_validate_json(path.read_text())
         except ValidationError:  # damaged, or of another version: packed again

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import tempfile
-from pathlib import Path
 
+from beringia.machine.aside import scratch_directory
 from beringia.machine.tools import ToolFailed, run_tool
 
 
@@ -20,8 +19,8 @@ def compile_c(source: str, *options: str) -> ctypes.CDLL:
     if compiler is None:
         raise NotCompiled("no C compiler (cc, gcc or clang) was found")
     try:
-        with tempfile.TemporaryDirectory(prefix="beringia-") as directory:
-            written, shared = Path(directory, "library.c"), Path(directory, "library.so")
+        with scratch_directory() as directory:
+            written, shared = directory / "library.c", directory / "library.so"
             written.write_text(source)
             command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", *options, "-o", str(shared), str(written)]
             run_tool([*command, "-lm"])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
@@ -23,6 +22,7 @@ from beringia.checkpoint.blocks import content_of
 from beringia.checkpoint.reader import INDEX, SINGLE, TensorReader
 from beringia.checkpoint.tensor_file import lay_out, write_streamed
 from beringia.errors import ModelError
+from beringia.machine.aside import directory_beside
 from beringia.model.config import DecoderConfig
 from beringia.model.decoder import Decoder
 from beringia.model.filling import check_fits, draw, dtype_of_buffer, fill, unfilled
@@ -172,15 +172,11 @@ def save_model(
     if final.exists():
         raise ModelError(f"{final} exists already; give a new directory.")
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    aside.mkdir()
-    try:
+    with directory_beside(final) as aside:
         _write_shards(decoder, aside, dtype, max_shard_bytes)
         document = document_of(decoder.config, str(dtype).removeprefix("torch."))
         write_text(aside / "config.json", json.dumps(document, indent=2) + "\n")
         publish_directory(aside, final)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_shards(decoder: Decoder, directory: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:

@@ -2,6 +2,6 @@
 
 Follow one start in this order: `command.py` (what is run and where), `launchers/` (how it gets there), `child.py` (as
 its starter sees it), `protocol.py` (what the two say to each other), `far_end.py` (the process itself), `endings.py`
-(how it and what it started are ended), `words.py` (how its death is told), `patience.py` (every time-out). `files/`
-moves files between two roots by hash. Imports no torch and knows no chips.
+(how it and what it started are ended), `words.py` (how its death is told), `patience.py` (every time-out), `leaving.py`
+(how the starter itself is left). `files/` moves files between two roots by hash. Imports no torch and knows no chips.
 """

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import time
 
+from beringia.machine.aside import file_beside
+
 _STARTED = time.perf_counter()  # before the imports, which it measures, whichever of them come first
 
 import contextlib
@@ -164,9 +166,8 @@ def _settle_in(job: Job) -> None:
         )
     try:
         root.mkdir(exist_ok=True)
-        aside = root / f".{os.getpid()}.tmp"
-        aside.write_bytes(b"")
-        aside.unlink()
+        with file_beside(root / "probe"):
+            pass
         _claim(root, job.owner)
     except OSError as error:
         raise RunError(

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load, save
 
 from beringia.errors import InputError
+from beringia.machine.aside import file_beside
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.qualify.effects import Cell, RoundingNoise
 from beringia.qualify.layers import Traffic
@@ -265,18 +266,13 @@ def error_key(module: str, operator: str, direction: str, ordinal: int) -> str:
 
 def _write_zip(path: Path, parts: Mapping[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with reporting_storage(path):
-        try:
-            with open(aside, "wb") as file:
-                with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_FASTEST) as archive:
-                    for name, content in parts.items():
-                        archive.writestr(name, content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+    with reporting_storage(path), file_beside(path) as (aside, file):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_FASTEST) as archive:
+            for name, content in parts.items():
+                archive.writestr(name, content)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(aside, path)
     sync_directory(path.parent)
 
 

@@ -7,7 +7,6 @@ Two chips are two processes, also on one machine: the reference's writes a bundl
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.errors import InputError, Refusal
+from beringia.machine.aside import scratch_directory
 from beringia.model import PRESETS
 from beringia.processes.command import Command, check_command
 from beringia.qualify.arithmetic.indices import probe_indices
@@ -116,10 +116,10 @@ def record_reference(
 
     Raises Refusal for a chip that is not sound.
     """
-    with tempfile.TemporaryDirectory(prefix="beringia-") as directory:
+    with scratch_directory() as directory:
         order = request.order("reference", bundle.absolute())
         order = order.model_copy(update={"limit_bytes": limit_bytes})
-        log = Path(directory) / "reference.log"
+        log = directory / "reference.log"
         gather(order, request.command, log, patience_seconds=request.patience_seconds, say=say)
     return read_trusted(bundle, (public_key_of(load_or_create_key(request.key)),))
 
@@ -153,8 +153,7 @@ def qualify(
     """
     began = time.perf_counter()
     check_command(request.command)
-    with tempfile.TemporaryDirectory(prefix="beringia-") as name:
-        directory = Path(name)
+    with scratch_directory() as directory:
         bundle = against if against is not None else reference_for(request, directory, say)
         own = public_key_of(load_or_create_key(request.key))
         signed = read_trusted(bundle, request.trusted_keys if against is not None and request.trusted_keys else (own,))
@@ -192,8 +191,8 @@ def qualify_here(chip: Chip, subject: Subject, plan: TraceExtent = PLAN, say: Sa
     The reference is the CPU in the chip's compute dtype. Without the probes that need processes of their own.
     """
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="beringia-") as name:
-        path = Path(name) / "reference.bundle"
+    with scratch_directory() as directory:
+        path = directory / "reference.bundle"
         make_bundle(subject, Cpu(), chip.capabilities.compute_dtype, path, plan=plan, say=say)
         bundle, signed = read_bundle(path), read_trusted(path, (public_key_of(load_or_create_key()),))
     dtype = bundle.manifest.compute_dtype

@@ -10,10 +10,11 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from beringia.errors import NotWritable, StorageFull
+from beringia.machine.aside import file_beside
 
 Beat = Callable[[], None]
 """What long work calls again and again, to say that it gets on."""
@@ -55,24 +56,14 @@ def sync_directory(directory: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the whole new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with reporting_storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(aside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        with file_beside(path) as (aside, file):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
             os.replace(aside, path)
-        finally:
-            remove(aside)
         sync_directory(path.parent)
-
-
-def remove(aside: Path) -> None:
-    """Remove a file of ours, if it is there and can be: what went wrong before is what the user has to know."""
-    with suppress(OSError):
-        aside.unlink()
 
 
 def write_text(path: Path, content: str) -> None:

@@ -248,7 +248,7 @@ class SuperviseSection(Record):
     restart_seconds: float = Field(default=5.0, ge=0, le=_LONGEST_SECONDS)
     """Pause before a machine that was in use and no longer answers is tried again; twice as long each time."""
     grace_seconds: float = Field(default=30.0, gt=0, le=_LONGEST_SECONDS)
-    """After SIGTERM or SIGINT, time to write a last checkpoint."""
+    """After SIGTERM, SIGINT or SIGHUP, time to write a last checkpoint."""
 
 
 class Recipe(Record):

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
@@ -32,6 +31,7 @@ from cryptography.hazmat.primitives.serialization import (
 from pydantic import Field, TypeAdapter, ValidationError
 
 from beringia.errors import InputError, Refusal
+from beringia.machine.aside import file_beside
 from beringia.records.certificate import PublicKey
 from beringia.records.files import reporting_storage, sync_directory, write_text
 from beringia.records.record import Record, canonical_json
@@ -216,18 +216,13 @@ def _damaged(path: Path, record: type[Record], detail: str) -> InputError:
 def _create_key(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     content = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    with reporting_storage(path):
-        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600 from the beginning
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            # Not a rename: of two processes that make the key at once, both must go on with the same one.
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
-        finally:
-            os.unlink(aside)
+    with reporting_storage(path), file_beside(path, mode=0o600) as (aside, file):  # from the beginning
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        # Not a rename: of two processes that make the key at once, both must go on with the same one.
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
     sync_directory(path.parent)
 
 

@@ -13,7 +13,7 @@ from beringia.processes.patience import POLL_SECONDS, TOGETHER_SECONDS
 
 
 class StopRequest:
-    """SIGTERM or SIGINT, once it came."""
+    """SIGTERM, SIGINT or SIGHUP, once it came."""
 
     signal: int | None = None
     since: float = 0.0
@@ -55,13 +55,15 @@ class StopRequest:
 
 @contextmanager
 def stopping_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request while the context lasts."""
+    """Turn SIGTERM, SIGINT and a terminal that goes (SIGHUP, unless it is to be ignored: nohup) into a request while
+    the context lasts."""
     request = StopRequest()
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
 
     def note(number: int, frame: FrameType | None) -> None:
         request.came(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, *hangup)}
     try:
         yield request
     finally:

@@ -6,8 +6,6 @@ CPU. Knows no run directories: which checkpoint, the caller says.
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from beringia.checkpoint.reader import open_checkpoint
 from beringia.data import Tokenizer, choose_tokenizer, write_tokenizer
 from beringia.data.tokenizer import KINDS
 from beringia.errors import ModelError
+from beringia.machine.aside import directory_beside
 from beringia.model import Decoder, config_of, filled, save_model
 from beringia.records.files import publish_directory, write_bytes
 from beringia.records.recipe import Recipe
@@ -51,14 +50,11 @@ def write_model(decoder: Decoder, recipe: Recipe, directory: Path, dtype: torch.
     tokenizer = choose_tokenizer(recipe.data, recipe.model)
     if decoder.config.eos_token_id is None:  # a preset's: whoever generates from it would not stop at the end
         decoder.config = replace(decoder.config, eos_token_id=tokenizer.end)
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.model.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        save_model(decoder, aside, dtype=dtype)
-        _write_tokenizer_of(tokenizer, aside)
-        publish_directory(aside, directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with directory_beside(directory) as aside:
+        model = aside / "model"  # whoever saves a model makes its directory
+        save_model(decoder, model, dtype=dtype)
+        _write_tokenizer_of(tokenizer, model)
+        publish_directory(model, directory)
 
 
 def _write_tokenizer_of(tokenizer: Tokenizer, directory: Path) -> None:

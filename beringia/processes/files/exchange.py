@@ -8,7 +8,6 @@ receiver -> sender: one line of JSON, `{"damaged": null}`, or the name of a file
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -20,8 +19,9 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from beringia.errors import TransferFailed
+from beringia.machine.aside import file_beside
 from beringia.processes.files.index import INDEX, HashIndex
-from beringia.records.files import publish_directory, remove, reporting_storage, sha256_of_file
+from beringia.records.files import publish_directory, reporting_storage, sha256_of_file
 from beringia.records.record import Record
 
 _PIECE_BYTES = 1 << 20
@@ -145,28 +145,22 @@ def _send_one(path: Path, one: Offered, to: Writable) -> None:
 
 def _receive_one(path: Path, one: Offered, came: Readable, answers: Writable) -> None:
     hashed, left = hashlib.sha256(), one.bytes
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with reporting_storage(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a receiver that was killed
-                remove(abandoned)
-            with open(aside, "wb") as file:
-                while left:
-                    piece = came.read(min(_PIECE_BYTES, left))
-                    if not piece:
-                        raise TransferFailed(f"The stream ended {left} bytes before the end of {one.name}.")
-                    hashed.update(piece)
-                    file.write(piece)
-                    left -= len(piece)
-                file.flush()
-                os.fsync(file.fileno())
+    with reporting_storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_beside(path) as (aside, file):
+            while left:
+                piece = came.read(min(_PIECE_BYTES, left))
+                if not piece:
+                    raise TransferFailed(f"The stream ended {left} bytes before the end of {one.name}.")
+                hashed.update(piece)
+                file.write(piece)
+                left -= len(piece)
+            file.flush()
+            os.fsync(file.fileno())
             if hashed.hexdigest() != one.sha256:
                 answers.write(json.dumps({"damaged": one.name}).encode() + b"\n")
                 raise TransferFailed(f"{one.name} did not arrive as it was announced. Send it again.")
             os.replace(aside, path)
-    finally:
-        remove(aside)
 
 
 def _offered(came: Readable) -> list[Offered]:

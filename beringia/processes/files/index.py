@@ -11,7 +11,8 @@ import os
 import time
 from pathlib import Path
 
-from beringia.records.files import remove, sha256_of_file, write_bytes
+from beringia.machine.aside import file_beside
+from beringia.records.files import sha256_of_file, write_bytes
 from beringia.records.record import canonical_json
 
 INDEX = ".hashes.json"
@@ -52,14 +53,11 @@ class HashIndex:
     def _rested(self, found: os.stat_result) -> bool:
         """Whether a file changed long enough ago, by the clock that its file system uses: this machine's may differ
         from that by an hour."""
-        probe = self._memory.with_name(f".{self._memory.name}.{time.monotonic_ns()}.tmp")
         try:
-            probe.write_bytes(b"")
-            now = probe.stat()
+            with file_beside(self._memory) as (_, probe):
+                now = os.fstat(probe.fileno())
         except OSError:
             return False
-        finally:
-            remove(probe)
         if now.st_dev != found.st_dev:
             return time.time() - found.st_ctime > _DAY
         return now.st_ctime_ns - found.st_ctime_ns > _RESTED_SECONDS * 1e9

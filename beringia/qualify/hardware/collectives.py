@@ -9,7 +9,6 @@ Does not see what happens between machines.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported
 
 from beringia.chips.open import first_present, present
 from beringia.errors import InputError
+from beringia.machine.aside import scratch_directory
 from beringia.processes.child import start, wait_for_any
 from beringia.processes.command import Command
 from beringia.processes.patience import POLL_SECONDS, Patience
@@ -118,12 +118,12 @@ def judge(ends: list[RankEnd], time_out_seconds: float, seconds: float) -> list[
 
 def _run_ranks(order: RankOrder) -> list[RankEnd]:
     store = TCPStore("127.0.0.1", 0, order.ranks, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory(prefix="beringia-collectives-") as directory:
+    with scratch_directory() as directory:
         ranks: list[_Rank] = []
         try:
             for number in range(order.ranks):
                 own = order.model_copy(update={"rank": number, "index": number, "port": store.port})
-                ranks.append(_Rank(own, Path(directory, f"rank-{number}.log")))
+                ranks.append(_Rank(own, directory / f"rank-{number}.log"))
             _hear_all(ranks, order.time_out_seconds)
         finally:
             for rank in ranks:
