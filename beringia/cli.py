@@ -250,6 +250,15 @@ def qualify(
             show_default=False,
         ),
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=32,
+            help="Devices that collectives are tried on; default 2, of the whole extent 4.",
+            show_default=False,
+        ),
+    ] = None,
     faults: Annotated[str | None, typer.Option(help="Emulated chips only: a fault script.", show_default=False)] = None,
     soak: Annotated[float, typer.Option(help="Seconds of repeats under load.")] = 0.0,
     memory: Annotated[int, typer.Option(help="MiB of memory to test.")] = 16,
@@ -272,6 +281,7 @@ def qualify(
         chip,
         model,
         faults=faults,
+        ranks=ranks,
         steps=batches or Request.steps,
         soak_seconds=soak,
         memory_bytes=memory * 2**20,

@@ -365,7 +365,7 @@ def test_a_chip_with_too_few_devices_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(collectives, "number_of_devices", lambda name: 1)
     (found,) = probe_collectives("cpu", ranks=4)
     assert (found.outcome, found.rules_out) == ("told", "neither")
-    assert "need 4 devices and cpu has 1" in found.summary
+    assert "need 4 devices and cpu has 1 here: not tried" in found.summary
 
 
 # ---- collectives: real processes
@@ -384,6 +384,14 @@ def test_two_real_ranks_of_a_cpu_move_and_add_right() -> None:
     assert {result.outcome for result in results if result.subject != ABSENT} == {"passed"}
     absent = of(results, ABSENT)
     assert absent.outcome == "told" and re.search(r"raised an error after [\d.]+ s", absent.summary)
+
+
+@pytest.mark.slow
+def test_fewer_devices_than_were_asked_for_are_tried_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "number_of_devices", lambda name: 2)
+    results = probe_collectives("cpu", ranks=4)
+    assert "need 4 devices and cpu has 2 here: tried on 2" in of(results, "devices").summary
+    assert "on 2 ranks" in of(results, "all-reduce, float32").summary
 
 
 @pytest.mark.slow

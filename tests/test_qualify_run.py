@@ -296,6 +296,17 @@ def test_a_mask_that_is_ignored_makes_a_chip_unfit_for_both_uses(run: Run, bundl
 
 
 @pytest.mark.slow
+def test_collectives_are_tried_on_as_many_ranks_as_are_asked_for_and_more_are_not_claimed(
+    run: Run, tmp_path: Path
+) -> None:
+    asked = ("qualify", "cpu", "--model", "r2-nano", "--layers", "1", "--ranks", "3", "--out", str(tmp_path), "--json")
+    _, found = answer(run(*asked))
+    sums = next(probe for probe in found.probes if probe.subject == "all-reduce, float32")
+    assert (sums.outcome, "on 3 ranks" in sums.summary) == ("passed", True)
+    assert "collectives on more than 3 ranks" in found.untried
+
+
+@pytest.mark.slow
 def test_only_some_layers_are_another_model_with_fewer_operators(run: Run, tmp_path: Path) -> None:
     asked = ("qualify", "emulated:h800", "--model", "r2-nano", "--layers", "1", "--batches", "4", "--memory", "1")
     done = run(*asked, "--out", str(tmp_path), "--json")

@@ -26,6 +26,7 @@ from beringia.qualify.candidate import Extent, probe_candidate
 from beringia.qualify.effects import power_of
 from beringia.qualify.evidence import Opened, QualifyOrder, Unrepeatable
 from beringia.qualify.far_chip import FarChip
+from beringia.qualify.hardware.collectives import DEVICES
 from beringia.qualify.hardware.collectives_work import CollectivesOrder, collectives_at
 from beringia.qualify.locate import first_wrong, locate
 from beringia.qualify.probing import Evidence, gather
@@ -43,6 +44,8 @@ REFERENCE = "cpu"
 PLAN = TraceExtent()
 _KEPT_BEYOND = 200
 """Calls beyond their bounds that a certificate lists; of the others, for each module and operator the worst."""
+
+_RANKS = {"quick": 2, "whole": 4}
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class Request:
     soak_seconds: float = 0.0
     speed: bool = False
     collectives: bool = True
-    ranks: int = 2
-    """Devices that the collectives are tried on."""
+    ranks: int | None = None
+    """Devices that the collectives are tried on; None: as the extent has it."""
     patience_seconds: float = 900.0
     command: Command = Command("the chip")
     """How its machine is reached, and where files are there."""
@@ -79,6 +82,11 @@ class Request:
     """Public keys of those whose bundles are believed; none: this machine's."""
     given: frozenset[str] = frozenset()
     """Names of the fields above that a bundle must have as they are here; in all others it decides."""
+
+    @property
+    def ranks_tried(self) -> int:
+        """Devices that the collectives are tried on, if there are as many."""
+        return self.ranks or _RANKS[self.extent]
 
     def order(self, task: Literal["describe", "reference", "candidate"], bundle: Path) -> QualifyOrder:
         """What the process is to do."""
@@ -303,7 +311,7 @@ def _in_processes_of_their_own(
     if request.collectives:
         say("collectives")
         asked = CollectivesOrder(
-            chip=order.chip, faults=order.faults, seed=request.seed, ranks=request.ranks, bandwidth=request.speed
+            chip=order.chip, faults=order.faults, seed=request.seed, ranks=request.ranks_tried, bandwidth=request.speed
         )
         results += collectives_at(far.command, asked, far.log("collectives"))
     return results
@@ -345,11 +353,20 @@ def _certificate(
         first_departure=evidence.departure,
         extent=manifest.extent,
         scenarios=tuple(manifest.scenarios),
-        untried=tuple(manifest.untried),
+        untried=(*manifest.untried, *_untried_collectives(request, probes)),
         probes=tuple(probes),
         operators=_worth_keeping(evidence.checks),
         seconds=seconds,
     )
+
+
+def _untried_collectives(request: Request, probes: list[ProbeResult]) -> tuple[str, ...]:
+    """A clause, for who reads a certificate."""
+    found = {probe.subject for probe in probes if probe.probe == "collectives"}
+    if not found - {DEVICES}:
+        return ("collectives",)
+    more = "" if DEVICES in found else "more than "
+    return (f"collectives on {more}{request.ranks_tried} ranks",)
 
 
 def located_in(evidence: Evidence) -> Located | None:

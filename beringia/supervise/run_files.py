@@ -99,7 +99,7 @@ def examine_run(recipe: Recipe, run: RunDirectory) -> Examined:
     if reasons:
         raise RunError(
             f"{run.root} holds a run of another recipe: {'; '.join(reasons)}. "
-            "Give the recipe another name, choose another directory with --out, or remove the old run."
+            "Put that back to go on with it; for a new run choose another directory with --out, or another name."
         )
     examined = Examined(now, inputs, rows, describe_change(changes, now, frozenset(before.chips)))
     CheckpointDirectory(run.checkpoints).refuse_foreign(_owner(examined, run))

@@ -30,6 +30,8 @@ from beringia.qualify.hardware.measures import none_allowed
 from beringia.qualify.hardware.rank_work import ABSENT, ABSENT_SECONDS
 from beringia.records.certificate import Measure, ProbeResult
 
+DEVICES = "devices"
+"""Subject of what is said where there are fewer than were asked for."""
 RANK_WORK = "beringia.qualify.hardware.rank_work"
 _LONGEST_WORDS = 200
 
@@ -74,8 +76,10 @@ def probe_collectives(
         raise ValueError(f"ranks = {ranks}: collectives are tried on 2 to {MOST_RANKS}")
     name = first_present() if chip_name == "auto" else chip_name
     devices = number_of_devices(name)
-    if devices is not None and devices < ranks:
-        return [_too_few(name, devices, ranks)]
+    too_few = [] if devices is None or devices >= ranks else [_too_few(name, devices, ranks)]
+    ranks = ranks if devices is None else min(ranks, devices)
+    if ranks < 2:
+        return too_few
     began = time.perf_counter()
     order = RankOrder(
         chip=name,
@@ -89,7 +93,7 @@ def probe_collectives(
         bandwidth=bandwidth,
     )
     ends = _run_ranks(order)
-    return judge(ends, time_out_seconds, time.perf_counter() - began)
+    return [*too_few, *judge(ends, time_out_seconds, time.perf_counter() - began)]
 
 
 def number_of_devices(name: str) -> int | None:
@@ -297,9 +301,9 @@ def _why(end: RankEnd) -> str:
 
 
 def _too_few(name: str, devices: int, ranks: int) -> ProbeResult:
-    return _result(
-        "devices", "told", f"Collectives need {ranks} devices and {name} has {devices} here: not tried.", "neither"
-    )
+    tried = "not tried" if devices < 2 else f"tried on {devices}"
+    words = f"Collectives on {ranks} ranks need {ranks} devices and {name} has {devices} here: {tried}."
+    return _result(DEVICES, "told", words, "neither")
 
 
 def _result(
