@@ -219,6 +219,49 @@ def test_what_is_wrong_is_said_in_openai_s_error_object(
     assert error["code"] == code and error["type"] == "invalid_request_error"
 
 
+PICTURE = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
+OF_ITS_KIND: list[tuple[str, dict[str, Any], str, str | None]] = [
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": PICTURE}]},
+        "should be 'text'",
+        "messages.0.content.1.type",
+    ),
+    ("chat/completions", {"messages": [{"role": "user", "content": []}]}, "at least 1 item", "messages.0.content"),
+    ("chat/completions", {"messages": [{"role": "user", "content": 7}]}, "valid string", "messages.0.content"),
+    ("chat/completions", {"messages": TURNS, "stop": list("abcdefghijklmnopq")}, "at most 16 items", "stop"),
+    ("chat/completions", {"messages": TURNS, "stop": ["a", ""]}, "at least 1 character", "stop.1"),
+    ("chat/completions", {"messages": TURNS, "stop": ""}, "at least 1 character", "stop"),
+    ("chat/completions", {"messages": TURNS, "presence_penalty": 0.5}, "is not supported", "presence_penalty"),
+    ("completions", {"prompt": [1, -1]}, "greater than or equal to 0", "prompt.1"),
+    ("completions", {"prompt": ["1", 2]}, "valid string", "prompt.1"),
+    ("completions", {"prompt": [[1], []]}, "at least 1 item", "prompt.1"),
+    ("completions", {"prompt": {"text": "1"}}, "valid string", "prompt"),
+    ("completions", {"prompt": []}, "at least 1 item", "prompt"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "words", "field"), OF_ITS_KIND, ids=lambda value: str(value)[:40])
+def test_where_a_field_may_be_of_several_kinds_the_error_is_of_the_one_that_was_given(
+    server: Server, path: str, body: dict[str, Any], words: str, field: str | None
+) -> None:
+    found = server.post({"model": "r2-nano"} | body, path=f"/v1/{path}")
+    error = found.json()["error"]
+    assert (found.status_code, error["param"]) == (400, field)
+    assert words in error["message"]
+
+
+def test_a_body_that_does_not_say_that_it_is_json_is_told_which_header_to_set(server: Server) -> None:
+    """As `curl -d` sends it."""
+    body = json.dumps({"model": "r2-nano", "messages": TURNS})
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    found = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers, timeout=GIVE_UP_SECONDS)
+    assert found.status_code == 400
+    assert (
+        "as 'application/x-www-form-urlencoded': set Content-Type: application/json" in found.json()["error"]["message"]
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "status", "words"),
     [
@@ -581,6 +624,19 @@ def test_a_stream_s_usage_is_the_whole_answer_s(server: Server, path: str, asked
     streamed = server.post(body | {"stream": True, "stream_options": {"include_usage": True}}, path=f"/v1/{path}")
     *_, last, done = [line for line in streamed.text.splitlines() if line]
     assert done == "data: [DONE]" and json.loads(last.removeprefix("data: "))["usage"] == whole
+
+
+def test_a_stream_whose_usage_is_continuous_counts_up_to_the_whole_answer_s(server: Server) -> None:
+    """As load generators ask for it, with every request."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": "r2-nano", "messages": TURNS, "max_tokens": 9, "seed": 3, "ignore_eos": True}
+    streamed = server.post(body | {"stream": True, "stream_options": options})
+    pieces = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    counts = [piece["usage"]["completion_tokens"] for piece in pieces]
+    assert counts == sorted(counts) and counts[-2:] == [9, 9]
+    assert len(set(counts)) > 3
+    refused = server.post(body | {"stream": True, "stream_options": {"continuous_usage_stats": True}})
+    assert refused.status_code == 400 and "include_usage: true" in refused.json()["error"]["message"]
 
 
 @contextmanager

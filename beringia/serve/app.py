@@ -34,7 +34,7 @@ from beringia.serve.failures import Failure, refused
 from beringia.serve.gate import Gate
 from beringia.serve.metrics import Metrics
 from beringia.serve.prompts import PromptReader, ReadPrompt
-from beringia.serve.protocol import ChatRequest, CompletionRequest
+from beringia.serve.protocol import UNSUPPORTED, ChatRequest, CompletionRequest
 from beringia.serve.text import TextOffsets
 from beringia.version import __version__
 
@@ -94,11 +94,18 @@ def _add_failures(app: FastAPI) -> None:
     async def failed(_: Request, failure: Any) -> JSONResponse:
         return failure.response()  # type: ignore[no-any-return]
 
-    async def invalid(_: Request, problem: Any) -> JSONResponse:
+    async def invalid(request: Request, problem: Any) -> JSONResponse:
         first = problem.errors()[0]
-        # The first part says where the value stands, a last one in brackets which of several types it is not.
+        # The first part says where the value stands; one in brackets, which of several types it was taken for.
         place = [str(part) for part in first["loc"][1:] if not str(part).endswith("]") and "-" not in str(part)]
         name = ".".join(place) or None
+        if isinstance(problem.body, bytes):  # read as JSON only where that is what it is said to be
+            said = request.headers.get("content-type", "")
+            return Failure(
+                400, f"The body is not sent as JSON but as {said!r}: set Content-Type: application/json."
+            ).response()
+        if first["type"] == UNSUPPORTED:
+            return Failure(400, f"{first['msg']}.", field=first["ctx"]["field"]).response()
         if first["type"] == "extra_forbidden":
             return Failure(400, f"Unknown field: {name}.", field=name, code="unknown_parameter").response()
         if first["type"] == "json_invalid":
@@ -240,7 +247,8 @@ class _Answering(ABC):
                 new_tokens += sum(len(part.tokens) for _, part in parts)
                 chunks = [chunk for number, part in parts for chunk in self._chunks(number, part)]
                 if chunks:
-                    yield b"".join([answers.event(self._chunk([chunk])) for chunk in chunks])
+                    used = {"usage": self._usage(new_tokens)} if self._body.continuous_usage else {}
+                    yield b"".join([answers.event(self._chunk([chunk]) | used) for chunk in chunks])
             if self._body.include_usage:
                 yield answers.event(self._chunk([]) | {"usage": self._usage(new_tokens)})
             yield answers.DONE

@@ -1,8 +1,8 @@
 """What clients may ask for: OpenAI's requests, field by field.
 
 A field that is not here is refused, and so is a value that would have to be ignored: penalties, tools, other response
-formats. Beyond OpenAI's own, vLLM's names for top_k, min_p, stop_token_ids, ignore_eos, return_token_ids and
-return_tokens_as_token_ids are known.
+formats. Beyond OpenAI's own, vLLM's names for top_k, min_p, stop_token_ids, ignore_eos, return_token_ids,
+return_tokens_as_token_ids and continuous_usage_stats are known.
 """
 
 from __future__ import annotations
@@ -10,16 +10,44 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from beringia.engine import Sampling
 
+UNSUPPORTED = "unsupported"
+"""Kind of the error of a field that OpenAI has and this server does not compute; its context names the field."""
 MOST_LOGPROBS = 20
 MOST_CHOICES = 16
 MOST_STOPS = 16
 
 Token = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1)]
+
+
+def _one_or_list(value: Any) -> str:
+    """Which of the two is meant: what is wrong with a list is not that it is no string."""
+    return "[list]" if isinstance(value, list) else "[one]"
+
+
+def _kind_of_prompt(value: Any) -> str:
+    first = value[0] if isinstance(value, list) and value else None
+    many = isinstance(value, list)
+    return (
+        "[lists]"
+        if isinstance(first, list)
+        else "[texts]"
+        if isinstance(first, str)
+        else "[tokens]"
+        if many
+        else "[text]"
+    )
+
+
+Stops = Annotated[
+    Annotated[Stop, Tag("[one]")] | Annotated[list[Stop], Field(max_length=MOST_STOPS), Tag("[list]")],
+    Discriminator(_one_or_list),
+]
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (None,),
@@ -55,7 +83,15 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's: each piece says how many tokens there were until it, too."""
     include_obfuscation: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _continuous_is_more_of_the_same(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats is for streams with include_usage: true")
+        return self
 
 
 class _Request(BaseModel):
@@ -70,7 +106,7 @@ class _Request(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stops | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool = False
     logit_bias: dict[Token, Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -90,7 +126,7 @@ class _Request(BaseModel):
         _check_text(given)
         for name, harmless in _ONLY.items():
             if name in given and not any(given[name] == value for value in harmless):
-                raise ValueError(f"{name} is not supported by this server")
+                raise PydanticCustomError(UNSUPPORTED, "{field} is not supported by this server", {"field": name})
         return {name: value for name, value in given.items() if name not in _ONLY}
 
     @model_validator(mode="after")
@@ -113,6 +149,11 @@ class _Request(BaseModel):
     def include_usage(self) -> bool:
         """Whether a stream ends with how many tokens there were."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each piece of it says so."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def sampling(
         self, choice: int, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
@@ -149,7 +190,10 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Annotated[
+        Annotated[str, Tag("[one]")] | Annotated[list[TextPart], Field(min_length=1), Tag("[list]")],
+        Discriminator(_one_or_list),
+    ]
     name: str | None = None
     # What an answer's message has beside these: it may come back as it was given.
     reasoning: str | None = None
@@ -222,12 +266,13 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    prompt: (
-        str
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("[text]")]
+        | Annotated[list[Token], Field(min_length=1), Tag("[tokens]")]
+        | Annotated[list[str], Tag("[texts]")]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Tag("[lists]")],
+        Discriminator(_kind_of_prompt),
+    ]
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool = False
