@@ -35,11 +35,12 @@ while not os.path.exists("asked"):
 
 
 @pytest.fixture(autouse=True)
-def sigint_heard() -> Iterator[None]:
-    """A shell has what it starts in the background ignore it, and children inherit that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def heard() -> Iterator[None]:
+    """A shell has what it starts in the background ignore SIGINT, and `nohup` SIGHUP; children inherit that."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number, _ in STOPS}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("number", "code"), STOPS)
