@@ -100,7 +100,7 @@ def _held(aside: Path, descriptor: int) -> bool:
     """Lock what was made; not where another took it for abandoned before that."""
     with suppress(OSError):  # no lock is known here
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    if aside.exists():
+    if os.path.exists(aside):
         return True
     os.close(descriptor)
     return False
