@@ -22,6 +22,9 @@ from beringia.qualify.subject import Batch, DecoderSubject, ModuleSubject, Subje
 MODELS = ("latent", "grouped", "tied", "odd", "sharp", "r2-nano")
 DTYPES = ("float32", "bfloat16", "float16")
 EMULATED = ("h100", "a100", "mi300x", "mi250x", "ascend-910b")
+NOT_SOUND = {("mi250x", "float16")}
+"""Its units flush float16's subnormal numbers, as AMD documents, and trained models have such: a gradient is up to 180
+times as far off as rounding explains, a way of serving 3.8 times. Its verdict is right, and no false refusal."""
 _DENSE = ("grouped", "tied", "odd", "sharp")
 """Modules of others choose their experts themselves, and near a tie another choice is no error."""
 _EXACT_MODELS = ("grouped", "odd", "r2-nano")
@@ -55,6 +58,8 @@ def variants() -> list[Variant]:
     made: list[Variant] = []
     for dtype in DTYPES:
         for chip in EMULATED:
+            if (chip, dtype) in NOT_SOUND:
+                continue
             made += [Variant(model, dtype, f"emulated:{chip}") for model in MODELS]
         for software, setting in SETTINGS.items():
             made += [Variant(model, dtype, "cpu", software, setting) for model in MODELS]
