@@ -15,6 +15,7 @@ from beringia.numerics.metrics import (
     difference,
     independent_rows,
     rounding_floor,
+    unlike_rows,
 )
 
 
@@ -79,6 +80,17 @@ def test_sums_truncated_once_a_block_of_four_stay_below_the_accumulation_floor(l
         total = torch.where(away, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
     assert difference(total, terms.sum(1)).relative < accumulation_floor(length)
     assert difference(total, terms.sum(1)).relative > accumulation_floor(length) / 100  # and is no empty promise
+
+
+@given(rows=st.integers(1, 9), copies=st.integers(1, 8), width=st.integers(1, 70), seed=st.integers(0, 99))
+def test_rows_that_are_copies_of_each_other_count_once(rows: int, copies: int, width: int, seed: int) -> None:
+    """As of requests that are alike: their errors are the same."""
+    x = random(rows, width, seed=seed)
+    order = torch.randperm(rows * copies, generator=torch.Generator().manual_seed(seed))
+    copied = x.repeat(copies, 1)[order]
+    assert independent_rows(copied) == pytest.approx(copies * independent_rows(x))
+    assert unlike_rows(copied) == pytest.approx(independent_rows(x))
+    assert unlike_rows(copied.view(-1, 1, width)) == unlike_rows(copied)
 
 
 def test_a_tensor_that_lives_in_one_row_has_one_independent_row() -> None:

@@ -67,6 +67,18 @@ def test_two_ranks_compute_what_one_rank_computes(one_rank: Path, tmp_path: Path
     assert of_kind(tmp_path / "run", "trusted")[-1].step == 12
 
 
+@pytest.mark.slow
+def test_a_run_of_several_ranks_leaves_nothing_among_the_temporary_files(tmp_path: Path) -> None:
+    """torchrun makes a directory for logs there at each start, and leaves it."""
+    scratch, recipe = tmp_path / "scratch", write_recipe(tmp_path, small_recipe(train=STEPS))
+    scratch.mkdir()
+    same = ("train", str(recipe), "--out", str(tmp_path / "run"), "--set", "chips.first.ranks=2")
+    done = beringia(*same, TMPDIR=str(scratch))
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == STEPS["steps"]
+    assert [path.name for path in scratch.iterdir() if "inductor" not in path.name] == []
+
+
 def test_accumulating_gradients_computes_what_one_batch_computes() -> None:
     whole, halves = (guarded.trainer(share=None, asked=guarded.recipe(accumulate=parts)) for parts in (1, 2))
     found = [[made.train_step().loss for _ in range(12)] for made in (whole, halves)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 
-from beringia.machine.aside import file_beside
+from beringia.machine.aside import file_beside, scratch_directory
 
 _STARTED = time.perf_counter()  # before the imports, which it measures, whichever of them come first
 
@@ -217,11 +217,14 @@ def _work(module: str, far_end: FarEnd) -> Ended:
 def _be_parent_of_ranks(module: str, job: Job, channel: Channel) -> int:
     """Start them, hand on to them what the starter says, and see that none outlives it."""
     command = Command("this machine's ranks", module, launch=(str(job.ranks),), launcher="torchrun")
-    environment = os.environ | {JOB_VARIABLE: job.model_dump_json()}
-    process = subprocess.Popen(torchrun.argv(command), stdin=subprocess.PIPE, stdout=channel.output, env=environment)
-    assert process.stdin is not None
-    threading.Thread(target=_hand_on, args=(channel, process.stdin, process), daemon=True).start()
-    status = process.wait()
+    with scratch_directory() as logs:
+        environment = {torchrun.LOGS_VARIABLE: str(logs)} | os.environ | {JOB_VARIABLE: job.model_dump_json()}
+        process = subprocess.Popen(
+            torchrun.argv(command), stdin=subprocess.PIPE, stdout=channel.output, env=environment
+        )
+        assert process.stdin is not None
+        threading.Thread(target=_hand_on, args=(channel, process.stdin, process), daemon=True).start()
+        status = process.wait()
     return status if status >= 0 else 128 - status  # as a shell says which signal it was
 
 

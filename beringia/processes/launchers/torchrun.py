@@ -5,6 +5,9 @@ from __future__ import annotations
 from beringia.errors import HandshakeError
 from beringia.processes.command import FAR_END, Command
 
+LOGS_VARIABLE = "PET_LOG_DIR"
+"""Where torchrun puts its logs; without it each start makes a directory among the temporary files, and leaves it."""
+
 
 def check(command: Command) -> None:
     """`launch` is the number of processes."""

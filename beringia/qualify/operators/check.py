@@ -23,7 +23,7 @@ from typing import Any
 import numpy
 import torch
 
-from beringia.numerics.metrics import accumulation_floor, few, independent_rows, rounding_floor
+from beringia.numerics.metrics import accumulation_floor, few, independent_rows, rounding_floor, unlike_rows
 from beringia.qualify.operators.bounds import (
     ARITHMETIC_ROUNDINGS,
     ELEMENTARY_ULPS,
@@ -363,9 +363,10 @@ def _rms_and_sign(
     # Over the same mean as the gain is, which of peaked results lies far below their root mean square.
     spread = _rms(excess) * exact.numel() / total
     gain = float(excess.mul_(exact.sign()).sum()) / total
-    signed = _inner_floor(bound, total / exact.numel()) + SIGNED_DEVIATIONS * spread / math.sqrt(
-        independent_rows(exact) if exact.dim() > 1 else 1.0
-    )
+    floor, several = _inner_floor(bound, total / exact.numel()), exact.dim() > 1
+    signed = floor + SIGNED_DEVIATIONS * spread / math.sqrt(independent_rows(exact) if several else 1.0)
+    if several and abs(gain) > signed:  # seldom asked, since it takes long: of requests that are alike, errors are
+        signed = floor + SIGNED_DEVIATIONS * spread / math.sqrt(unlike_rows(exact))
     return [
         Measure(
             name="root mean square error",
