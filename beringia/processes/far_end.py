@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import time
 
-from beringia.machine.aside import file_beside, scratch_directory
-
 _STARTED = time.perf_counter()  # before the imports, which it measures, whichever of them come first
 
 import contextlib
@@ -33,6 +31,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from beringia.errors import BeringiaError, HandshakeError, RunError
+from beringia.machine.aside import file_beside, scratch_directory
 from beringia.processes.channel import Channel, Watchdog
 from beringia.processes.command import Command
 from beringia.processes.endings import kill_marked
