@@ -111,7 +111,7 @@ ROUNDS_ONCE = replace(OVERALL, rounds_once=True)
 
 
 @settings(max_examples=10, deadline=None)
-@given(times=st.floats(0.5, 1.08) | st.floats(1.2, 1.3), apart=st.floats(0.0, 1.0), seed=st.integers(10, 1000))
+@given(times=st.floats(0.5, 1.15) | st.floats(1.27, 1.3), apart=st.floats(0.0, 1.0), seed=st.integers(10, 1000))
 def test_a_chip_that_is_a_little_worse_in_everything_is_told_from_a_sound_one(
     times: float, apart: float, seed: int
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_chip_that_is_a_little_worse_in_everything_is_told_from_a_sound_one(
     (measure,) = overall.measures
     assert measure.value == pytest.approx(times, rel=0.04)
     assert OVERALL_ALLOWED < measure.bound < 1.05 * OVERALL_ALLOWED
-    assert (overall.outcome, overall.rules_out) == ("failed" if times > 1.15 else "passed", "train")
+    assert (overall.outcome, overall.rules_out) == ("failed" if times > 1.25 else "passed", "train")
     assert not {result.subject for result in results.values() if result.outcome == "failed"}, "no group says so alone"
 
 

@@ -42,10 +42,10 @@ REFERENCE_ALLOWED = 1.6
 """Times the reference's own distance, in 16-bit dtypes, where the rounding of results is nearly all of a sound chip's
 error and falls on the same numbers on every chip. Sound ones have 0.9 to 1.25, and up to 1.45 where they compute
 attention as one kernel and the reference in parts (`docs/qualify.md`); both beside what `few` allows."""
-OVERALL_ALLOWED = 1.12
+OVERALL_ALLOWED = 1.2
 """Times the reference's own distance, in 16-bit dtypes, in the median of all groups: what single groups may have by
-chance averages out there. Sound chips and software have 0.98 to 1.04, whatever units, kernels and attention they use
-(`docs/qualify.md`): three times as far above 1 is allowed, beside what `few` does."""
+chance averages out there. Sound chips and software have 0.96 to 1.04, whatever units, kernels and attention they use,
+and one of 160 1.08 (`docs/qualify.md`): more than twice as far above 1 is allowed, beside what `few` does."""
 EVEN_DRAWS = 1.5
 """Largest over smallest of the draws' distances that are even: where a rounding may tip a single distance over, the
 reference's own says little."""
