@@ -160,6 +160,7 @@ def test_fold_summary_page_and_decision_agree_on_every_history(directory: Path, 
 
 @settings(deadline=None)
 @given(any_history(odd=False))
+@pytest.mark.slow
 def test_the_page_prints_what_the_fold_says(directory: Path, history: list[AnyEvent]) -> None:
     situation = Fold(history).situation()
     text = " ".join(re.sub(r"<[^>]*>", " ", render_report(page_of(history, directory))).split())

@@ -261,6 +261,7 @@ def test_with_a_signed_certificate_the_same_command_trains(refused: Path) -> Non
     assert not of_kind(run.root, "fallback")
 
 
+@pytest.mark.slow
 def test_a_chip_that_may_not_train_is_passed_over_for_one_that_may(refused: Path, tmp_path: Path) -> None:
     identity = of_kind(refused / "run", "chip")[0].identity
     document = small_recipe(

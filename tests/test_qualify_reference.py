@@ -96,6 +96,7 @@ def test_a_sound_cpu_is_a_reference(tmp_path: Path, family: str, dtype: torch.dt
     assert (tmp_path / "x.bundle").exists()
 
 
+@pytest.mark.slow
 def test_a_harmless_wrong_call_of_the_reference_excuses_no_more_of_a_candidate_than_the_limit(tmp_path: Path) -> None:
     with silu_times(1.01):
         record(Cpu(), tmp_path / "x.bundle")

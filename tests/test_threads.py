@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from beringia.machine.threads import prepare_threads, usable_cores
 from beringia.qualify.worker import SMALL_PARAMETERS
 
@@ -38,6 +40,7 @@ def test_processes_that_share_a_machine_share_its_cores() -> None:
     assert prepare_threads({}, processes=10**6)["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.slow
 def test_a_reference_for_a_small_model_is_recorded_on_one_thread_unless_the_user_set_another_number() -> None:
     code = (
         "import sys, beringia, torch\nfrom beringia.qualify import worker\nworker.usable_cores = lambda: 3\n"
