@@ -118,9 +118,9 @@ def test_a_chip_that_is_a_little_worse_in_everything_is_told_from_a_sound_one(
     results = {result.subject: result for result in judge_trace(ROUNDS_ONCE, groups(times * 1e-3, seed, apart))}
     overall = results.pop("distance overall")
     (measure,) = overall.measures
-    assert measure.value == pytest.approx(times, rel=0.04)
-    assert OVERALL_ALLOWED < measure.bound < 1.05 * OVERALL_ALLOWED
-    assert (overall.outcome, overall.rules_out) == ("failed" if times > 1.25 else "passed", "train")
+    assert measure.value == pytest.approx(max(times - 1.0, 0.0), abs=0.04)
+    assert OVERALL_ALLOWED - 1.0 < measure.bound < 1.05 * OVERALL_ALLOWED - 1.0
+    assert (overall.outcome, overall.rules_out) == ("told" if times > 1.25 else "passed", "neither")
     assert not {result.subject for result in results.values() if result.outcome == "failed"}, "no group says so alone"
 
 

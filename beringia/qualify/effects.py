@@ -45,7 +45,8 @@ attention as one kernel and the reference in parts (`docs/qualify.md`); both bes
 OVERALL_ALLOWED = 1.2
 """Times the reference's own distance, in 16-bit dtypes, in the median of all groups: what single groups may have by
 chance averages out there. Sound chips and software have 0.96 to 1.04, whatever units, kernels and attention they use,
-and one of 160 1.08 (`docs/qualify.md`): more than twice as far above 1 is allowed, beside what `few` does."""
+and one of 160 1.08 (`docs/qualify.md`). More than this, beside what `few` allows, is told and rules nothing out: harm
+is what single quantities suffer, and of faults with 1.2 to 1.35 about as many are harmless as not."""
 EVEN_DRAWS = 1.5
 """Largest over smallest of the draws' distances that are even: where a rounding may tip a single distance over, the
 reference's own says little."""
@@ -269,7 +270,7 @@ def _judge_overall(
     far: Mapping[Group, Mapping[str, float]], floors: Mapping[Group, Floor], smallest: Mapping[Group, float]
 ) -> list[ProbeResult]:
     """All groups in one number, where the reference's own distances say what a sound chip's are: a chip whose every
-    result is a little worse stays within the bound of each."""
+    result is a little worse stays within the bound of each. For the reader; it decides nothing."""
     beside = [
         statistics.median(_beside(far[group], floor.reference, smallest[group]))
         for group, floor in floors.items()
@@ -279,17 +280,16 @@ def _judge_overall(
         return []
     value = statistics.median(beside)
     bound = OVERALL_ALLOWED * few(sum(floor.numbers for floor in floors.values() if floor.reference is not None))
-    reason = f"distance from float64 over the reference's own, which rounds the same numbers; median of {len(beside)}"
-    measure = _effect("distance beside the reference's, overall", value, bound, f"{reason} groups")
-    failed = measure.used > 1.0
+    reason = f"beyond the reference's own distance from float64, which rounds the same numbers: median of {len(beside)}"
+    measure = _effect("distance beyond the reference's", max(value - 1.0, 0.0), bound - 1.0, f"{reason} groups")
+    beyond = measure.used > 1.0
     return [
         ProbeResult(
             probe="lockstep",
             subject="distance overall",
-            outcome="failed" if failed else "passed",
-            rules_out="train",
-            summary=f"what is served and learned is {'farther' if failed else 'no farther'} from float64 overall than "
-            f"rounding explains ({value:.3g} times the reference's own distance)",
+            outcome="told" if beyond else "passed",
+            summary=f"what is served and learned is {value:.3g} times as far from float64 as the reference's, in all"
+            + (": farther than that of any chip that is known to be sound" if beyond else ""),
             measures=(measure.model_copy(update={"unit": "the reference's"}),),
         )
     ]
