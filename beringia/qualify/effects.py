@@ -45,8 +45,8 @@ attention as one kernel and the reference in parts (`docs/qualify.md`); both bes
 OVERALL_ALLOWED = 1.2
 """Times the reference's own distance, in 16-bit dtypes, in the median of all groups: what single groups may have by
 chance averages out there. Sound chips and software have 0.96 to 1.04, whatever units, kernels and attention they use,
-and 1.08 on one of six models (`docs/qualify.md`). More than this, beside what `few` allows, is told and rules nothing out: harm
-is what single quantities suffer, and of faults with 1.2 to 1.35 about as many are harmless as not."""
+and 1.08 on one of six models (`docs/qualify.md`). More than this, beside what `few` allows, is told and rules nothing
+out: harm is what single quantities suffer, and of faults with 1.2 to 1.35 about as many are harmless as not."""
 EVEN_DRAWS = 1.5
 """Largest over smallest of the draws' distances that are even: where a rounding may tip a single distance over, the
 reference's own says little."""
