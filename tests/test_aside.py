@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from beringia.errors import NotWritable
 from beringia.machine.aside import directory_beside, file_beside, remove_abandoned, scratch_directory
-from beringia.records.files import write_bytes
+from beringia.records.files import publish_directory, write_bytes
 
 WRITER = """
 import sys, time
 from pathlib import Path
+from beringia.errors import NotWritable
 from beringia.machine.aside import directory_beside, file_beside
 beside = {"file": file_beside, "directory": directory_beside}[sys.argv[1]]
 with beside(Path(sys.argv[2])):
@@ -103,3 +105,16 @@ def test_scratch_files_are_for_their_owner_and_go(tmp_path: Path, monkeypatch: p
         assert directory.stat().st_mode & 0o777 == 0o700
         (directory / "log").write_text("words")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_that_publish_the_same_directory_one_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """As two exports to one place: the first stays as it is."""
+    final = tmp_path / "export"
+    with directory_beside(final) as first, directory_beside(final) as second:
+        for number, aside in enumerate((first, second)):
+            (aside / "file").write_text(str(number))
+        publish_directory(first, final)
+        with pytest.raises(NotWritable, match="export cannot be written: Directory not empty"):
+            publish_directory(second, final)
+    assert (final / "file").read_text() == "0"
+    assert list(tmp_path.iterdir()) == [final]

@@ -21,7 +21,15 @@ Beat = Callable[[], None]
 
 _CHUNK_BYTES = 1 << 20
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
-_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_NOT_WRITABLE = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+}
 
 
 def at_rest() -> None:
