@@ -71,6 +71,24 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def first_rank_tells_slowly(place: Path) -> dict[str, str]:
+    """An environment in which the first of several ranks is slow to tell of checkpoints and canaries, as on a busy
+    machine. `place`: a directory of its own."""
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "if os.environ.get('RANK') == '0':\n"
+        "    from beringia.train.reporting import Reporting\n"
+        "    tell = Reporting.event\n"
+        "    def slowly(self, event):\n"
+        "        if event.kind in ('checkpoint', 'canary'):\n"
+        "            time.sleep(1)\n"
+        "        tell(self, event)\n"
+        "    Reporting.event = slowly\n"
+    )
+    return {"PYTHONPATH": f"{place}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
 def beringia(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`beringia` with these arguments, to its end."""
     with start(*arguments, **environment) as process:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import beringia, events, of_kind, small_recipe, start, write_recipe
+from small_runs import beringia, events, first_rank_tells_slowly, of_kind, small_recipe, start, write_recipe
 
 from beringia.train.canary import WIDEST_BAND
 
@@ -97,7 +97,10 @@ def test_every_step_comes_from_a_trusted_checkpoint_of_the_same_chip_or_a_crossi
 
 
 @pytest.mark.slow
-def test_a_new_chip_that_computes_wrongly_is_refused_by_the_canary_and_the_next_one_takes_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_new_chip_that_computes_wrongly_is_refused_by_the_canary_and_the_next_one_takes_over(
+    tmp_path: Path, ranks: int
+) -> None:
     lost, wrong = tmp_path / "lost.toml", tmp_path / "wrong.toml"
     lost.write_text(
         'summary = "lost at step 45"\n[[faults]]\nkind = "exception"\nat_step = 45\ncode = "HBM MULTI BIT ECC ERROR"\n'
@@ -105,12 +108,13 @@ def test_a_new_chip_that_computes_wrongly_is_refused_by_the_canary_and_the_next_
     wrong.write_text(PERSISTENT.replace("from_step = 25", "from_step = 1"))
     chips = {
         "first": {"use": "emulated:ascend-910b", "faults": str(lost)},
-        "second": {"use": "emulated:h800", "faults": str(wrong)},
+        "second": {"use": "emulated:h800", "faults": str(wrong), "ranks": ranks},
         "third": {"use": "cpu"},
     }
     train = {"prefer": ["first", "second", "third"], "steps": 50, "checkpoint_every": 10}
     recipe = write_recipe(tmp_path, small_recipe(chips=chips, train=train, guard={"share": 0.5}))
-    done = beringia("train", str(recipe), "--out", str(tmp_path / "run"))
+    slow = first_rank_tells_slowly(tmp_path / "slow")
+    done = beringia("train", str(recipe), "--out", str(tmp_path / "run"), **slow)
     assert done.returncode == 0, done.stderr
     assert [event.action for event in of_kind(tmp_path / "run", "decision")] == ["start", "cross", "cross"]
     refused, passed = of_kind(tmp_path / "run", "canary")

@@ -11,7 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import beringia, events, final_hash, gone, of_kind, small_recipe, start, worker_of, write_recipe
+from small_runs import (
+    beringia,
+    events,
+    final_hash,
+    first_rank_tells_slowly,
+    gone,
+    of_kind,
+    small_recipe,
+    start,
+    worker_of,
+    write_recipe,
+)
 from waiting import until
 
 EVALUATED = {"steps": 30, "checkpoint_every": 20, "evaluate_every": 10, "evaluation_sequences": 64}
@@ -52,6 +63,28 @@ def test_a_stop_in_the_middle_of_an_evaluation_saves_and_the_evaluation_is_made_
         assert final_hash(run) == final_hash(evaluated / "run")
         losses = [event.loss for event in of_kind(run, "evaluation")]
         assert losses == [event.loss for event in of_kind(evaluated / "run", "evaluation")]
+
+
+@pytest.mark.slow
+def test_a_stop_is_over_when_the_first_rank_has_told_of_its_checkpoint(evaluated: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    endless = ("--set", "chips.first.ranks=2", "--set", "train.steps=40000")
+    slow = first_rank_tells_slowly(tmp_path / "slow")
+    with start("train", str(evaluated / "small.toml"), "--out", str(run), *endless, **slow) as process:
+        until(lambda: 3 in steps(run), "step 3")
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143
+    assert of(run, "checkpoint") == steps(run)[-1:]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_done_before_the_first_one_is_no_fault(torchrun: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(torchrun, **first_rank_tells_slowly(tmp_path / "slow")) as process:
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert of_kind(run, "fault") == []
+    assert [event.status for event in of_kind(run, "finish")] == ["done"]
 
 
 @pytest.mark.slow
@@ -129,8 +162,8 @@ def torchrun(evaluated: Path, tmp_path: Path) -> list[str]:
     return [*runner, "-m", "beringia", "train", recipe, "--out", str(tmp_path / "run")]
 
 
-def started(command: list[str], *more: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def started(command: list[str], *more: str, **environment: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         [*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     )

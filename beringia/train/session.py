@@ -175,6 +175,10 @@ class Session:
             return flag
         return bool(sharding.sum_over_ranks(torch.tensor([int(flag)], device=self.chip.device)).item())
 
+    def _all_told(self) -> None:
+        """Wait until every rank has sent what it had to tell: whoever says first that it ends has all of them ended."""
+        self._agree(False)
+
     def _open_stream(self, split: Literal["train", "held-out"], tokenizer: Tokenizer) -> Stream:
         if not self.ranks.first:
             dist.barrier()  # the first rank packs folders, the others read what it packed
@@ -334,6 +338,7 @@ class Session:
         )
         if self.ranks.first:
             self.channel.event(canary)
+        self._all_told()
         if not canary.passed:
             raise CanaryRefused(canary.message)
 
@@ -347,6 +352,7 @@ class Session:
             if self.saving.newest != self.trainer.step:
                 self._save()
             self.saving.finish()
+            self._all_told()
             return "stopped"
 
     def _train(self) -> End:
@@ -400,6 +406,8 @@ class Session:
         for event in events:
             is_doubtful = doubtful and isinstance(event, Alarm) and event not in spikes
             self.channel.event(event.model_copy(update={"doubtful": True}) if is_doubtful else event)
+        if spikes:  # every rank has them; a layer that computes wrongly may be one rank's alone
+            self._all_told()
         return any(isinstance(event, Alarm) for event in events)
 
     def _look_into(self, spikes: list[Alarm], events: list[CheckDone | Alarm]) -> list[CheckDone | Alarm]:
@@ -426,6 +434,7 @@ class Session:
             self.channel.event(event)
         if not self._agree(bool(wrong)) and self.ranks.first:
             self.channel.event(found.alarm(step))
+        self._all_told()
         return True
 
     def _check_all_sites(self) -> list[CheckDone | Alarm]:
@@ -455,6 +464,7 @@ class Session:
         found = self._check_all_sites()
         for event in found:
             self.channel.event(event)
+        self._all_told()
         if any(isinstance(event, Alarm) for event in found):
             return "alarm"
         self.saving.trust(guard)
