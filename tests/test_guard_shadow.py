@@ -59,6 +59,34 @@ def test_a_first_layer_whose_gradients_are_half_wrong_is_seen_under_a_normal_los
     assert alarms[0].value is not None and alarms[0].value > 5 * alarms[0].bound
 
 
+def test_what_is_wrong_past_a_length_is_seen_in_the_longest_sample_whichever_is_drawn() -> None:
+    made = trainer()
+    assert made.guard is not None
+    attention, lengths_B = made.decoder.layers[1].self_attn, torch.zeros(0)
+
+    def note(gradient_BTD: torch.Tensor) -> torch.Tensor:
+        nonlocal lengths_B
+        learned_BT = gradient_BTD.ne(0).any(-1)
+        lengths_B = (learned_BT * torch.arange(1, learned_BT.shape[1] + 1)).amax(-1)
+        return gradient_BTD
+
+    def spoil(gradient_BTD: torch.Tensor) -> torch.Tensor:
+        wrong_BTD = gradient_BTD.clone()
+        wrong_BTD[:, drawn_length:] *= 1.5
+        return wrong_BTD
+
+    tried = 0
+    while tried < 3:
+        made.train_step()
+        with changed_output(attention, changing_gradient(note)):
+            assert alarms_of_a_full_check(made) == []
+        drawn_length = int(lengths_B[Step(made.step + 1, made.recipe.seed).draw("sample") % made.recipe.train.batch])
+        if drawn_length < lengths_B.max():
+            with changed_output(attention, changing_gradient(spoil)):
+                assert [alarm.site for alarm in alarms_of_a_full_check(made)] == ["layers.1"]
+            tried += 1
+
+
 def attend_ignoring_the_mask(length: int) -> Any:
     """`attend_in_parts` that lets queries past `length` see everything."""
 

@@ -43,13 +43,15 @@ def record(chip: Chip, path: Path, *, subject: SmallSubject = SUBJECT, dtype: to
 
 
 @contextmanager
-def silu_times(factor: float) -> Iterator[None]:
-    """This machine's CPU with a `silu` that is wrong by a factor in every dtype but float64."""
+def silu_times(factor: float, first: int = 0) -> Iterator[None]:
+    """This machine's CPU with a `silu` that is wrong by a factor in every dtype but float64, from a token on."""
     library = torch.library.Library("aten", "IMPL")
 
     def silu(x: torch.Tensor) -> torch.Tensor:
         right = x * torch.sigmoid(x)
-        return right if x.dtype == torch.float64 else right * factor
+        if x.dtype != torch.float64:
+            right[..., first:, :] *= factor
+        return right
 
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch's, that a kernel is replaced
         library.impl("silu", silu, "CPU")
@@ -87,6 +89,32 @@ def test_a_cpu_with_a_wrong_kernel_is_no_reference_although_all_that_it_draws_ha
     with silu_times(factor), pytest.raises(Refusal, match=r"model\.layers\.0\.mlp: aten\.silu\.default \(forward"):
         record(Cpu(), tmp_path / "x.bundle", dtype=dtype)
     assert not (tmp_path / "x.bundle").exists()
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.5), (torch.float32, 1.01)])
+def test_a_cpu_that_is_wrong_past_a_length_is_no_reference_although_no_batch_and_no_draw_shows_it(
+    tmp_path: Path, dtype: torch.dtype, factor: float
+) -> None:
+    with silu_times(factor, first=100), pytest.raises(Refusal, match=r"serving.* differs from float64"):
+        record(Cpu(), tmp_path / "x.bundle", dtype=dtype)
+    assert not (tmp_path / "x.bundle").exists()
+
+
+def test_a_chip_whose_angles_are_wrong_past_a_length_is_no_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = Decoder.rope_at
+
+    def rope_at(model: Decoder, start: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = sound(model, start, length, device)
+        if device.type != "cpu":
+            sin = sin.clone()
+            sin[max(0, 90 - start) :] *= 0.9
+        return cos, sin
+
+    monkeypatch.setattr(Decoder, "rope_at", rope_at)
+    with opened("emulated:h800") as chip, pytest.raises(Refusal, match="differs from float64"):
+        record(chip, tmp_path / "x.bundle")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -417,6 +417,11 @@ def distances(found: Trace, exact: Trace) -> dict[Cell, float]:
     return _norms(differences)
 
 
+def sizes(trace: Trace) -> dict[Cell, float]:
+    """Norms of what a trace holds, by cell."""
+    return _norms(trace.sketches)
+
+
 def _norms(sketches: Mapping[str, torch.Tensor]) -> dict[Cell, float]:
     squares: dict[Cell, float] = defaultdict(float)
     for name, sketch in sketches.items():

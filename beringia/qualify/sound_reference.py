@@ -9,6 +9,9 @@ sound. What is asked, and what none of the reference's own noise answers:
    draws of float64's results rounded once (`rounded_float64.py`), which no kernel of the reference has touched?
 3. is its own trace as far from float64 as its draws are, in the median batch? In a single batch a rounding may tip
    over; that counts for no more than the farthest draw does (`capped`)
+4. is a way of serving, or the gradient over unlike batches, as far from float64, for its size, as the batches are? A
+   fault past some length, or of ignored targets, is in no first pass, and in all that the reference draws. Where one
+   stands out, it is held against draws of float64's results, too: a trained model may stand out by itself
 
 What the optimizer does is not in a first pass; there a call's own error is what is judged. So it is in float32, where a
 sound chip's sums round as often as its results: float64's results, rounded once, have less noise than any chip, and
@@ -18,6 +21,7 @@ draws of the CPU take their place, which judge any reference but the CPU itself.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,9 +37,13 @@ from beringia.qualify.effects import (
     DRAW_ALLOWED,
     EFFECT_ALLOWED,
     IN_THE_MEDIAN,
+    Cell,
+    Group,
     RoundingNoise,
     cell_of,
     judge_sketches,
+    layer_of,
+    sizes,
 )
 from beringia.qualify.layers import Traffic, probe_layers
 from beringia.qualify.locate import first_wrong
@@ -56,6 +64,10 @@ USED_AT_MOST = EFFECT_ALLOWED
 sound chip's, and a sound chip's whole trace has effects of up to 0.8 (`docs/qualify.md`): with every call at its bound
 the effect is 1, and with every call at so many times its bound it is what a chip is refused for. A single call may be
 farther off without harm; a candidate is allowed nothing for that."""
+STANDS_OUT = 3.0
+"""Times the relative distance from float64 of the farthest batch, from which on draws that are not the reference's are
+made of what is served and of unlike batches. Of a sound CPU they are at most 1.9 times as far off (`docs/qualify.md`);
+more than this refuses nobody by itself."""
 _ADVICE = (
     "No bundle was written: record on a chip or a machine that is sound, and give `beringia qualify` this one to learn "
     "what else is wrong with it"
@@ -71,6 +83,8 @@ class Reference:
     dtype: torch.dtype
     routes: ChosenRoutes
     """Float64's."""
+    whole: bool = False
+    """Whether all ways of serving and training are tried."""
 
     @property
     def drawing(self) -> Callable[[], AbstractContextManager[object]]:
@@ -115,6 +129,7 @@ def check_effects(
     harm = _beside_draws(noise, recording.trace)
     if wrong is not None or layer is not None:
         harm += _beside_others(reference, noise.exact, recording.trace)
+    harm += _unlike_batches(reference, noise, recording.trace)
     if harm:
         first = f"{_wrong_call(wrong)}, and " if wrong is not None else f"{layer.summary}, and " if layer else ""
         raise Refusal(f"{reference.name} is not sound: {first}{harm[0].summary}. {_ADVICE}.")
@@ -188,25 +203,89 @@ def _beside_draws(noise: RoundingNoise, trace: Trace) -> list[ProbeResult]:
 
 def _beside_others(reference: Reference, exact: Trace, found: Trace) -> list[ProbeResult]:
     """Groups of the first pass that are farther off than draws that are not the reference's."""
-    first = _first_batch(exact.sketches)
-    noise = RoundingNoise.of(first, first, _sound_draws(reference))
-    return [one for one in judge_sketches(noise, _first_batch(found.sketches)) if one.outcome == "failed"]
+    return _beyond(_sound_draws(reference), _first_batch(exact), _first_batch(found))
+
+
+def _unlike_batches(reference: Reference, noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
+    """What stands out beside the batches, and is farther off than draws that are not the reference's, too."""
+    groups = standing_out(noise)
+    if not groups:
+        return []
+    draws = (_only(groups, draw) for draw in _sound_scenarios(reference))
+    return _beyond(draws, _only(groups, noise.exact), _only(groups, found))
+
+
+def standing_out(noise: RoundingNoise) -> list[Group]:
+    """Ways of serving, and layers' gradients over unlike batches, whose relative distance from float64 in the
+    reference's trace is more than `STANDS_OUT` times that of outputs, or of the layer's gradient, in any batch."""
+    relative = _relative(noise)
+    batches: dict[Group, float] = {}
+    for (kind, name, batch), distance in relative.items():
+        if batch:
+            batches[kind, name] = max(distance, batches.get((kind, name), 0.0))
+    return [
+        (kind, name)
+        for (kind, name, _), distance in relative.items()
+        if (alike := _alike(kind, name)) is not None and distance > STANDS_OUT * batches.get(alike, 0.0)
+    ]
+
+
+def _alike(kind: str, name: str) -> Group | None:
+    """What of the batches is computed as this is."""
+    return {"serve": ("outputs", ""), "accumulated": ("gradient", name)}.get(kind)
+
+
+def _relative(noise: RoundingNoise) -> dict[Cell, float]:
+    """Distances of the reference's trace over the size of what they are of; gradients by layer."""
+    far: dict[Cell, float] = defaultdict(float)
+    size: dict[Cell, float] = defaultdict(float)
+    norms = sizes(noise.exact)
+    for (kind, name, batch), distance in noise.own.items():
+        cell = kind, layer_of(name) if kind == "gradient" else name, batch
+        far[cell] += distance**2
+        size[cell] += norms[kind, name, batch] ** 2
+    return {cell: math.sqrt(square / size[cell]) for cell, square in far.items() if size[cell]}
+
+
+def _beyond(draws: Iterator[Trace], exact: Trace, found: Trace) -> list[ProbeResult]:
+    """What is farther from float64 than draws explain, which alone are the floor."""
+    noise = RoundingNoise.of(exact, exact, draws)
+    return [one for one in judge_sketches(noise, found) if one.outcome == "failed"]
 
 
 def _sound_draws(reference: Reference) -> Iterator[Trace]:
     tracer = Tracer(reference.subject, TraceExtent(batches=1, steps=0, scenarios=False))
+    return map(_first_batch, _drawn(reference, tracer, reference.drawing))
+
+
+def _sound_scenarios(reference: Reference) -> Iterator[Trace]:
+    """As `_sound_draws`, but from float64's results in any dtype: a draw of the CPU would have the CPU's faults."""
+    tracer = Tracer(reference.subject, TraceExtent(batches=1, steps=0, whole=reference.whole))
+    return _drawn(reference, tracer, RoundedFloat64)
+
+
+def _drawn(
+    reference: Reference, tracer: Tracer, drawing: Callable[[], AbstractContextManager[object]]
+) -> Iterator[Trace]:
     for seed in range(SOUND_DRAWS):
         change = moved_by_rounding(seed, reference.dtype)
-        with reference.drawing():
-            draw = tracer.on_chip(Cpu(), reference.dtype, reference.routes, begin_step=lambda: None, change=change)
-        yield _first_batch(draw.sketches)
+        with drawing():
+            yield tracer.on_chip(Cpu(), reference.dtype, reference.routes, begin_step=lambda: None, change=change)
 
 
-def _first_batch(sketches: Mapping[str, torch.Tensor]) -> Trace:
+def _first_batch(trace: Trace) -> Trace:
     """Outputs and gradients of the first batch, and decoding, without losses."""
+    return _kept(trace, lambda cell: cell[0] == "decode" or cell[2] == "0")
+
+
+def _only(groups: Sequence[Group], trace: Trace) -> Trace:
+    """Of some groups, without losses."""
+    return _kept(trace, lambda cell: cell[:2] in groups)
+
+
+def _kept(trace: Trace, wanted: Callable[[Cell], bool]) -> Trace:
     none = torch.zeros(0)
-    kept = {name: one for name, one in sketches.items() if cell_of(name)[0] == "decode" or cell_of(name)[2] == "0"}
-    return Trace(kept, none, none)
+    return Trace({name: one for name, one in trace.sketches.items() if wanted(cell_of(name))}, none, none)
 
 
 def _are_finite(noise: RoundingNoise) -> bool:

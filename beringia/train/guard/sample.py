@@ -4,7 +4,7 @@ weights, on the CPU and in a dtype of the caller's choice.
 What is found and what is replayed are tensors by name (`mlp.output`, `self_attn.input.gradient`), to be compared one by
 one. The head has one more, what the objective sends back to it (`logits.gradient`).
 
-T tokens, V vocabulary.
+B samples, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -112,6 +112,16 @@ class HeadSample(Sample):
 def sample_of(capture: SiteCapture, number: int, objective: Objective) -> Sample:
     """Sample `number` of what a capture saw, counted round."""
     return HeadSample(capture, number, objective) if capture.site == HEAD else Sample(capture, number)
+
+
+def longest_of(capture: SiteCapture, number: int) -> int:
+    """A sample that is as long as any: `number`, where that is one. Long is a sample that something is learned from
+    late. Shorter ones are filled up behind, and what is wrong past a length is in long ones alone."""
+    learned_BT = _output_gradient(next(iter(last_pass(capture.calls).values()))).any(-1)
+    ends_T = torch.arange(1, learned_BT.shape[1] + 1, device=learned_BT.device)
+    lengths_B = (learned_BT * ends_T).amax(-1).cpu()
+    number %= len(lengths_B)
+    return number if lengths_B[number] == lengths_B.max() else int(lengths_B.argmax())
 
 
 _FORWARD = ("enorm", "hnorm", "eh_proj", "self_attn", "mlp", LAYER, "shared_head.norm", "norm", "lm_head")

@@ -22,10 +22,11 @@ T tokens, D hidden, V vocabulary, K experts a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import nn
@@ -51,6 +52,7 @@ from beringia.train.guard.sample import (
     Tensors,
     empty_replica,
     in_order,
+    longest_of,
     sample_of,
     weights_as_used,
 )
@@ -145,16 +147,25 @@ class Shadow:
         self._evidence = Evidence()
 
     def judge(self, capture: SiteCapture, weights: Mapping[str, torch.Tensor], sample: int) -> list[Finding]:
-        """Findings about a layer or the head, in the order of the computation; `weights` are the site's, whole."""
+        """Findings about a layer or the head, in the order of the computation; `weights` are the site's, whole. Looked
+        at is a sample, and one that is as long as any where it is shorter."""
         first = sample_of(capture, sample, self._objective)
         dtype = REFERENCE_DTYPE[first.dtype]
         replica = self._replica(capture.site, weights, first.dtype, dtype)
 
         def replayed(number: int) -> Replayed:
-            seen = sample_of(capture, sample + number, self._objective) if number else first
+            seen = sample_of(capture, number, self._objective)
             return Replayed(seen, replica, seen.replay(replica, dtype))
 
-        return self._judge_routes(first, replica) + self._judge_batch(replayed, first.batch)
+        chosen = tuple(dict.fromkeys((first.number, longest_of(capture, first.number))))
+        after = ((first.number + step) % first.batch for step in range(1, first.batch))
+        others = (replayed(number) for number in after if number not in chosen)
+        findings: list[Finding] = []
+        for one in map(replayed, chosen):
+            findings += self._judge_routes(one.seen, replica) + self._judge_batch(one, others)
+            if _alarming(findings):
+                break
+        return findings
 
     def _judge_routes(self, seen: Sample, replica: nn.Module) -> list[Finding]:
         chosen = seen.chosen()
@@ -164,19 +175,17 @@ class Shadow:
         assert isinstance(router, Router)
         return [judge_routes(DETECTOR, seen.site, router, *chosen)]
 
-    def _judge_batch(self, replayed: Callable[[int], Replayed], samples: int) -> list[Finding]:
-        """The first sample, and others where it leaves a doubt."""
-        first = replayed(0)
+    def _judge_batch(self, first: Replayed, others: Iterator[Replayed]) -> list[Finding]:
+        """A sample, and others where it leaves a doubt; none is weighed twice."""
         visits = self._visits[first.site] = self._visits.get(first.site, -1) + 1
         findings = self._judge_sample(first, fresh=visits % NOISE_VISITS == 0)
         if _alarming(findings) and max(finding.used for finding in findings) <= MARGIN:
-            others = range(1, min(CONFIRMING_SAMPLES + 1, samples))
-            judged = [self._judge_sample(replayed(number), fresh=True) for number in others]
+            judged = [self._judge_sample(one, fresh=True) for one in islice(others, CONFIRMING_SAMPLES)]
             clean = [found for found in judged if not _alarming(found)]
             findings = clean[0] if 2 * len(clean) > len(judged) else findings
         if _alarming(findings):
             return findings
-        return findings + self._gather(first, map(replayed, range(1, min(GATHERED_SAMPLES + 1, samples))))
+        return findings + self._gather(first, islice(others, GATHERED_SAMPLES))
 
     def _judge_sample(self, one: Replayed, *, fresh: bool) -> list[Finding]:
         """Against the remembered noise where that suffices, against this sample's own, against further draws of it."""
