@@ -72,8 +72,8 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def first_rank_tells_slowly(place: Path) -> dict[str, str]:
-    """An environment in which the first of several ranks is slow to tell of checkpoints and canaries, as on a busy
-    machine. `place`: a directory of its own."""
+    """An environment in which the first of several ranks is slow to tell of what takes long, as on a busy machine.
+    `place`: a directory of its own."""
     place.mkdir()
     (place / "sitecustomize.py").write_text(
         "import os, time\n"
@@ -81,7 +81,7 @@ def first_rank_tells_slowly(place: Path) -> dict[str, str]:
         "    from beringia.train.reporting import Reporting\n"
         "    tell = Reporting.event\n"
         "    def slowly(self, event):\n"
-        "        if event.kind in ('checkpoint', 'canary'):\n"
+        "        if event.kind in ('checkpoint', 'evaluation', 'canary'):\n"
         "            time.sleep(1)\n"
         "        tell(self, event)\n"
         "    Reporting.event = slowly\n"

@@ -87,13 +87,13 @@ class _Following:
 
     def _leave(self, worker: Child) -> None:
         """A worker that has ended; why is told where it did not say so. The first rank's supervisor decides what is
-        done about it, and its next order is waited for."""
-        worker.end()
+        done about it, and its next order is waited for. That all is done only the first rank says: the others exit."""
+        status = worker.end()
         self._worker, self._messages = None, iter(())
         ended = worker.ended
         if ended is not None and ended.error is not None:
             self._tell(Fault(step=None, code=ended.error.code, category="ours", message=ended.error.message))
-        elif ended is None and not (worker.death().by_stop_signal and self._stop.comes()):
+        elif ended is None and status != 0 and not (worker.death().by_stop_signal and self._stop.comes()):
             self._tell(Fault(step=None, code="exit", category="transient", message=worker.death().sentence))
 
     def _tell(self, fault: Fault) -> None:
