@@ -313,6 +313,7 @@ def test_two_ranks_read_the_rows_of_one_and_go_on_exactly(undisturbed: Path, mon
     assert two["cursors"] == [20, 12, 8] and two["data"] == one["data"]
 
 
+@pytest.mark.slow
 def test_a_mix_with_other_weights_is_another_run(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(undisturbed)
     (undisturbed / "other.toml").write_text(TOML.replace("0.3", "0.4"))

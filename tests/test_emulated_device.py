@@ -253,6 +253,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_average_gradients_over_gloo() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

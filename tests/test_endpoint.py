@@ -98,6 +98,7 @@ def test_it_gives_what_the_engine_gives(server: Server) -> None:
     chip.close()
 
 
+@pytest.mark.slow
 def test_more_requests_than_the_server_takes_are_all_answered_in_the_end(server: Server) -> None:
     endpoint = Endpoint(server.url, tries=12, first_wait_seconds=0.05)
     found = endpoint.generate([[5, 6]] * 40, Sampling(max_tokens=30, temperature=0.0, ignore_end=True))

@@ -213,6 +213,7 @@ def test_a_request_that_is_given_up_frees_its_place(cpu: Chip) -> None:
     assert not server.busy and server.num_free_blocks == free
 
 
+@pytest.mark.slow
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

@@ -68,6 +68,7 @@ def units(draw: Any) -> MatrixUnit:
     return MatrixUnit(**fields, mark="measured", source="drawn")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(unit=units(), format_=st.sampled_from(["bfloat16", "float16"]))
 def test_units_that_nobody_has_published_are_recovered(unit: MatrixUnit, format_: Format) -> None:

@@ -99,6 +99,7 @@ def test_of_many_layers_a_few_are_watched_later_among_them_the_first_and_the_las
     assert left_out_later(layers[:6]) == []
 
 
+@pytest.mark.slow
 def test_every_layer_is_watched_in_a_training_step_and_few_in_later_ones_and_in_serving(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

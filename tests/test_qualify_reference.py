@@ -100,6 +100,7 @@ def test_a_cpu_that_is_wrong_past_a_length_is_no_reference_although_no_batch_and
     assert not (tmp_path / "x.bundle").exists()
 
 
+@pytest.mark.slow
 def test_a_chip_whose_angles_are_wrong_past_a_length_is_no_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_model_that_gives_nan_in_float64_is_an_input_error(tmp_path: Path) -> 
         record(Cpu(), tmp_path / "x.bundle", subject=subject)
 
 
+@pytest.mark.slow
 def test_a_dtype_that_does_not_hold_the_models_numbers_is_an_input_error_that_names_others(tmp_path: Path) -> None:
     subject = ChangedSubject("llama", change=lambda weight: weight * 1e5)
     record(Cpu(), tmp_path / "x.bundle", subject=subject)
@@ -221,6 +223,7 @@ def nan_first(x: torch.Tensor) -> torch.Tensor:
     return right.to(x.device)
 
 
+@pytest.mark.slow
 def test_a_candidate_that_gives_nan_is_unfit_and_its_certificate_can_be_signed_and_read(tmp_path: Path) -> None:
     with emulated_with({torch.ops.aten.silu.default: nan_first}) as chip:
         found = qualify_here(chip, SUBJECT, PLAN)

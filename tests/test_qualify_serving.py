@@ -305,6 +305,7 @@ def last_token_off_by_one(func: OpOverload, kernel: device.Kernel) -> device.Ker
     return embed
 
 
+@pytest.mark.slow
 def test_an_operator_that_is_wrong_only_in_long_prompts_is_named_once_they_fail(
     exact: tuple[Trace, ChosenRoutes], noise: RoundingNoise, monkeypatch: pytest.MonkeyPatch
 ) -> None:

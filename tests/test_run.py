@@ -235,6 +235,7 @@ def test_a_hang_on_the_device_leaves_the_stacks_of_every_rank_and_is_retried(tmp
     assert len(stacks) == 2 and all("train_step" in text for text in stacks.values()), stacks.keys()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_run_is_eager_and_an_event_says_so(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, small_recipe(train={"steps": 2, "compile": True}))
     done = beringia("train", str(recipe), "--out", str(tmp_path / "run"), CXX="/no/such/compiler")

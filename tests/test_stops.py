@@ -45,7 +45,8 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_stop_in_the_middle_of_an_evaluation_saves_and_the_evaluation_is_made_up_for(
     evaluated: Path, tmp_path: Path, ranks: int
 ) -> None:

@@ -66,8 +66,8 @@ the effect is 1, and with every call at so many times its bound it is what a chi
 farther off without harm; a candidate is allowed nothing for that."""
 STANDS_OUT = 3.0
 """Times the relative distance from float64 of the farthest batch, from which on draws that are not the reference's are
-made of what is served and of unlike batches. Of a sound CPU they are at most 1.9 times as far off (`docs/qualify.md`);
-more than this refuses nobody by itself."""
+made of what is served and of unlike batches. On sound chips these are at most 2.2 times as far off (`docs/qualify.md`);
+to be farther off refuses nobody by itself."""
 _ADVICE = (
     "No bundle was written: record on a chip or a machine that is sound, and give `beringia qualify` this one to learn "
     "what else is wrong with it"
