@@ -118,6 +118,30 @@ def test_a_chip_whose_angles_are_wrong_past_a_length_is_no_reference(
         record(chip, tmp_path / "x.bundle")
 
 
+@dataclass(frozen=True)
+class WrongLoss(SmallSubject):
+    """Of which another chip than the CPU makes another loss, with operators that are all right."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        right = super().loss(model, batch)
+        return right if right.device.type == "cpu" else right * 1.2
+
+
+@pytest.mark.slow
+def test_a_chip_whose_loss_is_wrong_in_all_that_it_draws_is_no_reference(tmp_path: Path) -> None:
+    with opened("emulated:h800") as chip, pytest.raises(Refusal, match="the gradient of .* differs from float64"):
+        record(chip, tmp_path / "x.bundle", subject=WrongLoss("llama"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chip", ["emulated:h800", "emulated:mi300x", "emulated:ascend-910b"])
+def test_a_sound_chip_is_a_reference(tmp_path: Path, chip: str, dtype: torch.dtype) -> None:
+    with opened(chip) as sound:
+        record(sound, tmp_path / "x.bundle", subject=SmallSubject("deepseek_v3"), dtype=dtype)
+    assert (tmp_path / "x.bundle").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_a_sound_cpu_is_a_reference(tmp_path: Path, family: str, dtype: torch.dtype) -> None:

@@ -51,7 +51,7 @@ def make_bundle(
     say("float64 on the CPU")
     exact, routes = tracer.in_float64()
     check_has_numbers(exact, subject.name)
-    reference = Reference(chip, subject, dtype, routes, plan.whole)
+    reference = Reference(chip, subject, dtype, routes, plan)
     say("the reference's operators")
     capture = CallCapture(limit_bytes)
     recording = Recorder(subject, chip, dtype, also=capture.take).record(tracer, routes)

@@ -9,7 +9,9 @@ sound. What is asked, and what none of the reference's own noise answers:
    draws of float64's results rounded once (`rounded_float64.py`), which no kernel of the reference has touched?
 3. is its own trace as far from float64 as its draws are, in the median batch? In a single batch a rounding may tip
    over; that counts for no more than the farthest draw does (`capped`)
-4. is a way of serving, or the gradient over unlike batches, as far from float64, for its size, as the batches are? A
+4. is the trace of a chip that is no CPU as near to float64 as a candidate's must be, beside draws of this machine's
+   CPU? What is wrong in no operator and in no layer, as a loss may be, is in all that the reference draws itself
+5. is a way of serving, or the gradient over unlike batches, as far from float64, for its size, as the batches are? A
    fault past some length, or of ignored targets, is in no first pass, and in all that the reference draws. Where one
    stands out, it is held against draws of float64's results, too: a trained model may stand out by itself
 
@@ -42,6 +44,7 @@ from beringia.qualify.effects import (
     RoundingNoise,
     cell_of,
     judge_sketches,
+    judge_trace,
     layer_of,
     sizes,
 )
@@ -83,8 +86,8 @@ class Reference:
     dtype: torch.dtype
     routes: ChosenRoutes
     """Float64's."""
-    whole: bool = False
-    """Whether all ways of serving and training are tried."""
+    plan: TraceExtent = TraceExtent()
+    """Of its trace."""
 
     @property
     def drawing(self) -> Callable[[], AbstractContextManager[object]]:
@@ -126,10 +129,10 @@ def check_effects(
     if not _is_finite(recording.trace) or not _are_finite(noise):
         _refuse_without_numbers(reference, wrong)
     layer = next((one for one in _layers(reference, traffic) if one.outcome == "failed"), None)
-    harm = _beside_draws(noise, recording.trace)
+    harm = _beside_draws(noise, recording.trace) + _beside_the_cpu(reference, noise.exact, recording.trace)
     if wrong is not None or layer is not None:
-        harm += _beside_others(reference, noise.exact, recording.trace)
-    harm += _unlike_batches(reference, noise, recording.trace)
+        harm += _first_pass_beside_others(reference, noise.exact, recording.trace)
+    harm += _scenarios_beside_others(reference, noise, recording.trace)
     if harm:
         first = f"{_wrong_call(wrong)}, and " if wrong is not None else f"{layer.summary}, and " if layer else ""
         raise Refusal(f"{reference.name} is not sound: {first}{harm[0].summary}. {_ADVICE}.")
@@ -201,12 +204,24 @@ def _beside_draws(noise: RoundingNoise, trace: Trace) -> list[ProbeResult]:
     ]
 
 
-def _beside_others(reference: Reference, exact: Trace, found: Trace) -> list[ProbeResult]:
+def _beside_the_cpu(reference: Reference, exact: Trace, found: Trace) -> list[ProbeResult]:
+    """All that a trace says, judged as a candidate's is beside this machine's CPU, where the reference is another chip:
+    what is wrong in no operator and in no layer, as a loss may be, is in all that the reference draws."""
+    if reference.chip.device.type == "cpu":
+        return []
+    tracer = Tracer(reference.subject, reference.plan)
+    of = Cpu(), reference.dtype, reference.routes
+    noise = RoundingNoise.of(exact, tracer.on_chip(*of, begin_step=lambda: None), _drawn(reference, tracer))
+    noise = replace(noise, rounds_once=_rounds_once(reference.dtype))
+    return [one for one in judge_trace(noise, found) if one.outcome == "failed"]
+
+
+def _first_pass_beside_others(reference: Reference, exact: Trace, found: Trace) -> list[ProbeResult]:
     """Groups of the first pass that are farther off than draws that are not the reference's."""
     return _beyond(_sound_draws(reference), _first_batch(exact), _first_batch(found))
 
 
-def _unlike_batches(reference: Reference, noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
+def _scenarios_beside_others(reference: Reference, noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
     """What stands out beside the batches, and is farther off than draws that are not the reference's, too."""
     groups = standing_out(noise)
     if not groups:
@@ -244,7 +259,10 @@ def _relative(noise: RoundingNoise) -> dict[Cell, float]:
         cell = kind, layer_of(name) if kind == "gradient" else name, batch
         far[cell] += distance**2
         size[cell] += norms[kind, name, batch] ** 2
-    return {cell: math.sqrt(square / size[cell]) for cell, square in far.items() if size[cell]}
+    return {
+        cell: math.sqrt(square / size[cell]) if size[cell] else math.inf if square else 0.0
+        for cell, square in far.items()
+    }
 
 
 def _beyond(draws: Iterator[Trace], exact: Trace, found: Trace) -> list[ProbeResult]:
@@ -260,13 +278,14 @@ def _sound_draws(reference: Reference) -> Iterator[Trace]:
 
 def _sound_scenarios(reference: Reference) -> Iterator[Trace]:
     """As `_sound_draws`, but from float64's results in any dtype: a draw of the CPU would have the CPU's faults."""
-    tracer = Tracer(reference.subject, TraceExtent(batches=1, steps=0, whole=reference.whole))
+    tracer = Tracer(reference.subject, replace(reference.plan, batches=1, steps=0))
     return _drawn(reference, tracer, RoundedFloat64)
 
 
 def _drawn(
-    reference: Reference, tracer: Tracer, drawing: Callable[[], AbstractContextManager[object]]
+    reference: Reference, tracer: Tracer, drawing: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> Iterator[Trace]:
+    """Draws that the CPU makes; inside `drawing`."""
     for seed in range(SOUND_DRAWS):
         change = moved_by_rounding(seed, reference.dtype)
         with drawing():
