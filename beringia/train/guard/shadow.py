@@ -154,7 +154,7 @@ class Shadow:
         replica = self._replica(capture.site, weights, first.dtype, dtype)
 
         def replayed(number: int) -> Replayed:
-            seen = sample_of(capture, number, self._objective)
+            seen = first if number == first.number else sample_of(capture, number, self._objective)
             return Replayed(seen, replica, seen.replay(replica, dtype))
 
         chosen = tuple(dict.fromkeys((first.number, longest_of(capture, first.number))))
