@@ -195,6 +195,8 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"messages": [{"role": "wizard", "content": "1"}]}, 400, "messages.0.role", None),
     ({"messages": [{"role": "user", "content": "1" * 5000}]}, 400, "room for 4096", "context_length_exceeded"),
     ({"messages": TURNS, "max_tokens": 4090}, 400, "room for 4096", "context_length_exceeded"),
+    # By these words litellm and LangChain know that another model is to be tried.
+    ({"messages": TURNS, "max_tokens": 4090}, 400, "prompt is too long", "context_length_exceeded"),
     ({"messages": TURNS, "max_tokens": 0}, 400, "max_tokens", None),
     ({"messages": TURNS, "temperature": -1}, 400, "temperature", None),
     ({"messages": TURNS, "top_p": 0}, 400, "top_p", None),

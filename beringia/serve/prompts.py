@@ -89,11 +89,12 @@ class PromptReader:
 
 
 def no_room(context: int, num_prompt_tokens: str, asked: int | None, field: str) -> Failure:
-    """A prompt that leaves no room for what is asked for."""
+    """A prompt that leaves no room for what is asked for. Clients that fall back on a model with more room (litellm,
+    LangChain) know it by these words, and others by the code."""
     wanted = "" if asked is None else f" and {asked} new ones were asked for"
     return refused(
-        f"The model has room for {context} tokens. The prompt has {num_prompt_tokens}{wanted}: "
-        "shorten the prompt, or ask for fewer new tokens.",
+        f"The model has room for {context} tokens. The prompt has {num_prompt_tokens}{wanted}. The prompt is too long "
+        "for this model's context length: shorten the prompt, or ask for fewer new tokens.",
         field,
         "context_length_exceeded",
     )
