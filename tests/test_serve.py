@@ -374,6 +374,9 @@ def test_with_keys_only_their_holders_are_served(locked: Server) -> None:
     assert missing.status_code == 401 and missing.json()["error"]["code"] == "invalid_api_key"
     assert missing.headers["WWW-Authenticate"] == "Bearer"
     assert locked.get("/health").status_code == 200, "probes have no key"
+    asks = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+    before = httpx.options(f"{locked.url}/v1/chat/completions", headers=asks)
+    assert before.status_code == 200, "a browser asks first, without the page's key"
 
 
 def test_a_scheme_s_name_may_be_written_in_any_case(locked: Server) -> None:
@@ -640,6 +643,29 @@ def test_a_stream_whose_usage_is_continuous_counts_up_to_the_whole_answer_s(serv
     assert len(set(counts)) > 3
     refused = server.post(body | {"stream": True, "stream_options": {"continuous_usage_stats": True}})
     assert refused.status_code == 400 and "include_usage: true" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "lets"),
+    [
+        ("http://localhost:3000", True),
+        ("http://127.0.0.1", True),
+        ("https://example.org", False),
+        ("http://localhost.example.org", False),
+        ("http://localhost:3000.example.org", False),
+        ("null", False),
+    ],
+)
+def test_a_browser_lets_pages_of_this_machine_ask_and_no_others(server: Server, origin: str, lets: bool) -> None:
+    with httpx.Client(base_url=server.url) as browser:
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+        before = browser.options("/v1/chat/completions", headers=asks | {"Origin": origin})
+        answer = browser.get("/v1/models", headers={"Origin": origin})
+    assert answer.status_code == 200
+    for response in (before, answer):
+        assert response.headers.get("access-control-allow-origin") == (origin if lets else None)
+    if lets:
+        assert before.status_code == 200 and "authorization" in before.headers["access-control-allow-headers"]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from beringia.data.tokenizer import Tokenizer
 from beringia.serve import answers
@@ -64,6 +65,11 @@ class Served:
         return PromptReader(self.tokenizer, context=context, most_waiting=self.engine.most_open)
 
 
+PAGES_OF_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+"""Origins whose pages a browser lets ask: other chat pages that somebody runs beside the server. No other page: else a
+server without keys would answer whatever site its user visits."""
+
+
 def make_app(served: Served) -> FastAPI:
     """The application. Its lifespan starts and stops the engine's thread."""
 
@@ -81,6 +87,14 @@ def make_app(served: Served) -> FastAPI:
         body_seconds=served.body_seconds,
         metrics=served.metrics,
         check_room=lambda: check_room(served.engine),
+    )
+    # Outside of the gate: a browser asks whether a page may ask before it sends the page's key.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origin_regex=PAGES_OF_THIS_MACHINE,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
     )
     _add_failures(app)
     _add_state(app, served)
