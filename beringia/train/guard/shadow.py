@@ -1,4 +1,5 @@
-"""The shadow of one site: one sample's way through it, forward and backward, replayed on the CPU and compared.
+"""The shadow of one site: one sample's way through it, forward and backward, replayed on the CPU and compared; and that
+of a sample that is as long as any, where the first is shorter.
 
 The replay has the chip's own inputs, output gradients, choice of experts and weights, and computes in float64 (float32
 where the chip computes in 16 bits). Judged are outputs and gradients of inputs: of the layer, its attention, its
