@@ -377,6 +377,8 @@ def test_with_keys_only_their_holders_are_served(locked: Server) -> None:
     asks = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
     before = httpx.options(f"{locked.url}/v1/chat/completions", headers=asks)
     assert before.status_code == 200, "a browser asks first, without the page's key"
+    asks["Access-Control-Request-Headers"] = "a" * 40_000
+    assert httpx.options(f"{locked.url}/v1/chat/completions", headers=asks).status_code == 431
 
 
 def test_a_scheme_s_name_may_be_written_in_any_case(locked: Server) -> None:

@@ -17,7 +17,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from beringia.data.tokenizer import Tokenizer
 from beringia.serve import answers
@@ -32,7 +31,7 @@ from beringia.serve.answering import (
 from beringia.serve.answers import Choice, Scored
 from beringia.serve.engine_thread import EngineThread, Ticket
 from beringia.serve.failures import Failure, refused
-from beringia.serve.gate import Gate
+from beringia.serve.gate import Gate, Pages
 from beringia.serve.metrics import Metrics
 from beringia.serve.prompts import PromptReader, ReadPrompt
 from beringia.serve.protocol import UNSUPPORTED, ChatRequest, CompletionRequest
@@ -65,11 +64,6 @@ class Served:
         return PromptReader(self.tokenizer, context=context, most_waiting=self.engine.most_open)
 
 
-PAGES_OF_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-"""Origins whose pages a browser lets ask: other chat pages that somebody runs beside the server. No other page: else a
-server without keys would answer whatever site its user visits."""
-
-
 def make_app(served: Served) -> FastAPI:
     """The application. Its lifespan starts and stops the engine's thread."""
 
@@ -88,14 +82,7 @@ def make_app(served: Served) -> FastAPI:
         metrics=served.metrics,
         check_room=lambda: check_room(served.engine),
     )
-    # Outside of the gate: a browser asks whether a page may ask before it sends the page's key.
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origin_regex=PAGES_OF_THIS_MACHINE,
-        allow_methods=["GET", "POST"],
-        allow_headers=["*"],
-        expose_headers=["Retry-After"],
-    )
+    app.add_middleware(Pages)
     _add_failures(app)
     _add_state(app, served)
     _add_completions(app, served)

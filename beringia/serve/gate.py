@@ -9,6 +9,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from beringia.serve.failures import Failure
@@ -25,6 +28,30 @@ HEAD_BYTES = 32 << 10
 _READ_ANYWAY_BYTES = 64 << 20
 """Of a body that is too large so much is read, and thrown away: a client that is still sending when the connection is
 closed does not see the answer."""
+
+
+PAGES_OF_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+"""Origins whose pages a browser lets ask: other chat pages that somebody runs beside the server. No other page: else a
+server without keys would answer whatever site its user visits."""
+
+
+class Pages(CORSMiddleware):
+    """Outside of the gate, since a browser asks whether a page may ask before it sends the page's key."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(
+            app,
+            allow_origin_regex=PAGES_OF_THIS_MACHINE,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Which repeats what the browser asks for, so no more than a head may have."""
+        if sum(len(name) + len(value) for name, value in request_headers.raw) > HEAD_BYTES:
+            return head_too_large().response()
+        return super().preflight_response(request_headers)
 
 
 class Gate:
