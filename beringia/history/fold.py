@@ -71,6 +71,10 @@ class Fold:
         situation.fold(event)
 
     def _fold_for_all(self, event: RunStarted | RecipeChanged | RunFinished) -> None:
+        if isinstance(event, RecipeChanged) and event.anew:  # what went wrong with another recipe decides nothing
+            self._situations.clear()
+            self.status, self.message, self.signal = "unfinished", "", None
+            return
         for situation in self._situations.values():
             situation.fold(event)
         if isinstance(event, RunFinished):

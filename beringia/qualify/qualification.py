@@ -37,6 +37,7 @@ from beringia.qualify.verdict import judge
 from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
 from beringia.records.identity import ChipIdentity
 from beringia.records.inputs import weights_of
+from beringia.records.record import canonical_hash
 from beringia.records.signature import Signed, load_or_create_key, public_key_of
 from beringia.version import __version__
 
@@ -212,7 +213,8 @@ def qualify_here(chip: Chip, subject: Subject, plan: TraceExtent = PLAN, say: Sa
 
 
 def reference_for(request: Request, directory: Path, say: Say = lambda text: None) -> Path:
-    """A bundle of the CPU, in the dtype that the candidate computes in; made in `directory` unless it lies there."""
+    """A bundle of the CPU, in the dtype that the candidate computes in; made in `directory` unless it lies there, made
+    for the same request and the same weights."""
     directory.mkdir(parents=True, exist_ok=True)
     dtype = request.compute_dtype
     if dtype is None:
@@ -220,11 +222,12 @@ def reference_for(request: Request, directory: Path, say: Say = lambda text: Non
         described = far.gather(far.sent(request.order("describe", Path())))
         assert described.opened is not None
         dtype = described.opened.compute_dtype
-    bundle = directory / f"reference-{dtype}.bundle"
+    order = request.order("reference", Path()).model_copy(update={"chip": REFERENCE, "compute_dtype": dtype})
+    weights = None if request.model in PRESETS else weights_of(request.model)
+    bundle = directory / f"reference-{dtype}-{canonical_hash([order.model_dump(mode='json'), weights])[:16]}.bundle"
     if bundle.exists() and _is_own(bundle, request.key):
         return bundle
-    order = request.order("reference", bundle.absolute())
-    here = order.model_copy(update={"chip": REFERENCE, "compute_dtype": dtype})
+    here = order.model_copy(update={"bundle": str(bundle.absolute())})
     begun = _begun_by("recording the reference", say)
     gather(here, Command("the reference"), directory / "reference.log", say=begun)
     return bundle

@@ -65,13 +65,16 @@ class RunStarted(Event):
 
 
 class RecipeChanged(Event):
-    """The run goes on with a recipe that differs from the one before in what may change."""
+    """The run goes on with a recipe that differs from the one before in what may change, or begins anew with one."""
 
     kind: Literal["recipe"] = "recipe"
     changes: dict[str, tuple[Any, Any]]
     """By key, such as `train.keep`: the value before, and the value now."""
     bitwise: bool
     """Whether the numbers that follow are bitwise those that would have followed."""
+    anew: bool = False
+    """Whether the run begins anew, as another one: it had done no step. `changes` lacks files whose path is the same;
+    `message` names them."""
     message: str
 
 

@@ -13,6 +13,9 @@ Every key of the recipe has exactly one rule (`RULES`; a test walks all fields, 
   found. Another `launch` or `python` may lead to a chip with another identity; that shows, and is told, when the chip
   is opened.
 
+A run that has done no step is bound by none of `IDENTITY`, `CONTENT` and its length: it begins anew, with what the user
+was told to mend. What its history tells of its chips stays true, so their rules hold.
+
 Two runs are the same exactly when `run_identity` gives the same hash. It leaves out what has its default, so that a new
 key with a default changes no hash; the default of a key under `IDENTITY` may change only with `IDENTITY_SCHEMA`.
 Reads and writes nothing.
@@ -207,11 +210,34 @@ def changes_between(before: Recipe, now: Recipe) -> Changes:
     return {key: (one.get(key), other.get(key)) for key in either if one.get(key) != other.get(key)}
 
 
-def refusals(changes: Changes, before: Inputs, now: Inputs, opened: frozenset[str]) -> list[str]:
-    """Why these changes make it another run, a clause for each key; `opened` are the chips that the run has opened."""
-    clauses = [_refusal(key, *pair, before, now, opened) for key, pair in changes.items()]
-    clauses += [_other_content(key, before, now) for key in before.inputs if key not in changes]
+def refusals(
+    changes: Changes, before: Inputs, now: Inputs, opened: frozenset[str], *, stepped: bool = True
+) -> list[str]:
+    """Why these changes make it another run, a clause for each key; `opened` are the chips that the run has opened,
+    `stepped` says whether it has done a step."""
+    clauses = [
+        _refusal(key, *pair, before, now, opened) for key, pair in changes.items() if stepped or not _shapes_steps(key)
+    ]
+    if stepped:
+        clauses += _other_contents(changes, before, now)
     return [clause for clause in clauses if clause is not None]
+
+
+def describe_beginning(changes: Changes, before: Inputs, now: Inputs) -> RecipeChanged | None:
+    """The event of a run without a step that begins anew; None where nothing has changed that shapes its steps."""
+    shaping = {key: pair for key, pair in changes.items() if _shapes_steps(key)}
+    clauses = [
+        f"{key} was {_word(was)} and is {_word(is_now)}"
+        if key in (STEPS, EPOCHS)
+        else _refusal(key, was, is_now, before, now, frozenset())
+        for key, (was, is_now) in shaping.items()
+    ]
+    clauses += _other_contents(changes, before, now)
+    told = "; ".join(clause for clause in clauses if clause is not None)
+    if not told:
+        return None
+    message = f"{told}; no step had been done, and the run begins anew"
+    return RecipeChanged(changes=changes, bitwise=False, anew=True, message=message)
 
 
 def describe_change(changes: Changes, recipe: Recipe, known: frozenset[str]) -> RecipeChanged | None:
@@ -249,6 +275,14 @@ def _refusal(key: str, was: Any, now: Any, before: Inputs, after: Inputs, opened
         case Rule.OPENED if _label(key) in opened:
             return f"{clause}, but that chip has worked for this run (give another chip a label of its own)"
     return None
+
+
+def _shapes_steps(key: str) -> bool:
+    return key in (STEPS, EPOCHS) or rule_of(key) in (Rule.IDENTITY, Rule.CONTENT)
+
+
+def _other_contents(changes: Changes, before: Inputs, now: Inputs) -> list[str | None]:
+    return [_other_content(key, before, now) for key in before.inputs if key not in changes]
 
 
 def _other_content(key: str, before: Inputs, now: Inputs) -> str | None:

@@ -1,8 +1,8 @@
 """What the supervisor does to the files of a run directory before a worker starts.
 
 A new directory gets the recipe, a run that goes on may get another one as far as it stays the same run
-(`records/recipe_identity.py` says how far): told by an event, with the old recipe kept. What is refused touches
-nothing.
+(`records/recipe_identity.py` says how far), and one that has done no step begins anew: told by an event, with the old
+recipe kept. What is refused touches nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import json
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from beringia.checkpoint.directory import CheckpointDirectory, Owner
 from beringia.errors import CheckpointDamaged, RunError
 from beringia.history.log import EventLog, read_events
-from beringia.records.events import AnyEvent, ChipOpened, Fallback, RecipeChanged
+from beringia.records.events import AnyEvent, ChipOpened, Fallback, RecipeChanged, StepDone
 from beringia.records.files import write_bytes
 from beringia.records.inputs import NO_INPUTS, Input, Inputs, look_at, look_at_inputs, placed
 from beringia.records.recipe import Recipe
@@ -25,6 +25,7 @@ from beringia.records.recipe_identity import (
     RUN,
     Rule,
     changes_between,
+    describe_beginning,
     describe_change,
     describe_epochs,
     in_steps,
@@ -90,18 +91,20 @@ def examine_run(recipe: Recipe, run: RunDirectory) -> Examined:
             source_of(recipe.model)
         return Examined(recipe, NO_INPUTS)
     found, rows = _recorded(run)
-    before, now = (settle(one, found.train.horizon) for one in (found, _in_steps(recipe, found, rows)))
+    stepped = _has_stepped(run)
+    before, now = (settle(one, found.train.horizon) for one in (found, _in_steps(recipe, found, rows, stepped)))
     known = recorded_inputs(run)
     inputs = _look(now, run, known)
     changes = changes_between(before, now)
     opened = _opened(run) if any(rule_of(key) is Rule.OPENED for key in changes) else frozenset()
-    reasons = refusals(changes, known, inputs, opened)
+    reasons = refusals(changes, known, inputs, opened, stepped=stepped)
     if reasons:
         raise RunError(
             f"{run.root} holds a run of another recipe: {'; '.join(reasons)}. "
             "Put that back to go on with it; for a new run choose another directory with --out, or another name."
         )
-    examined = Examined(now, inputs, rows, describe_change(changes, now, frozenset(before.chips)))
+    anew = None if stepped else describe_beginning(changes, known, inputs)
+    examined = Examined(now, inputs, rows, anew or describe_change(changes, now, frozenset(before.chips)))
     CheckpointDirectory(run.checkpoints).refuse_foreign(_owner(examined, run))
     return examined
 
@@ -114,8 +117,10 @@ def taking_run(
     examine_run(recipe, run)  # what is refused leaves even lock and epoch as they were
     with RunLock(run, above=newest_epoch(run.checkpoints)) as lock:
         examined = examine_run(recipe, run)
-        if not run.resolved_recipe.exists():
-            examined = _begin(recipe, run)
+        new, anew = not run.resolved_recipe.exists(), examined.change is not None and examined.change.anew
+        if new or anew:
+            examined = replace(_begin(recipe, run), change=examined.change)
+        if new:
             _write_down(examined, recipe_text, run)
         elif recipe.model.run is not None and not run.model.exists():
             _take_model(examined.inputs, run)
@@ -125,11 +130,12 @@ def taking_run(
         try:
             if log.fold.length == 0 and CheckpointDirectory(run.checkpoints).steps():
                 log.append(_LOST_EVENTS, epoch=lock.epoch)
-            if log.fold.length == 0 and recipe.train.epochs is not None and examined.rows is not None:
-                log.append(describe_epochs(recipe, examined.rows), epoch=lock.epoch)
+            counted = anew or log.fold.length == 0
             # First in the log: killed in between, the change is told twice, and never lost.
             if examined.change is not None:
                 log.append(examined.change, epoch=lock.epoch)
+            if counted and recipe.train.epochs is not None and examined.rows is not None:
+                log.append(describe_epochs(recipe, examined.rows), epoch=lock.epoch)
             _write_down(examined, recipe_text, run)
             whole = with_own_model(placed(examined.recipe, examined.inputs), run)
             yield TakenRun(whole, examined.recipe.hash, _owner(examined, run), lock, log)
@@ -138,13 +144,15 @@ def taking_run(
 
 
 def _begin(recipe: Recipe, run: RunDirectory) -> Examined:
-    """What a new run's recipe names, looked at and made ready."""
-    inputs, before = _look(recipe, run, NO_INPUTS), recorded_inputs(run)
+    """What the recipe of a run that is new, or begins anew, names: looked at and made ready."""
+    before, new = recorded_inputs(run), not run.resolved_recipe.exists()
+    inputs = _look(recipe, run, NO_INPUTS if new else before)
     if run.model.exists() and inputs.content(RUN) != before.content(RUN):
         raise RunError(
             f"{run.model} was left by a start with another checkpoint: remove it, or choose a new directory with --out."
         )
-    _write(run.inputs, canonical_json(inputs))  # first: it says that what else is made here is ours
+    if new:
+        _write(run.inputs, canonical_json(inputs))  # first: it says that what else is made here is ours
     if recipe.model.run is not None:
         if not run.model.exists():  # it appears complete: a start that was killed after that need not take it again
             _take_model(inputs, run)
@@ -156,9 +164,11 @@ def _begin(recipe: Recipe, run: RunDirectory) -> Examined:
     return Examined(settle(recipe, recipe.train.last_step), inputs, rows)
 
 
-def _in_steps(recipe: Recipe, found: Recipe, rows: tuple[int, ...] | None) -> Recipe:
+def _in_steps(recipe: Recipe, found: Recipe, rows: tuple[int, ...] | None, stepped: bool) -> Recipe:
     """The recipe in steps, by the rows that were counted when the run began."""
     if recipe.train.epochs is not None and rows is None:
+        if not stepped:
+            return recipe
         raise RunError(
             f"The run was begun with train.steps = {found.train.last_step}, and the recipe counts epochs now: ask for "
             "more steps with train.steps."
@@ -232,7 +242,6 @@ def _write_down(examined: Examined, recipe_text: str, run: RunDirectory) -> None
         _write(run.recipe, recipe_text.encode())
     if not run.identifier.exists():
         _write(run.identifier, f"{uuid.uuid4().hex}\n".encode())
-    _write(run.inputs, canonical_json(examined.inputs))
     recipe, identity = examined.recipe, run_identity(examined.recipe, examined.inputs)
     document = {
         "hash": recipe.hash,
@@ -241,6 +250,8 @@ def _write_down(examined: Examined, recipe_text: str, run: RunDirectory) -> None
         "identity": {**identity.model_dump(mode="json"), "hash": identity.hash},
     }
     _write(run.resolved_recipe, canonical_json(document))
+    # After it: killed in between, other contents are seen as such again, and rows are counted again.
+    _write(run.inputs, canonical_json(examined.inputs))
     # Last in a new directory: what has a recipe.toml and no recipe.json is somebody else's.
     if not run.recipe.exists():
         _write(run.recipe, recipe_text.encode())
@@ -284,6 +295,13 @@ def recorded_inputs(run: RunDirectory) -> Inputs:
             f"{run.inputs} is damaged ({str(error).splitlines()[0]}): remove it, and the run goes on with its model "
             "and data as they are now."
         ) from None
+
+
+def _has_stepped(run: RunDirectory) -> bool:
+    """Whether a step of this run was done, or may have been: what is lost of its events may have told of some."""
+    if not run.events.exists() or CheckpointDirectory(run.checkpoints).steps() or run.set_aside.exists():
+        return True
+    return any(isinstance(event, StepDone) for event in read_events(run.events))
 
 
 def _opened(run: RunDirectory) -> frozenset[str]:
