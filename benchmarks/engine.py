@@ -101,7 +101,12 @@ def vllm(job: dict[str, Any]) -> Generate:
     from vllm import LLM, SamplingParams
 
     model = LLM(
-        job["directory"], dtype=job["dtype"], block_size=32, enable_prefix_caching=False, disable_log_stats=True
+        job["directory"],
+        dtype=job["dtype"],
+        block_size=32,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        gpu_memory_utilization=0.3,  # of a node's memory, of which others use some; far more than its cache needs
     )
     # Nobody asked for text: ours has no tokenizer here, so it makes none either.
     sampling = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)

@@ -387,7 +387,7 @@ def serve(
         return
     from beringia.engine import EngineLimits
     from beringia.serve.keys import read_keys
-    from beringia.serve.server import Settings
+    from beringia.serve.server import STEP_SECONDS, Settings
     from beringia.serve.server import serve as run_server
 
     settings = Settings(
@@ -402,7 +402,7 @@ def serve(
         host=host,
         port=port,
         keys=read_keys(api_key_file),
-        engine=EngineLimits(cache_bytes=cache * 2**20, sequences=sequences),
+        engine=EngineLimits(cache_bytes=cache * 2**20, sequences=sequences, step_seconds=STEP_SECONDS),
         open_requests=queue,
         new_tokens=new_tokens,
         drain_seconds=drain,

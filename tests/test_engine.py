@@ -52,6 +52,23 @@ def prompts(count: int, seed: int = 1) -> list[list[int]]:
     return [torch.randint(0, 61, (length,), generator=generator).tolist() for length in lengths]
 
 
+def test_how_small_the_chunks_are_in_which_a_prompt_comes_changes_no_answer(cpu: Chip) -> None:
+    """A step may take no time at all: beside an answer every chunk is the smallest."""
+    model = decoder("llama")
+    generator = torch.Generator().manual_seed(3)
+    asked = [torch.randint(0, 61, (length,), generator=generator).tolist() for length in (70, 90, 100)]
+    answers, steps = [], []
+    for step_seconds in (None, 1e-9):
+        limits = EngineLimits(cache_bytes=1 << 20, step_seconds=step_seconds)
+        one = Engine(model, cpu, dtype=torch.float32, limits=limits)
+        first = one.add(asked[0], GREEDY)
+        one.step()
+        rest = one.generate(asked[1:], GREEDY)
+        answers.append([tuple(first.new_tokens), *(completion.tokens for completion in rest)])
+        steps.append(one.num_steps)
+    assert answers[0] == answers[1] and steps[0] == 13 < steps[1]
+
+
 def teacher_forced(model: Decoder, prompt: list[int], new: tuple[int, ...]) -> list[float]:
     with torch.no_grad():
         logprobs_TV = model.logits(torch.tensor([[*prompt, *new]]))[0].log_softmax(-1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from beringia.engine.blocks import BlockPool
+from beringia.engine.pace import LEAST_TOKENS, Pace
 from beringia.engine.sampling import GumbelNoise, Sampling
 from beringia.engine.scheduler import Scheduler, Sequence
 
@@ -77,7 +78,13 @@ def sequence(number: int, length: int, **asked: int) -> Sequence:
 
 def scheduler(**sizes: int) -> Scheduler:
     pool = BlockPool(sizes.get("blocks", 100), 4)
-    return Scheduler(pool, max_sequences=sizes.get("sequences", 8), step_tokens=sizes.get("step_tokens", 16))
+    seconds = sizes.get("step_seconds")
+    return Scheduler(
+        pool,
+        max_sequences=sizes.get("sequences", 8),
+        step_tokens=sizes.get("step_tokens", 16),
+        step_seconds=None if seconds is None else float(seconds),
+    )
 
 
 def compute(scheduled: Scheduler) -> list[tuple[int, int, int]]:
@@ -100,6 +107,45 @@ def test_a_long_prompt_is_computed_in_chunks_and_those_that_decode_do_not_wait_f
     assert compute(scheduled) == [(1, 4, 5), (2, 15, 30)]
     assert compute(scheduled) == [(1, 5, 6), (2, 30, 40)]
     assert compute(scheduled) == [(1, 6, 7), (2, 40, 41)]
+
+
+def test_where_steps_are_slow_a_prompt_comes_in_small_chunks_beside_an_answer_and_in_large_ones_alone() -> None:
+    scheduled = scheduler(step_tokens=2048, step_seconds=1, blocks=2000)
+    scheduled.pace.note(1000, 10.0)
+    scheduled.add(sequence(1, 700))
+    assert compute(scheduled) == [(1, 0, 700)], "nobody waits for another word"
+    scheduled.add(sequence(2, 300))
+    assert compute(scheduled) == [(1, 700, 701), (2, 0, 99)], "a hundred tokens a second"
+    scheduled.pace.note(100, 0.5)
+    assert compute(scheduled) == [(1, 701, 702), (2, 99, 298)]
+    assert compute(scheduled) == [(1, 702, 703), (2, 298, 300)]
+
+
+def test_however_slow_steps_are_a_prompt_goes_on_beside_the_answers() -> None:
+    scheduled = scheduler(step_tokens=2048, step_seconds=1, sequences=100, blocks=2000)
+    for number in range(90):
+        scheduled.add(sequence(number, 4))
+    compute(scheduled)
+    scheduled.pace.note(90, 900.0)
+    scheduled.add(sequence(90, 100))
+    assert compute(scheduled)[-1] == (90, 0, 64) and compute(scheduled)[-1] == (90, 64, 100)
+
+
+@given(
+    tokens=st.integers(LEAST_TOKENS, 10_000),
+    microseconds=st.integers(0, 10**9),
+    others=st.integers(0, 5000),
+    most=st.integers(LEAST_TOKENS, 5000),
+)
+def test_at_the_pace_that_was_measured_no_step_with_more_than_the_least_is_longer_than_asked(
+    tokens: int, microseconds: int, others: int, most: int
+) -> None:
+    pace = Pace(0.25, most)
+    pace.note(tokens, microseconds / 1e6)
+    of_prompts = pace.beside(others)
+    assert LEAST_TOKENS <= of_prompts <= most
+    if of_prompts > LEAST_TOKENS:
+        assert (of_prompts + others) * microseconds / 1e6 / tokens <= 0.25 * (1 + 1e-9)
 
 
 def test_requests_start_in_the_order_of_arrival_and_no_more_than_may_run() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,10 @@ class EngineLimits:
     sequences: int = 256
     """That run at the same time."""
     step_tokens: int = 2048
-    """That one step computes: longer prompts are computed in chunks, so that others need not wait for them."""
+    """That one step computes: longer prompts are computed in chunks."""
+    step_seconds: float | None = None
+    """That a step takes, about, while a prompt is computed beside others that wait for their next token: chunks are as
+    small as that asks for. None: as large as they may be, which computes all of them soonest."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Engine:
             BlockPool(self._cache.layers[0].shape[0], self.limits.block_tokens),
             max_sequences=self.limits.sequences,
             step_tokens=self.limits.step_tokens,
+            step_seconds=self.limits.step_seconds,
             drafts=speculate,
         )
         self._forward = Forward(self._weights, self._cache, chosen, _router_of(decoder))
@@ -193,6 +198,7 @@ class Engine:
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
+        began = time.perf_counter()
         wanted, rows = _wanted_rows(chunks)
         self.num_steps += 1
         try:
@@ -207,6 +213,7 @@ class Engine:
             if fault is None:
                 raise
             return self._fail(chunks, f"{self.chip.name} reported {fault.code}: {fault.message}")
+        self._scheduler.pace.note(sum(chunk.end - chunk.start for chunk in chunks), time.perf_counter() - began)
         return done
 
     def load_weights(self, decoder: Decoder) -> str:

@@ -1,8 +1,9 @@
 """Which tokens the next step computes: continuous batching with chunked prefill.
 
 A sequence waits, then runs. In every step each running sequence whose prompt is computed gets one token; what is left
-of the step's tokens goes to prompts, whole or in chunks, in the order of arrival. Where the cache has no block left for
-a running sequence, the newest one goes back to waiting and is computed again later.
+of the step's tokens goes to prompts, whole or in chunks, in the order of arrival: of as many tokens as the pace allows
+where somebody waits for a next token. Where the cache has no block left for a running sequence, the newest one goes
+back to waiting and is computed again later.
 
 A sequence may carry a draft of its next token: it is computed behind the newest one, and counts only if that one's
 logits choose it.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 from beringia.data.detokenizer import StopWatch
 from beringia.engine.blocks import BlockPool
+from beringia.engine.pace import Pace
 from beringia.engine.sampling import GumbelNoise, Sampling, TokenLogprobs
 
 
@@ -82,13 +84,22 @@ class Chunk:
 class Scheduler:
     """The queue, the running sequences, and their blocks."""
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, step_tokens: int, drafts: bool = False) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        step_tokens: int,
+        step_seconds: float | None = None,
+        drafts: bool = False,
+    ) -> None:
         self.pool = pool
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of arrival."""
         self._max_sequences = max_sequences
         self._step_tokens = step_tokens
+        self.pace = Pace(step_seconds, step_tokens)
         self._drafts = drafts
 
     def add(self, sequence: Sequence) -> None:
@@ -104,6 +115,8 @@ class Scheduler:
             chunks.append(Chunk(sequence, sequence.num_computed, end))
             self.note_computed(sequence, sequence.num_computed, len(sequence.tokens))
             budget -= end - sequence.num_computed
+        if chunks:
+            budget = min(budget, self.pace.beside(self._step_tokens - budget))
         for sequence in [s for s in self.running if not s.decodes]:
             budget -= self._take(sequence, budget, chunks)
         while self.waiting and budget > 0 and len(self.running) < self._max_sequences:

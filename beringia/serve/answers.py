@@ -20,6 +20,11 @@ def event(document: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(document) + b"\n\n"  # a fifth of the time that json takes, once a token
 
 
+def whole(head: Mapping[str, Any], choices: Sequence[bytes]) -> bytes:
+    """An answer of choices that are JSON already."""
+    return to_json(head)[:-1] + b',"choices":[' + b",".join(choices) + b"]}"
+
+
 @dataclass(frozen=True)
 class Scored:
     """A token with its log-probabilities, where these were asked for."""

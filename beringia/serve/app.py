@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from beringia.data.tokenizer import Tokenizer
@@ -211,9 +212,10 @@ class _Answering(ABC):
         try:
             document = await _unless_gone(request, self._whole)
         finally:
-            self._give_up()
+            self._close()
         # Nobody reads what is sent to a client that has gone.
-        return Response(status_code=499) if document is None else JSONResponse(document)
+        gone = document is None
+        return Response(status_code=499) if gone else Response(document, media_type="application/json")
 
     def _check_number(self) -> None:
         """Raise Failure for more answers than there will ever be places for."""
@@ -226,20 +228,24 @@ class _Answering(ABC):
                 "too_many_answers",
             )
 
-    async def _whole(self) -> dict[str, Any]:
+    async def _whole(self) -> bytes:
         choices = [Choice() for _ in self._tickets]
         prompt_logprobs: list[tuple[Any, ...]] = [()] * len(choices)
         async for parts in self._parts():
             for number, part in parts:
                 choices[number].add(part.piece, part.tokens, part.finish)
                 prompt_logprobs[number] = prompt_logprobs[number] or part.prompt_logprobs
-        return {
+        written = []
+        for number, choice in enumerate(choices):  # each a turn of the event loop: they may be megabytes
+            await asyncio.sleep(0)
+            written.append(to_json(self._choice(number, choice, prompt_logprobs[number])))
+        head = {
             **self._head,
             "object": self.kind,
-            "choices": [self._choice(number, choice, prompt_logprobs[number]) for number, choice in enumerate(choices)],
             "usage": self._usage(sum(len(choice.tokens) for choice in choices)),
             "system_fingerprint": self._served.about["weights"],
         }
+        return answers.whole(head, written)
 
     async def _stream(self) -> AsyncIterator[bytes]:
         new_tokens = 0
@@ -250,13 +256,14 @@ class _Answering(ABC):
                 if chunks:
                     used = {"usage": self._usage(new_tokens)} if self._body.continuous_usage else {}
                     yield b"".join([answers.event(self._chunk([chunk]) | used) for chunk in chunks])
+            self._close()
             if self._body.include_usage:
                 yield answers.event(self._chunk([]) | {"usage": self._usage(new_tokens)})
             yield answers.DONE
         except Failure as failure:
             yield answers.event(failure.document)
         finally:
-            self._give_up()
+            self._close()
 
     def _parts(self) -> AsyncIterator[list[tuple[int, Part]]]:
         texts = [prompt.chat_text for prompt in self._prompts for _ in range(self._body.choices)]
@@ -270,9 +277,9 @@ class _Answering(ABC):
         num_prompt_tokens = sum(len(prompt.tokens) for prompt in self._prompts)
         return answers.usage(num_prompt_tokens, 0 if asked_for_none else new_tokens)
 
-    def _give_up(self) -> None:
+    def _close(self) -> None:
         for ticket in self._tickets:
-            self._served.engine.give_up(ticket)
+            self._served.engine.close(ticket)
 
     def _token_ids(self, tokens: tuple[Scored, ...] | list[Scored]) -> dict[str, Any]:
         return {"token_ids": [one.token for one in tokens]} if self._body.return_token_ids else {}
@@ -407,7 +414,7 @@ class Completion(_Answering):
         }
 
 
-async def _unless_gone(request: Request, answer: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any] | None:
+async def _unless_gone(request: Request, answer: Callable[[], Awaitable[bytes]]) -> bytes | None:
     """The answer, or None as soon as the client has gone."""
 
     async def gone() -> None:

@@ -74,6 +74,8 @@ class Ticket:
     sampling: Sampling
     mail: Mail
     request: Request | None = None
+    finished: bool = False
+    """Whether the engine has nothing more to say; its place is free when that is written."""
     given_up: bool = False
     num_told: int = 0
     """Of its new tokens; with drafts a step may bring two."""
@@ -85,7 +87,8 @@ class EngineThread:
     """Runs the engine; all methods but the thread's own are called in the event loop."""
 
     def __init__(self, engine: Engine, metrics: Metrics, *, most_open: int) -> None:
-        """`most_open`: requests that may wait or run at the same time."""
+        """`most_open`: requests that may wait, run, or be finished and not yet written at the same time: what nobody
+        reads stays in memory."""
         self.engine = engine
         self._metrics = metrics
         metrics.cache_use.set_function(lambda: engine.cache_use)
@@ -130,10 +133,16 @@ class EngineThread:
             self._inbox.put(partial(self._begin, ticket))
         return tickets
 
-    def give_up(self, ticket: Ticket) -> None:
-        """The client has gone, or has enough: its place is free after the current step."""
-        if ticket in self._open:
-            self._close(ticket)
+    def close(self, ticket: Ticket) -> None:
+        """The answer is written, or the client has gone or has enough: then its place is free after the current
+        step."""
+        if ticket not in self._open:
+            return
+        self._open.discard(ticket)
+        self._metrics.requests_open.set(len(self._open))
+        if not ticket.finished:
+            ticket.given_up = True
+            self._metrics.note_end("abort", ticket.arrived)
             self._inbox.put(partial(self._abort, ticket))
 
     async def drain(self, seconds: float) -> bool:
@@ -216,17 +225,12 @@ class EngineThread:
                 self._metrics.note_token(ticket.arrived, ticket.last_token, now)
                 ticket.last_token = now
             if news.finish is not None:
-                self._close(ticket, news.finish)
+                ticket.finished = True
+                self._metrics.note_end(news.finish, ticket.arrived)
             ticket.mail.put(ticket.number, news)
 
     def _fail_all(self, message: str) -> None:
-        self._deliver([(ticket, _error(message)) for ticket in list(self._open)])
-
-    def _close(self, ticket: Ticket, finish: str | None = None) -> None:
-        ticket.given_up = finish is None
-        self._open.discard(ticket)
-        self._metrics.note_end(finish or "abort", ticket.arrived)
-        self._metrics.requests_open.set(len(self._open))
+        self._deliver([(ticket, _error(message)) for ticket in self._open if not ticket.finished])
 
 
 def _news_of(request: Request, num_told: int) -> list[News]:

@@ -14,7 +14,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests_open = Gauge("beringia_requests_open", "Requests that wait or run", registry=registry)
+        self.requests_open = Gauge(
+            "beringia_requests_open", "Requests that wait, run or are being written", registry=registry
+        )
         self.requests = Counter("beringia_requests", "Requests by how they ended", ["finish"], registry=registry)
         self.refused = Counter(
             "beringia_requests_refused", "Requests refused, by status", ["status"], registry=registry

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import ipaddress
 import json
 import signal
 import socket
+import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +43,14 @@ IDLE_SECONDS = 75
 so OpenAI's client, 5 seconds; aiohttp 15), or a request would meet a connection that is just being closed."""
 
 
+UNREAD_SECONDS = 60
+"""In which a client takes something of what waits for it, as nginx's send_timeout has it: what is not read stays in
+memory."""
+
+STEP_SECONDS = 0.25
+"""For which those who read a stream may wait, about, while another's prompt is computed beside it."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a server is started with."""
@@ -57,7 +68,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     keys: tuple[str, ...] = ()
-    engine: EngineLimits = field(default_factory=EngineLimits)
+    engine: EngineLimits = field(default_factory=lambda: EngineLimits(step_seconds=STEP_SECONDS))
     open_requests: int = 512
     """That wait or run at the same time, answers to one request counted one by one."""
     new_tokens: int = 4096
@@ -184,8 +195,10 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 class _Patience(HttpToolsProtocol):
-    """A connection that is closed where the head of its request does not arrive in time, or has no end."""
+    """A connection that is closed where the head of its request does not arrive in time, or has no end, and where
+    nobody reads its answer."""
 
+    _unread: asyncio.TimerHandle | None = None
     _deadline: asyncio.TimerHandle | None = None
     _beside_bodies = 0
     """Bytes since the last that belonged to a body or ended a head: the parser keeps them all, whoever sends them."""
@@ -219,7 +232,36 @@ class _Patience(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        self._read_again()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait_for_reader(self._unread_bytes())
+
+    def resume_writing(self) -> None:
+        self._read_again()
+        super().resume_writing()
+
+    def _wait_for_reader(self, unread: int) -> None:
+        self._unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, self._look_for_reader, unread)
+
+    def _look_for_reader(self, before: int) -> None:
+        unread = self._unread_bytes()
+        if unread < before:
+            self._wait_for_reader(unread)
+        else:
+            self.transport.abort()  # a close would wait for the reader
+
+    def _unread_bytes(self) -> int:
+        """Here and in the kernel: there megabytes go before any of what waits here."""
+        queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4)
+        return int(self.transport.get_write_buffer_size()) + int.from_bytes(queued, sys.byteorder)
+
+    def _read_again(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _arm(self) -> None:
         self._disarm()
