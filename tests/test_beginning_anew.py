@@ -21,6 +21,7 @@ from beringia.records.inputs import NO_INPUTS
 from beringia.records.recipe import parse_recipe
 from beringia.records.recipe_identity import RULES, Rule, changes_between, describe_beginning, refusals
 from beringia.records.run_directory import RunDirectory
+from beringia.report.history import read_history
 from beringia.supervise.run_files import recorded_inputs, recorded_recipe, taking_run
 
 SHAPING = [*RULES[Rule.IDENTITY], "train.steps"]
@@ -55,6 +56,15 @@ def test_nothing_that_went_wrong_before_decides_what_comes_after(history: list[A
     fold = Fold([*history, ANEW, started()])
     assert fold.status == "unfinished" and not fold.finished and fold.message == ""
     assert fold.situation() == Fold([started()]).situation()
+
+
+def test_what_else_has_changed_is_told_with_it_and_its_name_is_the_new_one(tmp_path: Path) -> None:
+    other = parse_recipe(small_recipe(name="other", train={"batch": 8, "keep": 5}), "test")
+    told = describe_beginning(changes_between(parse_recipe(small_recipe(), "test"), other), NO_INPUTS, NO_INPUTS)
+    assert told is not None and 'name "small" -> "other"; train.keep 3 -> 5; no step had been' in told.message
+    history = [started(), ANEW, started().model_copy(update={"name": "other"})]
+    (tmp_path / "events.jsonl").write_text("".join(event.model_dump_json() + "\n" for event in history))
+    assert read_history(tmp_path).name == "other"
 
 
 def test_a_run_that_was_given_up_before_its_first_step_is_taken_up() -> None:

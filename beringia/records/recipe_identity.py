@@ -236,7 +236,8 @@ def describe_beginning(changes: Changes, before: Inputs, now: Inputs) -> RecipeC
     told = "; ".join(clause for clause in clauses if clause is not None)
     if not told:
         return None
-    message = f"{told}; no step had been done, and the run begins anew"
+    also = [_changed(key, *changes[key]) for key in changes if key not in shaping]
+    message = f"{'; '.join([told, *also])}; no step had been done, and the run begins anew"
     return RecipeChanged(changes=changes, bitwise=False, anew=True, message=message)
 
 
@@ -245,7 +246,7 @@ def describe_change(changes: Changes, recipe: Recipe, known: frozenset[str]) -> 
     if not changes:
         return None
     rounding = [key for key in changes if rule_of(key) is Rule.ROUNDING and _label(key) in known | {""}]
-    told = [", ".join(f"{key} {_word(was)} -> {_word(now)}" for key, (was, now) in changes.items())]
+    told = [", ".join(_changed(key, *pair) for key, pair in changes.items())]
     train = recipe.train
     if STEPS in changes and train.last_step > train.horizon:
         rate = train.final_learning_rate * train.learning_rate
@@ -275,6 +276,10 @@ def _refusal(key: str, was: Any, now: Any, before: Inputs, after: Inputs, opened
         case Rule.OPENED if _label(key) in opened:
             return f"{clause}, but that chip has worked for this run (give another chip a label of its own)"
     return None
+
+
+def _changed(key: str, was: Any, now: Any) -> str:
+    return f"{key} {_word(was)} -> {_word(now)}"
 
 
 def _shapes_steps(key: str) -> bool:

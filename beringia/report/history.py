@@ -314,6 +314,8 @@ class _Reader:
         self._advance(event)
         before = self.fold.situation(self.role).chip
         self.fold.add(event)
+        if isinstance(event, RecipeChanged) and event.anew:
+            self.first_start = None
         if isinstance(event, RunStarted):
             self.first_start = self.first_start or event
         elif event.role != self.role and not isinstance(event, RunFinished | RecipeChanged):
