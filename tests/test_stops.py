@@ -197,6 +197,27 @@ def test_after_a_kill_of_all_the_same_command_goes_on_inside_torchrun(torchrun: 
     assert not list((run / "ranks").glob("here-*")), [event.kind for event in events(run)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seen", ["decision", "step"])
+def test_where_torchrun_is_killed_its_ranks_stop_and_the_same_command_goes_on(
+    torchrun: list[str], tmp_path: Path, seen: str
+) -> None:
+    """Before its ranks have met there is nothing to meet in any more; later they would train on unseen."""
+    run = tmp_path / "run"
+    with started(torchrun, "--set", "supervise.grace_seconds=5.0") as process:
+        until(lambda: (run / "events.jsonl").exists() and of_kind(run, seen) != [], f"the first {seen}")
+        ranks = below(process.pid)
+        process.kill()
+    until(lambda: all(gone(one) for one in ranks), "nothing is left of it")
+    (finish,) = of_kind(run, "finish")
+    assert (finish.status, finish.signal) == ("stopped", 15) and "torchrun, which has ended" in finish.message
+    assert of_kind(run, "fault") == []
+    with started(torchrun) as process:
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert steps(run) == list(range(1, 31)) and of_kind(run, "finish")[-1].status == "done"
+
+
 def below(process: int) -> list[int]:
     """All processes that a process has started, and those that they have."""
     children = [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]

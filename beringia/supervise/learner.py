@@ -138,7 +138,7 @@ class Learner:
 def stopped(supervision: Supervision) -> RunFinished:
     """The end of a run that the user has asked to stop."""
     number, step = supervision.stop.signal, supervision.log.situation().step
-    message = f"stopped by signal {number}; the same command goes on from here"
+    message = f"{supervision.stop.why}; the same command goes on from here"
     return _finished(supervision, "stopped", step, message, number)
 
 

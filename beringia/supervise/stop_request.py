@@ -1,7 +1,8 @@
-"""Whether the user asked to stop, and by which signal."""
+"""Whether the user asked to stop, and by which signal; inside torchrun also by its end."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -16,13 +17,16 @@ class StopRequest:
     """SIGTERM, SIGINT or SIGHUP, once it came."""
 
     signal: int | None = None
+    why: str = ""
+    """What asked for it, in words."""
     since: float = 0.0
     """When it came, on the monotonic clock."""
 
-    def came(self, number: int) -> None:
+    def came(self, number: int, why: str | None = None) -> None:
         """Note it; the first one counts."""
         if self.signal is None:
             self.since = time.monotonic()
+            self.why = why or f"stopped by signal {number}"
             self.signal = number
 
     @contextmanager
@@ -69,3 +73,28 @@ def stopping_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stopping_with_torchrun(request: StopRequest) -> Iterator[None]:
+    """Take the end of the torchrun that started this process for a SIGTERM while the context lasts. Where it was
+    killed it could hand on none, and its ranks would wait for each other in a store that it has taken along, or go on
+    where nobody sees them."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    launcher, left = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not left.wait(POLL_SECONDS):
+            if os.getppid() != launcher:
+                request.came(signal.SIGTERM, "stopped with torchrun, which has ended")
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        left.set()
+        watcher.join()

@@ -22,7 +22,7 @@ from beringia.supervise.learner import Learner, stopped
 from beringia.supervise.meeting import job_name, meeting_other_ranks
 from beringia.supervise.role import Role
 from beringia.supervise.run_files import taking_run
-from beringia.supervise.stop_request import StopRequest, stopping_on_signals
+from beringia.supervise.stop_request import StopRequest, stopping_on_signals, stopping_with_torchrun
 from beringia.supervise.supervision import Supervision
 from beringia.version import __version__
 
@@ -46,14 +46,14 @@ def supervise(
     for label in recipe.train.prefer:
         check_command(chip_command(label, recipe.chips[label]))
     if rank_in() > 0:
-        with meeting_other_ranks(run), stopping_on_signals() as stop:
+        with meeting_other_ranks(run), stopping_on_signals() as stop, stopping_with_torchrun(stop):
             follow(recipe, run, stop)
         status = "done" if stop.signal is None else "stopped"
         told = {"status": status, "step": 0, "message": "the first rank reports", "signal": stop.signal}
         return RunFinished.model_validate(told)
     with taking_run(recipe, recipe_text, run, on_event) as taken, meeting_other_ranks(run):
         try:
-            with stopping_on_signals() as stop:
+            with stopping_on_signals() as stop, stopping_with_torchrun(stop):
                 supervision = Supervision(
                     taken.recipe,
                     taken.recipe_hash,
@@ -110,6 +110,6 @@ def _until_over(roles: Sequence[Role], stop: StopRequest, finished: RunFinished 
         for role in roles:
             role.kill()
     if working and stop.signal is not None and finished.status == "done":  # the learner is done, and others are not
-        told = f"the run is done; stopped by signal {stop.signal} before {working[0].name} was"
+        told = f"the run is done; {stop.why} before {working[0].name} was"
         return finished.model_copy(update={"status": "stopped", "signal": stop.signal, "message": told})
     return finished
