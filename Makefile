@@ -35,7 +35,7 @@ bench: $(VENV)/installed peers         ## every benchmark, one JSON object each
 
 # With the machine's own interpreter (PYTHON) and torch, and no network: docs/card.md.
 card:                                  ## what a machine with an accelerator shows, each part a JSON in OUT
-	PYTHONPATH="$(if $(SITE),$(abspath $(SITE)):)$(CURDIR)" $(PYTHON) -m benchmarks.card --chip $(CHIP) --out "$(OUT)" $(PARTS:%=--only %)
+	PYTHONPATH="$(if $(SITE),$(abspath $(SITE)):)$(CURDIR)" "$(PYTHON)" -m benchmarks.card --chip $(CHIP) --out "$(OUT)" $(PARTS:%=--only %)
 
 card-site: $(VENV)/installed           ## what such a machine lacks: wheels for its Python, unpacked into SITE
 	$(BIN)/python -m benchmarks.card.site --into "$(SITE)" --python $(PYVERSION) --has $(HAS)

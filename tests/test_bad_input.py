@@ -109,7 +109,7 @@ def test_another_version_of_beringia_on_the_other_side_is_refused_in_the_handsha
         "import runpy, sys, beringia.version as v; v.__version__ = '0.0.9'; sys.argv = sys.argv[2:]; "
         "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     )
-    python = script(tmp_path, f'exec {sys.executable} -c "{code}" "$@"')
+    python = script(tmp_path, f'exec "{sys.executable}" -c "{code}" "$@"')
     sentence = refused(tmp_path, small_recipe(chips={"first": {"use": "cpu", "python": python}}))
     assert "0.0.9" in sentence and "Install the same Beringia" in sentence
 
@@ -378,7 +378,7 @@ def test_a_banner_that_does_not_end_its_line_hides_nothing(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path, closed: str) -> None:
     recipe, run = str(write_recipe(tmp_path, small_recipe(train={"steps": 8}))), tmp_path / "run"
-    line = f"set -o pipefail; {sys.executable} -m beringia train {recipe} --out {run} {closed}"
+    line = f'set -o pipefail; "{sys.executable}" -m beringia train "{recipe}" --out "{run}" {closed}'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and of_kind(run, "finish")[-1].status == "done"

@@ -234,14 +234,14 @@ def test_a_listing_that_comes_in_one_read_with_the_far_ends_ready_is_heard(tmp_p
         "while block := os.read(0, 65536):\n"
         "    os.write(1, block)\n"
     )
-    prefix.write_text(f'#!/bin/sh\n"$@" | {sys.executable} {filter_}\n')
+    prefix.write_text(f'#!/bin/sh\n"$@" | "{sys.executable}" "{filter_}"\n')
     prefix.chmod(0o755)
     command = Command("chips.first", launch=(str(prefix),), root=str(tmp_path / "there"))
     child = start(
         replace(command, module=far.__name__), FilesWork(task="send-directory", directory="a"), tmp_path / "l"
     )
     try:
-        while child.ready is None:
+        while child.ready is None and not child.over:
             child.poll(1.0)
         goes, came = child.streams()
         assert receive_directory(tmp_path / "here", came, goes)[0].name == "file"

@@ -251,7 +251,7 @@ def test_a_prefix_that_loses_standard_input_is_told_what_it_must_do(
 
 
 def test_an_interpreter_without_beringia_is_told_what_to_install(tmp_path: Path) -> None:
-    python = script(tmp_path, f'exec {sys.executable} -I -S "$@"')
+    python = script(tmp_path, f'exec "{sys.executable}" -I -S "$@"')
     words = death(errand(tmp_path, ["say", "one"], python=python))
     assert "No module named 'beringia'" in words and "Install the same Beringia in both environments" in words
 
