@@ -7,9 +7,11 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from served import Server, serving
 from waiting import GIVE_UP_SECONDS, until
@@ -93,6 +95,26 @@ def test_who_reads_nothing_is_cut_off_and_who_reads_slowly_gets_the_whole_answer
             with pytest.raises(AssertionError, match="cut off"):
                 read_to_the_end(idle)
         assert running.stop()[0] == 0
+
+
+@pytest.mark.slow
+def test_a_server_that_ends_tells_what_is_not_done_and_cuts_off_who_reads_nothing() -> None:
+    with serving("r2-nano", "--chip", "cpu", "--drain", "1") as running:
+        body = {"model": "r2-nano", "prompt": "1", "max_tokens": 4000, "ignore_eos": True}
+        with (
+            asking(running),
+            ThreadPoolExecutor() as pool,
+            httpx.stream("POST", f"{running.url}/v1/completions", json=body | {"stream": True}, timeout=60) as stream,
+        ):
+            whole = pool.submit(running.post, body, path="/v1/completions")
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: {")
+            until(lambda: running.metric("beringia_requests_open") == ANSWERS + 2, "all are on their way")
+            code, said = running.stop()
+            assert code == 0 and "Traceback" not in said and "Error" not in said, said
+            last = [line for line in lines if line][-1]
+            assert "had to shut down before its end" in last and "[DONE]" not in last
+            assert whole.result().status_code == 500 and "had to shut down" in whole.result().text
 
 
 def test_however_much_waits_to_be_read_others_have_their_turns() -> None:

@@ -145,13 +145,13 @@ class EngineThread:
             self._metrics.note_end("abort", ticket.arrived)
             self._inbox.put(partial(self._abort, ticket))
 
-    async def drain(self, seconds: float) -> bool:
-        """Take nothing new, let what runs come to its end; False where it did not in time."""
+    def drain(self) -> None:
+        """Take nothing new; what runs may come to its end."""
         self._draining = True
-        end = time.monotonic() + seconds
-        while self._open and time.monotonic() < end:
-            await asyncio.sleep(0.02)
-        return not self._open
+
+    def fail_all(self, message: str) -> None:
+        """Tell all that the engine has not finished that it will not."""
+        self._deliver([(ticket, _error(message)) for ticket in self._open if not ticket.finished])
 
     async def stop(self) -> None:
         """End the thread."""
@@ -170,7 +170,7 @@ class EngineThread:
         except BaseException as problem:
             self.failure = problem
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._fail_all, f"the engine has ended: {problem}")
+            self._loop.call_soon_threadsafe(self.fail_all, f"the engine has ended: {problem}")
             raise
 
     def _take_messages(self) -> bool:
@@ -228,9 +228,6 @@ class EngineThread:
                 ticket.finished = True
                 self._metrics.note_end(news.finish, ticket.arrived)
             ticket.mail.put(ticket.number, news)
-
-    def _fail_all(self, message: str) -> None:
-        self._deliver([(ticket, _error(message)) for ticket in self._open if not ticket.finished])
 
 
 def _news_of(request: Request, num_told: int) -> list[News]:

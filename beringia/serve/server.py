@@ -43,6 +43,9 @@ IDLE_SECONDS = 75
 so OpenAI's client, 5 seconds; aiohttp 15), or a request would meet a connection that is just being closed."""
 
 
+_LAST_WORDS_SECONDS = 1.0
+"""For writing, when the server ends, that an answer has no end."""
+
 UNREAD_SECONDS = 60
 """In which a client takes something of what waits for it, as nginx's send_timeout has it: what is not read stays in
 memory."""
@@ -290,7 +293,30 @@ class _Patience(HttpToolsProtocol):
 
 
 class _Server(uvicorn.Server):
-    """Ends normally after a signal, when all is done. uvicorn's own raises the signal again then."""
+    """Ends normally after a signal, when all is done. uvicorn's own raises the signal again then, and cancels what is
+    not done in time, with a traceback for each: here it is told, and connections that nobody reads are cut off."""
+
+    def __init__(self, config: uvicorn.Config, engine: EngineThread, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.drain()
+        loop = asyncio.get_running_loop()
+        ending = [
+            loop.call_later(self._drain_seconds, self._engine.fail_all, "the server had to shut down before its end"),
+            loop.call_later(self._drain_seconds + _LAST_WORDS_SECONDS, self._cut_off),
+        ]
+        try:
+            await super().shutdown(sockets)
+        finally:
+            for one in ending:
+                one.cancel()
+
+    def _cut_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -312,9 +338,8 @@ async def _run(settings: Settings, served: Served, listening: socket.socket, on_
         access_log=False,
         server_header=False,
         timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),
     )
-    server = _Server(config)
+    server = _Server(config, served.engine, settings.drain_seconds)
     running = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
