@@ -39,8 +39,9 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +169,11 @@ def test_with_drafts_the_answer_and_its_stream_are_the_same(greedy: Any) -> None
         (choice,) = running.post(body).json()["choices"]
         assert choice["message"]["content"] == text
         assert [one["logprob"] for one in choice["logprobs"]["content"]] == pytest.approx(logprobs, abs=1e-6)
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
-        stream = client.chat.completions.create(
-            model="r2-nano", messages=TURNS, temperature=0, max_tokens=12, stream=True
-        )
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text and len(tokens) == 12
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+            stream = client.chat.completions.create(
+                model="r2-nano", messages=TURNS, temperature=0, max_tokens=12, stream=True
+            )
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text and len(tokens) == 12
 
 
 def test_a_biased_token_is_always_chosen_or_never(client: openai.OpenAI) -> None:

@@ -174,10 +174,11 @@ def test_the_space_that_a_decoder_leaves_out_is_not_counted() -> None:
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("prompt", ["plain", "é😀 x", [5 + 0xC3]])
 def test_offsets_are_those_of_the_text_whole_and_streamed(server: Server, prompt: Any, echo: bool) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     asked: Any = {"model": "small", "prompt": prompt, "max_tokens": 24, "seed": 3, "logprobs": 0, "echo": echo}
     more = {"ignore_eos": True, "return_token_ids": True}
-    (choice,) = client.completions.create(extra_body=more, **asked).choices
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        (choice,) = client.completions.create(extra_body=more, **asked).choices
+        streamed = [chunk.choices[0] for chunk in client.completions.create(stream=True, extra_body=more, **asked)]
     assert choice.logprobs is not None and choice.logprobs.text_offset is not None
     offsets, tokens = choice.logprobs.text_offset, choice.token_ids  # type: ignore[attr-defined]
     num_before = len(tokens) - 24
@@ -188,6 +189,5 @@ def test_offsets_are_those_of_the_text_whole_and_streamed(server: Server, prompt
         assert offset in (len(shown + before), len(shown + before) - before.endswith("�"))
     if echo and prompt == "é😀 x":
         assert offsets[:8] == [0, 0, 1, 1, 1, 1, 2, 3]
-    streamed = [chunk.choices[0] for chunk in client.completions.create(stream=True, extra_body=more, **asked)]
     assert "".join(one.text for one in streamed) == choice.text
     assert [place for one in streamed if one.logprobs for place in one.logprobs.text_offset or []] == offsets

@@ -93,8 +93,8 @@ def test_vllm_serves_what_we_export_and_answers_as_our_engine_does(tmp_path: Pat
     more = ("--vllm-option=--no-enable-log-requests", "--vllm-option=--gpu-memory-utilization=0.3")
     for arguments in (("--engine", "vllm", "--python", str(PYTHON), "--dtype", "float32", *more), ()):
         with serving(directory, "--chip", "cpu", *arguments) as running:
-            client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
-            answers.append(client.completions.create(max_tokens=24, logprobs=0, **asked).choices[0])  # type: ignore[call-overload]
+            with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+                answers.append(client.completions.create(max_tokens=24, logprobs=0, **asked).choices[0])  # type: ignore[call-overload]
             code, said = running.stop()
             assert code == 0, said
     theirs, ours = answers
