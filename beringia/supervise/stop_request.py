@@ -33,21 +33,15 @@ class StopRequest:
     def ending(self, action: Callable[[], None], seconds: float) -> Iterator[None]:
         """While the context lasts, `action` is taken so long after the wish has come: it ends what this thread waits
         for, and is called in another."""
-        left = threading.Event()
 
-        def watch() -> None:
-            while not left.wait(POLL_SECONDS):
-                if self.signal is not None and time.monotonic() - self.since >= seconds:
-                    action()
-                    return
+        def act() -> bool:
+            due = self.signal is not None and time.monotonic() - self.since >= seconds
+            if due:
+                action()
+            return due
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
+        with _watching(act):
             yield
-        finally:
-            left.set()
-            watcher.join()
 
     def comes(self) -> bool:
         """Whether it has come or comes now: a child was asked to end, and this process may be about to be."""
@@ -83,13 +77,26 @@ def stopping_with_torchrun(request: StopRequest) -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    launcher, left = os.getppid(), threading.Event()
+    launcher = os.getppid()
+
+    def look() -> bool:
+        gone = os.getppid() != launcher
+        if gone:
+            request.came(signal.SIGTERM, "stopped with torchrun, which has ended")
+        return gone
+
+    with _watching(look):
+        yield
+
+
+@contextmanager
+def _watching(look: Callable[[], bool]) -> Iterator[None]:
+    """While the context lasts, look again and again in another thread, until there is nothing more to look for."""
+    left = threading.Event()
 
     def watch() -> None:
-        while not left.wait(POLL_SECONDS):
-            if os.getppid() != launcher:
-                request.came(signal.SIGTERM, "stopped with torchrun, which has ended")
-                return
+        while not left.wait(POLL_SECONDS) and not look():
+            pass
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
