@@ -14,7 +14,9 @@ from beringia.qualify.arithmetic.multiply_add import probe_multiply_add
 from beringia.qualify.bundle import Bundle, error_key
 from beringia.qualify.capture import replay
 from beringia.qualify.choices import departed_choice, probe_choices
+from beringia.qualify.clipping import departed_clipping, probe_clipping
 from beringia.qualify.departure import first_departure
+from beringia.qualify.doubt import doubt
 from beringia.qualify.effects import judge_trace
 from beringia.qualify.evidence import Begun, Checked, Departed, Fact, Probed, Unrepeatable
 from beringia.qualify.hardware.memory import probe_memory
@@ -69,6 +71,8 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
         if all_right and not again:
             again = [*_look_where_it_failed(recorder, tracer, bundle, effects)]
         yield from again
+        for result in doubt(checks, effects):
+            yield Probed(result=result)
         nothing_named = all_right and not again
         if nothing_named:
             departed = [*_departure(chip, subject, dtype, bundle, effects)]
@@ -83,6 +87,7 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
         if nothing_named and result.outcome == "failed":
             nothing_named = False
             yield Departed(departure=departed_choice(result))
+    yield from _clipping(chip, subject, dtype, nothing_named)
     yield Begun(probe="replay")
     yield from _replay(chip, bundle)
     yield Begun(probe="lengths")
@@ -208,6 +213,15 @@ def _departure(
         worst = max(first.measures, key=lambda measure: measure.used)
         found = Departure(module="", quantity=first.subject, times=worst.value)
     yield Departed(departure=found)
+
+
+def _clipping(chip: Chip, subject: Subject, dtype: torch.dtype, nothing_named: bool) -> Iterator[Fact]:
+    yield Begun(probe="clipping")
+    result = probe_clipping(chip, subject, dtype)
+    if result is not None:
+        yield Probed(result=result)
+        if nothing_named and result.outcome == "failed":
+            yield Departed(departure=departed_clipping(result))
 
 
 def _told_of_running(recording: Recording, bundle: Bundle) -> Iterator[Fact]:

@@ -46,13 +46,16 @@ OVERALL_ALLOWED = 1.2
 """Times the reference's own distance, in 16-bit dtypes, in the median of all groups: what single groups may have by
 chance averages out there. Sound chips and software have 0.96 to 1.04, whatever units, kernels and attention they use,
 and 1.08 on one of six models (`docs/qualify.md`). More than this, beside what `few` allows, is told and rules nothing
-out: harm is what single quantities suffer, and of faults with 1.2 to 1.35 about as many are harmless as not."""
+out: harm is what single quantities suffer, and of faults with 1.2 to 1.35 about as many are harmless as not. It leaves
+open whether a chip may train (`doubt.py`)."""
 EVEN_DRAWS = 1.5
 """Largest over smallest of the draws' distances that are even: where a rounding may tip a single distance over, the
 reference's own says little."""
 MEDIAN_BATCHES = 3
 """With fewer batches the median is as much at one batch's mercy as the worst is."""
 BESIDE_REFERENCE = "distance beside the reference's"
+OVERALL = "distance overall"
+"""The subject of what all groups say together."""
 IN_THE_MEDIAN = "effect in the median batch"
 """The measure that no single batch decides."""
 LOSS_MARGIN = 2.0
@@ -270,7 +273,7 @@ def _judge_overall(
     far: Mapping[Group, Mapping[str, float]], floors: Mapping[Group, Floor], smallest: Mapping[Group, float]
 ) -> list[ProbeResult]:
     """All groups in one number, where the reference's own distances say what a sound chip's are: a chip whose every
-    result is a little worse stays within the bound of each. For the reader; it decides nothing."""
+    result is a little worse stays within the bound of each. Told; what it leaves open, `doubt.py` says."""
     beside = [
         statistics.median(_beside(far[group], floor.reference, smallest[group]))
         for group, floor in floors.items()
@@ -286,7 +289,7 @@ def _judge_overall(
     return [
         ProbeResult(
             probe="lockstep",
-            subject="distance overall",
+            subject=OVERALL,
             outcome="told" if beyond else "passed",
             summary=f"what is served and learned is {value:.3g} times as far from float64 as the reference's, in all"
             + (": farther than that of any chip that is known to be sound" if beyond else ""),

@@ -14,6 +14,7 @@ sound. What is asked, and what none of the reference's own noise answers:
 5. is a way of serving, or the gradient over unlike batches, as far from float64, for its size, as the batches are? A
    fault past some length, or of ignored targets, is in no first pass, and in all that the reference draws. Where one
    stands out, it is held against draws of float64's results, too: a trained model may stand out by itself
+6. are gradients clipped as asked? An update hardly shows it (`clipping.py`)
 
 What the optimizer does is not in a first pass; there a call's own error is what is judged. So it is in float32, where a
 sound chip's sums round as often as its results: float64's results, rounded once, have less noise than any chip, and
@@ -35,6 +36,7 @@ from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.errors import InputError, Refusal
 from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.qualify.clipping import probe_clipping
 from beringia.qualify.effects import (
     DRAW_ALLOWED,
     EFFECT_ALLOWED,
@@ -133,6 +135,8 @@ def check_effects(
     if wrong is not None or layer is not None:
         harm += _first_pass_beside_others(reference, noise.exact, recording.trace)
     harm += _scenarios_beside_others(reference, noise, recording.trace)
+    clipping = probe_clipping(reference.chip, reference.subject, reference.dtype)
+    harm += [clipping] if clipping is not None and clipping.outcome == "failed" else []
     if harm:
         first = f"{_wrong_call(wrong)}, and " if wrong is not None else f"{layer.summary}, and " if layer else ""
         raise Refusal(f"{reference.name} is not sound: {first}{harm[0].summary}. {_ADVICE}.")

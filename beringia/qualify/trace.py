@@ -39,6 +39,7 @@ from beringia.qualify.subject import Around, Batch, Routes, Subject, nothing_aro
 WIDTH = 1024
 LEARNING_RATE = 1e-3
 CLIP = 1.0
+BETAS = (0.9, 0.98)
 
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
@@ -390,7 +391,7 @@ def make_optimizer(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         model.parameters(),
         lr=LEARNING_RATE,
-        betas=(0.9, 0.98),
+        betas=BETAS,
         weight_decay=0.01,
         fused=fused,
         foreach=None if fused else True,

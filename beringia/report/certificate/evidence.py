@@ -24,6 +24,7 @@ KINDS = (
     "lengths",
     "layers",
     "experts",
+    "clipping",
     "repeat",
     "lockstep",
     "collectives",

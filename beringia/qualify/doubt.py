@@ -1,0 +1,44 @@
+"""Whether more speaks against a chip than against any that is known to be sound, though nothing alone rules a use out.
+
+The bounds on what a model suffers are as wide as soundly different chips need, so a chip that is two or three times as
+far off as these may stay within each. Two things tell it: all that it serves and learns is farther from float64 than
+the reference is (`effects.OVERALL_ALLOWED`), or operators are wrong and what the model suffers is near its bound. Which
+of both it is, rounding or harm, is not known then: it may not train, and is not called unfit either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from beringia.qualify.effects import OVERALL
+from beringia.records.certificate import OperatorCheck, ProbeResult
+
+NEAR = 0.85
+"""Of a bound. Sound chips use up to 0.94 of one, and have no wrong operator; of chips with one, those that harm a model
+two- to fourfold used 0.88 to 1, and of 28 that do it no harm one used more than 0.82
+(`benchmarks/results/qualify-foreign-2026-11-30.json`)."""
+
+
+def doubt(checks: Sequence[OperatorCheck], effects: Sequence[ProbeResult]) -> list[ProbeResult]:
+    """What leaves open whether a chip may train; nothing where an effect has ruled a use out already."""
+    if any(effect.outcome == "failed" for effect in effects):
+        return []
+    overall = next((effect for effect in effects if effect.subject == OVERALL and effect.outcome == "told"), None)
+    if overall is not None:
+        return [_open(f"{overall.summary}: whether it may train is open")]
+    wrong = next((check for check in checks if check.used > 1.0), None)
+    near = max(effects, key=_used, default=None)
+    if wrong is None or near is None or _used(near) < NEAR:
+        return []
+    why = f"{wrong.name} is wrong ({wrong.used:.3g} times its bound), and {_used(near):.0%} of a bound is used by"
+    return [_open(f"{why} {near.subject}: too near to tell rounding from harm")]
+
+
+def _open(summary: str) -> ProbeResult:
+    return ProbeResult(
+        probe="lockstep", subject="all together", outcome="inconclusive", rules_out="train", summary=summary
+    )
+
+
+def _used(effect: ProbeResult) -> float:
+    return max((measure.used for measure in effect.measures), default=0.0)
