@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import SmallSubject, opened
 from torch import nn
 
 from beringia.chips.cpu import Cpu
 from beringia.chips.open import open_chip
+from beringia.errors import Refusal
 from beringia.qualify.clipping import DEPARTURE, departed_clipping, probe_clipping
+from beringia.qualify.qualification import qualify_here
+from beringia.qualify.reference import make_bundle
 from beringia.qualify.subject import DecoderSubject, ModuleSubject
+from beringia.qualify.trace import TraceExtent
 from beringia.records.certificate import ProbeResult
 
 SUBJECT = DecoderSubject("r2-nano", layers=1)
@@ -91,3 +97,33 @@ def test_a_model_without_weights_has_nothing_to_clip() -> None:
         "mine", nn.Identity, lambda number: {"x": torch.ones(1)}, lambda model, batch: batch["x"].sum(), lambda *_: None
     )
     assert probe_clipping(Cpu(), module, torch.float32) is None
+
+
+PLAN = TraceExtent(batches=3, steps=1)
+
+
+@pytest.fixture
+def no_clipping_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chip, and not the CPU, clips nothing."""
+
+    def clip(parameters: Any, most: float) -> torch.Tensor:
+        own = list(parameters)
+        return SOUND(own, most if own[0].device.type == "cpu" else float("inf"))
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip)
+
+
+@pytest.mark.usefixtures("no_clipping_there")
+def test_a_chip_that_leaves_out_clipping_may_serve_and_is_told_why_not_train() -> None:
+    with opened("emulated:h800") as chip:
+        certificate = qualify_here(chip, SmallSubject("llama"), PLAN)
+    assert "clipping" in [probe.probe for probe in certificate.probes if probe.outcome == "failed"]
+    assert certificate.verdict in ("infer", "inconclusive"), "with so few batches serving may be open"
+    assert any("clipped" in reason for reason in certificate.reasons)
+
+
+@pytest.mark.usefixtures("no_clipping_there")
+def test_nor_is_it_a_reference(tmp_path: Path) -> None:
+    with opened("emulated:h800") as chip, pytest.raises(Refusal, match="is not sound: .*clipped to"):
+        make_bundle(SmallSubject("llama"), chip, torch.bfloat16, tmp_path / "x.bundle", plan=PLAN, limit_bytes=0)
+    assert not (tmp_path / "x.bundle").exists()

@@ -779,6 +779,18 @@ def test_a_wrong_entry_of_a_list_is_found_in_whichever_part_it_is(fused: bool, m
             assert found.used > 1.0 and found.worst_element == last, (call.func, index)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_call_on_some_entries_of_its_lists_is_judged_by_these_alone(fused: bool) -> None:
+    for call in optimizer_calls(fused):
+        count = parts.num_entries(call)
+        for index in range(len(call.results)):
+            wrong = (*call.results[:index], call.results[index] + 1.0, *call.results[index + 1 :])
+            struck, entry = with_result(call, *wrong), index % count
+            spared = [place for place in range(count) if place != entry]
+            assert judged(parts.of_entries(struck, [entry])).used > 1.0, (call.func, index)
+            assert judged(parts.of_entries(struck, spared)).used <= 1.0, (call.func, index)
+
+
 @settings(max_examples=150)
 @given(products(), st.data())
 def test_an_element_of_a_product_beyond_its_bound_is_found_where_it_is(call: Call, data: st.DataObject) -> None:

@@ -120,3 +120,6 @@ def test_every_layer_is_watched_in_a_training_step_and_few_in_later_ones_and_in_
         check.module.split(".")[2] for check in checks if check.direction == "decode" and "layers" in check.module
     }
     assert served == set("012345678"), "in a step of decoding"
+    first, later = (len(check.shapes) for check in checks if check.operator == "aten._fused_adamw_.default")
+    of_a_layer = 5 * len([name for name, _ in SmallSubject("deep").build().model.layers[0].named_parameters()])
+    assert first - later == 3 * of_a_layer, "weights, gradients, two moments and step of the layers that are left out"

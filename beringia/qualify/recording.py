@@ -4,8 +4,8 @@ The same on the reference and on the candidate. Order matters: planted and real 
 so the training steps that are watched come first and are those of training.
 
 1. two training steps, and a pass over a batch with ignored targets, operator calls held against float64
-   (`operators/`): all in the first step, later those of a few layers (`left_out_later`); weights and moments must not
-   change between the steps
+   (`operators/`): all in the first step, later those of a few layers and their weights (`left_out_later`); weights and
+   moments must not change between the steps
 2. a step of decoding, likewise
 3. every way of serving, some calls of which are watched, and all of which are compared
 4. the rest of the trace (`trace.py`), not watched
@@ -29,6 +29,7 @@ from torch import nn
 from beringia.chips.chip import Chip
 from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown
+from beringia.qualify.operators.parts import num_entries, of_entries
 from beringia.qualify.operators.watch import Call, CallCounts, Place, Watch, tensors_in
 from beringia.qualify.refusals import REFUSALS
 from beringia.qualify.serving import Step
@@ -155,9 +156,16 @@ class Recorder:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, number: int, left_out: Sequence[str]
     ) -> bool:
         batch = self._batch(number)
-        return self._watched(
-            model, self._take, lambda watch: self._training_step(watch, model, optimizer, batch), left_out
-        )
+        names = [f"{name}." for name, _ in model.named_parameters()]
+        kept = [place for place, name in enumerate(names) if not name.startswith(tuple(f"{one}." for one in left_out))]
+
+        def take(call: Call) -> None:
+            if num_entries(call) == len(names) > len(kept):  # of all weights, as an optimizer's: it is in no layer
+                self._judge(of_entries(call, kept))  # not handed on: the first step's was
+            else:
+                self._take(call)
+
+        return self._watched(model, take, lambda watch: self._training_step(watch, model, optimizer, batch), left_out)
 
     def _training_step(self, watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
         with watch.direction("forward"):

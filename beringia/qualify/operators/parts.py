@@ -31,22 +31,36 @@ class Part:
 
 def in_parts(call: Call) -> Iterator[Part]:
     """The parts, which together are the call; a call without lists is its only part."""
-    lists = [value for value in (*call.args, *call.kwargs.values()) if _is_tensors(value)]
-    count = len(lists[0]) if lists else 0
-    if not call.func.overloadpacket.__name__.startswith(("_foreach_", "_fused_")) or len(call.results) % max(count, 1):
+    count = num_entries(call)
+    if not count:
         yield Part(call)
         return
-    entries = [entry for entry in lists if len(entry) == count]
-    for entry in _ranges([sum(_bytes(column[index]) for column in entries) for index in range(count)]):
-        part = replace(
-            call,
-            args=tuple(_entries(value, entry, count) for value in call.args),
-            kwargs={name: _entries(value, entry, count) for name, value in call.kwargs.items()},
-            results=tuple(
-                result for start in range(0, len(call.results), count) for result in call.results[start:][entry]
-            ),
-        )
-        yield from _in_rows(part)
+    lists = [value for value in (*call.args, *call.kwargs.values()) if _is_tensors(value) and len(value) == count]
+    for entries in _ranges([sum(_bytes(column[index]) for column in lists) for index in range(count)]):
+        yield from _in_rows(of_entries(call, entries))
+
+
+def num_entries(call: Call) -> int:
+    """Of each of its lists; 0 where it treats no entry alone."""
+    first = next((value for value in (*call.args, *call.kwargs.values()) if _is_tensors(value)), ())
+    alone = call.func.overloadpacket.__name__.startswith(("_foreach_", "_fused_"))
+    return len(first) if alone and first and len(call.results) % len(first) == 0 else 0
+
+
+def of_entries(call: Call, entries: Sequence[int]) -> Call:
+    """The call on these entries of its lists."""
+    count = num_entries(call)
+
+    def those_of(value: Any) -> Any:
+        # Also of a list with a number for each tensor.
+        return [value[index] for index in entries] if isinstance(value, list | tuple) and len(value) == count else value
+
+    return replace(
+        call,
+        args=tuple(map(those_of, call.args)),
+        kwargs={name: those_of(value) for name, value in call.kwargs.items()},
+        results=tuple(call.results[start + index] for start in range(0, len(call.results), count) for index in entries),
+    )
 
 
 def _in_rows(call: Call) -> Iterator[Part]:
@@ -74,20 +88,15 @@ def _in_rows(call: Call) -> Iterator[Part]:
         )
 
 
-def _ranges(sizes: Sequence[int]) -> Iterator[slice]:
+def _ranges(sizes: Sequence[int]) -> Iterator[range]:
     """Neighbours together as long as they fit."""
     start, filled = 0, 0
     for index, size in enumerate(sizes):
         if index > start and filled + size > PART_BYTES:
-            yield slice(start, index)
+            yield range(start, index)
             start, filled = index, 0
         filled += size
-    yield slice(start, len(sizes))
-
-
-def _entries(value: Any, part: slice, count: int) -> Any:
-    """Of a list with an entry for each tensor (also of numbers), the part; anything else whole."""
-    return value[part] if isinstance(value, list | tuple) and len(value) == count else value
+    yield range(start, len(sizes))
 
 
 def _is_tensors(value: Any) -> bool:
