@@ -48,6 +48,38 @@ def test_taps_change_no_bit_and_leave_no_hook() -> None:
     assert not watched._forward_hooks and not watched.first._forward_pre_hooks
 
 
+class Named(nn.Module):
+    """Modules that are called in ways of others: by keyword, without anything, with a tuple, for a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.by_name, self.both, self.tuple, self.nothing = (nn.Linear(6, 6) for _ in range(5))
+        self.by_name.forward = lambda *, x: x * self.by_name.bias
+        self.both.forward = lambda x, *, scale=None, other=None: x * self.both.bias * (1.0 if scale is None else scale)
+        self.tuple.forward = lambda pair: (pair[0] * self.tuple.bias, pair[1])
+        self.nothing.forward = lambda: self.nothing.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled, _ = self.tuple((self.both(x, scale=x), x))
+        return self.plain(x) + self.by_name(x=x) + scaled + self.nothing() + self.both(x, scale=None)
+
+
+def test_calls_that_cannot_be_made_again_by_position_are_passed_over_and_change_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Named().double(), torch.randn(3, 6, dtype=torch.float64)
+    expected = run(model, x, torch.ones_like(x))
+    with Taps(dict(model.named_children()), lambda tensor: tensor) as taps:
+        found = run(model, x, torch.ones_like(x))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1][0], expected[1][0])
+    assert {name: len(calls) for name, calls in taps.calls.items()} == {
+        "plain": 1,
+        "by_name": 0,
+        "both": 1,
+        "tuple": 0,
+        "nothing": 0,
+    }
+
+
 def test_a_replay_changes_no_gradient_of_the_module() -> None:
     layer = module()
     x = torch.randn(3, 6, dtype=torch.float64)

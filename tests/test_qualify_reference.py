@@ -22,15 +22,15 @@ from beringia.errors import InputError, Refusal
 from beringia.model import Decoder
 from beringia.qualify.bundle import read_bundle
 from beringia.qualify.candidate import beside_reference
-from beringia.qualify.effects import DRAW_ALLOWED, RoundingNoise
+from beringia.qualify.effects import DRAW_ALLOWED, RoundingNoise, judge_sketches
 from beringia.qualify.issue import issue
 from beringia.qualify.qualification import qualify_here
 from beringia.qualify.recording import Recorder
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.rounded_float64 import RoundedFloat64
-from beringia.qualify.sound_reference import USED_AT_MOST, capped
+from beringia.qualify.sound_reference import USED_AT_MOST, Reference, capped, keeping_its_bounds
 from beringia.qualify.subject import Batch, ModuleSubject
-from beringia.qualify.trace import Trace, TraceExtent, Tracer
+from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer
 from beringia.records.certificate import Certificate
 from beringia.records.signature import read_signed
 
@@ -217,6 +217,74 @@ def test_its_own_trace_counts_for_no_more_than_the_farthest_draw_allows(draws: l
     nothing = torch.zeros(0)
     noise = RoundingNoise(Trace({}, nothing, nothing), {cell: own}, tuple({cell: far} for far in draws), *[nothing] * 2)
     assert capped(noise).own[cell] == min(own, DRAW_ALLOWED * max(draws))
+
+
+NOTHING = torch.zeros(0)
+OF_ONE = ("update/model.norm.weight", "accumulated/model.norm.weight", "decode")
+OF_SIX = tuple(f"gradient/{batch}/weight" for batch in range(6))
+
+
+def trace(times: dict[str, float], seed: int) -> Trace:
+    """Errors of rounding, some of them so many times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    errors = {name: torch.randn(50, generator=generator, dtype=torch.float64) for name in (*OF_ONE, *OF_SIX)}
+    return Trace({name: 1e-3 * times.get(name, 1.0) * error for name, error in errors.items()}, NOTHING, NOTHING)
+
+
+EXACT = Trace({name: torch.zeros(50, dtype=torch.float64) for name in (*OF_ONE, *OF_SIX)}, NOTHING, NOTHING)
+DRAWN = [trace({}, seed) for seed in (1, 2, 3, 4)]
+
+
+def kept(own: Trace, dtype: torch.dtype) -> RoundingNoise:
+    reference = Reference(Cpu(), SUBJECT, dtype, ChosenRoutes((), ()))
+    return keeping_its_bounds(reference, RoundingNoise.of(EXACT, own, DRAWN), own)
+
+
+def failed(noise: RoundingNoise, found: Trace) -> list[str]:
+    return [one.subject for one in judge_sketches(noise, found) if one.outcome == "failed"]
+
+
+tips = st.dictionaries(st.sampled_from([*OF_ONE, OF_SIX[2]]), st.floats(1.0, 6.0), max_size=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@given(times=tips, seed=st.integers(10, 1000))
+def test_a_chip_with_the_references_very_bits_is_never_refused(
+    dtype: torch.dtype, times: dict[str, float], seed: int
+) -> None:
+    own = trace(times, seed)
+    try:
+        noise = kept(own, dtype)
+    except Refusal as refusal:
+        assert max(times.values()) > 2.0 and "is not sound: " in str(refusal), "or there is no such reference"
+    else:
+        assert failed(noise, own) == []
+
+
+@pytest.mark.parametrize("name", [*OF_ONE, OF_SIX[2]])
+def test_where_the_reference_tipped_over_no_more_is_allowed_than_its_own_distance_and_elsewhere_nothing_more(
+    name: str,
+) -> None:
+    noise = kept(trace({name: 3.4}, 9), torch.float32)
+    assert {cell[0] for cell in noise.tipped} == {name.partition("/")[0]}
+    assert failed(noise, trace({name: 3.4}, 9)) == [] and len(failed(noise, trace({name: 3.4 * 1.3}, 9))) == 1
+    others = {other: 3.4 for other in (*OF_ONE, OF_SIX[2]) if other != name}
+    assert len(failed(noise, trace(others, 9))) == 3
+
+
+def test_beyond_its_limit_it_is_no_reference() -> None:
+    with pytest.raises(Refusal, match="the update after training steps of model.norm differs from float64"):
+        kept(trace({OF_ONE[0]: 6.0}, 9), torch.bfloat16)
+
+
+def test_a_bundle_knows_where_its_reference_tipped_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = {("update", "model.norm", ""): 0.25}
+    monkeypatch.setattr(
+        "beringia.qualify.reference.keeping_its_bounds",
+        lambda reference, noise, trace: replace(capped(noise), tipped=cells),
+    )
+    record(Cpu(), tmp_path / "x.bundle")
+    assert read_bundle(tmp_path / "x.bundle").noise.tipped == cells
 
 
 def test_a_reference_that_is_off_in_its_own_trace_alone_is_refused(

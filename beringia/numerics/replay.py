@@ -40,7 +40,9 @@ class Call:
 class Taps:
     """Hooks on modules for as long as the context lasts.
 
-    `keep` says what of each tensor is kept (one sample of the batch, or all of it).
+    `keep` says what of each tensor is kept (one sample of the batch, or all of it). Calls that cannot be made again
+    from their positional arguments are not noted: those whose first is no tensor, or that have others by keyword, or
+    whose output is no single tensor.
 
     >>> with Taps({"": layer, "mlp": layer.mlp}, keep=lambda tensor: tensor[:1]) as taps:
     ...     layer(x_BTD, rope).backward(gradient_BTD)
@@ -56,7 +58,7 @@ class Taps:
     def __enter__(self) -> Taps:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(_own_input))
-            self._handles.append(module.register_forward_hook(self._watch(name)))
+            self._handles.append(module.register_forward_hook(self._watch(name), with_kwargs=True))
         return self
 
     def __exit__(
@@ -70,9 +72,11 @@ class Taps:
             handle.remove()
         self._handles.clear()
 
-    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
-        def note(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            first = inputs[0]
+    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            first = inputs[0] if inputs else None
+            if not isinstance(first, torch.Tensor) or not isinstance(output, torch.Tensor) or _any_given(named):
+                return
             call = Call((self._kept(first), *inputs[1:]), self._kept(output))
             self.calls[name].append(call)
 
@@ -83,7 +87,7 @@ class Taps:
                 call.output_gradient = self._kept(gradient)
 
             if first.requires_grad:
-                first.register_hook(note_input)
+                first.register_hook(note_input)  # type: ignore[no-untyped-call]  # untyped in torch
             if output.requires_grad:
                 output.register_hook(note_output)  # type: ignore[no-untyped-call]  # untyped in torch
 
@@ -95,8 +99,15 @@ class Taps:
 
 def _own_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     # An alias used by this module alone: its gradient is this module's share, where others read the same tensor too.
-    first = inputs[0]
-    return (first.view_as(first), *inputs[1:]) if first.is_floating_point() else inputs
+    first = inputs[0] if inputs else None
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        return inputs
+    return (first.view_as(first), *inputs[1:])
+
+
+def _any_given(named: Mapping[str, Any]) -> bool:
+    """Whether an argument was given by keyword."""
+    return any(value is not None for value in named.values())
 
 
 def run(

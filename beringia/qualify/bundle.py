@@ -176,8 +176,16 @@ def read_bundle(path: Path, expected_hash: str | None = None) -> Bundle:
     sketches = {name.removeprefix("sketch."): tensor for name, tensor in tensors.items() if name.startswith("sketch.")}
     exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
     numbers = dict(zip(draws[0], tensors["numbers"].tolist(), strict=True))
+    tipped = tensors.get("tipped", torch.zeros(0))  # bundles of before it have none
     noise = RoundingNoise(
-        exact, draws[0], tuple(draws[1:]), tensors["losses_PK"], tensors["losses_PN"], numbers, _rounds_once(manifest)
+        exact,
+        draws[0],
+        tuple(draws[1:]),
+        tensors["losses_PK"],
+        tensors["losses_PN"],
+        numbers,
+        _rounds_once(manifest),
+        {cell: far for cell, far in zip(draws[0], tipped.tolist(), strict=False) if far},
     )
     calls = [_call(entry, tensors) for entry in manifest.calls]
     return Bundle(
@@ -300,6 +308,7 @@ def _noise_tensors(noise: RoundingNoise) -> dict[str, torch.Tensor]:
         "losses_N": noise.exact.losses_N,
         "losses_PK": noise.losses_PK,
         "losses_PN": noise.losses_PN,
+        "tipped": torch.tensor([noise.tipped.get(cell, 0.0) for cell in noise.own], dtype=torch.float64),
         "numbers": torch.tensor([noise.numbers.get(cell, math.inf) for cell in noise.own], dtype=torch.float64),
     }
 

@@ -87,7 +87,7 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
         if nothing_named and result.outcome == "failed":
             nothing_named = False
             yield Departed(departure=departed_choice(result))
-    yield from _clipping(chip, subject, dtype, nothing_named)
+    yield from _clipping(chip, subject, bundle, nothing_named)
     yield Begun(probe="replay")
     yield from _replay(chip, bundle)
     yield Begun(probe="lengths")
@@ -215,9 +215,9 @@ def _departure(
     yield Departed(departure=found)
 
 
-def _clipping(chip: Chip, subject: Subject, dtype: torch.dtype, nothing_named: bool) -> Iterator[Fact]:
+def _clipping(chip: Chip, subject: Subject, bundle: Bundle, nothing_named: bool) -> Iterator[Fact]:
     yield Begun(probe="clipping")
-    result = probe_clipping(chip, subject, dtype)
+    result = probe_clipping(chip, subject, getattr(torch, bundle.manifest.compute_dtype), bundle.noise)
     if result is not None:
         yield Probed(result=result)
         if nothing_named and result.outcome == "failed":

@@ -2,12 +2,13 @@
 
 In a trace clipping hardly shows. AdamW divides by the size of the gradients it has seen, so a factor that all steps
 share cancels, and one batch's norm may be below the limit. Here the weights stand in the place of their gradients, and
-the limit is a quarter of their norm.
+the limit is a hundredth of their norm.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 
 import torch
@@ -15,22 +16,25 @@ from torch import nn
 
 from beringia.chips.chip import Chip
 from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.qualify.effects import EFFECT_ALLOWED, RoundingNoise, sizes
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import BETAS
 from beringia.records.certificate import Departure, Measure, ProbeResult
 
 DEPARTURE = "clipping before the update"
-_SHARE = 0.25
+_SHARE = 0.01
 """Of the norm: the limit."""
 _EPSILON = 1e-6
 """That torch adds to the norm before it divides (`torch.nn.utils.clip_grads_with_norm_`)."""
 
 
-def probe_clipping(chip: Chip, subject: Subject, dtype: torch.dtype) -> ProbeResult | None:
-    """The norm that the chip finds, and its clipped gradients, beside float64's; None for a model without weights."""
+def probe_clipping(chip: Chip, subject: Subject, dtype: torch.dtype, noise: RoundingNoise) -> ProbeResult | None:
+    """The norm that the chip finds, and its clipped gradients, beside float64's; None for a model without weights, or
+    of whose updates the noise says nothing."""
     parameters = list(subject.place(subject.build(), chip.device, dtype).parameters())
     norm = _norm(_on_cpu(parameter) for parameter in parameters)
-    if norm == 0.0:
+    updates = relative_updates(noise)
+    if norm == 0.0 or not updates:
         return None
     limit = _SHARE * norm
     for parameter in parameters:
@@ -38,7 +42,7 @@ def probe_clipping(chip: Chip, subject: Subject, dtype: torch.dtype) -> ProbeRes
     told = float(nn.utils.clip_grad_norm_(parameters, limit))
     factor = limit / (norm + _EPSILON)
     off = _norm(_on_cpu(parameter.grad) - factor * _on_cpu(parameter) for parameter in parameters) / limit
-    bound = allowed(dtype, sum(parameter.numel() for parameter in parameters))
+    bound = allowed(statistics.median(updates), sum(parameter.numel() for parameter in parameters))
     measures = (_measure("norm", abs(told / norm - 1.0), bound), _measure("clipped gradients", off, bound))
     failed = any(measure.used > 1.0 for measure in measures)
     return ProbeResult(
@@ -52,11 +56,18 @@ def probe_clipping(chip: Chip, subject: Subject, dtype: torch.dtype) -> ProbeRes
     )
 
 
-def allowed(dtype: torch.dtype, num_weights: int) -> float:
-    """Relative error of a clipped gradient that does no harm. A factor on one step's gradients moves AdamW's update by
-    1 - beta1 of it, and one roundoff of `dtype` there is what rounding does anyhow; beside it the norm's own error,
-    rounding added up at random over all squares in float32."""
-    return UNIT_ROUNDOFF[dtype] / (1.0 - BETAS[0]) + UNIT_ROUNDOFF[torch.float32] * math.sqrt(num_weights)
+def allowed(update: float, num_weights: int) -> float:
+    """Relative error of a clipped gradient that does no harm, where rounding brings an update so far from float64's,
+    relative to its size. A factor on one step's gradients moves AdamW's update by 1 - beta1 of it, which may be as much
+    as any effect may; beside it the norm's own error, rounding added up at random over all squares in float32."""
+    return EFFECT_ALLOWED * update / (1.0 - BETAS[0]) + UNIT_ROUNDOFF[torch.float32] * math.sqrt(num_weights)
+
+
+def relative_updates(noise: RoundingNoise) -> list[float]:
+    """How far rounding brings each layer's update from float64's, over its size."""
+    size = sizes(noise.exact)
+    floors = {(*group, ""): floor.overall for group, floor in noise.floors().items() if group[0] == "update"}
+    return [floor / size[cell] for cell, floor in floors.items() if size[cell]]
 
 
 def departed_clipping(result: ProbeResult) -> Departure:
@@ -66,7 +77,7 @@ def departed_clipping(result: ProbeResult) -> Departure:
 
 
 def _measure(name: str, error: float, bound: float) -> Measure:
-    reason = "what moves an update by no more than one rounding, and adding up as many squares as there are weights"
+    reason = f"what moves an update by {EFFECT_ALLOWED:g} noise floors, and adding up as many squares as weights"
     return Measure(name=name, value=error if math.isfinite(error) else None, bound=bound, reason=reason)
 
 

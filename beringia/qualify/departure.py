@@ -21,6 +21,7 @@ from beringia.model.layers import precise
 from beringia.numerics.metrics import rounding_floor
 from beringia.numerics.replay import Call, Taps, run
 from beringia.qualify.effects import EFFECT_ALLOWED, minus
+from beringia.qualify.operators.watch import changed
 from beringia.qualify.subject import Routes, Subject, on_device
 from beringia.qualify.trace import RoundingDraw, moved_by_rounding
 from beringia.records.certificate import Departure
@@ -117,9 +118,7 @@ def _results(subject: Subject, model: nn.Module, name: str, call: Call, routes: 
 
 def _there(value: object, device: torch.device, dtype: torch.dtype) -> object:
     """A further input: numbers are the router's weights, which are never narrower than float32."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().to(device, precise(dtype) if value.is_floating_point() else value.dtype)
+    return changed(value, lambda one: one.detach().to(device, precise(dtype) if one.is_floating_point() else one.dtype))
 
 
 def _used(found: torch.Tensor, exact: torch.Tensor, draws: list[torch.Tensor], dtype: torch.dtype) -> float:

@@ -92,6 +92,9 @@ class RoundingNoise:
     said: of very many."""
     rounds_once: bool = False
     """Whether the rounding of results is nearly all of a sound chip's error: in 16-bit dtypes."""
+    tipped: Mapping[Cell, float] = field(default_factory=dict)
+    """Distances of the reference chip's trace in groups where it alone is farther than its draws allow a chip: there it
+    counts as one of them (`sound_reference.keeping_its_bounds`)."""
 
     @staticmethod
     def of(exact: Trace, reference: Trace, draws: Iterable[Trace]) -> RoundingNoise:
@@ -116,10 +119,14 @@ class RoundingNoise:
     def floors(self) -> dict[Group, Floor]:
         """Of every group."""
         drawn = [_by_group(one) for one in self.drawn]
-        numbers = _by_group(self.numbers)
+        numbers, tipped = _by_group(self.numbers), _by_group(self.tipped)
         return {
             group: _floor(
-                own, [one[group] for one in drawn], min(numbers[group].values(), default=math.inf), self.rounds_once
+                own,
+                [one[group] for one in drawn],
+                min(numbers[group].values(), default=math.inf),
+                self.rounds_once,
+                max(tipped[group].values(), default=0.0),
             )
             for group, own in _by_group(self.own).items()
         }
@@ -132,7 +139,7 @@ class Floor:
     overall: float
     """Root mean square over draws and batches, and not less than the reference's own."""
     farthest: float
-    """Of all draws, in any batch."""
+    """Of all draws, in any batch, and of the reference where it tipped over."""
     by_batch: Mapping[str, float]
     """Root mean square over draws, and not less than the reference's own."""
     numbers: float
@@ -180,13 +187,15 @@ def power_of(batches: int) -> float:
     return float(numpy.maximum(inside, 0.0).mean())
 
 
-def _floor(own: Mapping[str, float], drawn: Sequence[Mapping[str, float]], numbers: float, rounds_once: bool) -> Floor:
-    """From the reference's own distances by batch and the draws'."""
+def _floor(
+    own: Mapping[str, float], drawn: Sequence[Mapping[str, float]], numbers: float, rounds_once: bool, tipped: float
+) -> Floor:
+    """From the reference's own distances by batch and the draws'; `tipped`: how far it was where it tipped over."""
     of_draws = [far for one in drawn for far in one.values()]
-    tells = len(own) >= MEDIAN_BATCHES or max(of_draws) <= EVEN_DRAWS * min(of_draws)
+    tells = not tipped and (len(own) >= MEDIAN_BATCHES or max(of_draws) <= EVEN_DRAWS * min(of_draws))
     return Floor(
         max(_rms(of_draws), _rms(list(own.values()))),
-        max(of_draws),
+        max(tipped, *of_draws),
         {batch: max(_rms([one[batch] for one in drawn]), far) for batch, far in own.items()},
         numbers,
         own if rounds_once and tells else None,

@@ -17,10 +17,10 @@ from beringia.qualify.serving import scenarios
 from beringia.qualify.sound_reference import (
     USED_AT_MOST,
     Reference,
-    capped,
     check_effects,
     check_has_numbers,
     check_operators,
+    keeping_its_bounds,
 )
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import Trace, TraceExtent, Tracer, moved_by_rounding
@@ -68,6 +68,7 @@ def make_bundle(
     say("whether the reference is sound")
     traffic = {name: Traffic(x.to(dtype), gradient.to(dtype)) for name, (x, gradient) in tracer.traffic(routes).items()}
     check_effects(reference, recording, noise, traffic)
+    bounded = keeping_its_bounds(reference, noise, recording.trace)
     errors = {
         error_key(check.module, check.operator, check.direction, check.ordinal): (
             check.error,
@@ -99,7 +100,7 @@ def make_bundle(
             "errors": errors,
             "calls_left_out": capture.left_out,
         },
-        capped(noise),
+        bounded,
         routes,
         traffic,
         capture.calls,

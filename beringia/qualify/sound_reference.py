@@ -73,6 +73,10 @@ STANDS_OUT = 3.0
 """Times the relative distance from float64 of the farthest batch, from which on draws that are not the reference's are
 made of what is served and of unlike batches. On sound chips these are at most 2.2 times as far off (`docs/qualify.md`);
 to be farther off refuses nobody by itself."""
+TIPPED_AT_MOST = 2.0
+"""Times what its draws allow a chip, in groups where the reference's own trace tipped over and nothing else is wrong
+with it. In float16, where a second moment that rounds to zero makes a step of any size, a sound CPU had 1.3 in one
+group of one model; from twice a sound chip's error on it may be harm."""
 _ADVICE = (
     "No bundle was written: record on a chip or a machine that is sound, and give `beringia qualify` this one to learn "
     "what else is wrong with it"
@@ -135,7 +139,7 @@ def check_effects(
     if wrong is not None or layer is not None:
         harm += _first_pass_beside_others(reference, noise.exact, recording.trace)
     harm += _scenarios_beside_others(reference, noise, recording.trace)
-    clipping = probe_clipping(reference.chip, reference.subject, reference.dtype)
+    clipping = probe_clipping(reference.chip, reference.subject, reference.dtype, noise)
     harm += [clipping] if clipping is not None and clipping.outcome == "failed" else []
     if harm:
         first = f"{_wrong_call(wrong)}, and " if wrong is not None else f"{layer.summary}, and " if layer else ""
@@ -165,6 +169,19 @@ def capped(noise: RoundingNoise) -> RoundingNoise:
             farthest[kind, name] = max(far, farthest.get((kind, name), 0.0))
     own = {cell: min(far, DRAW_ALLOWED * farthest[cell[:2]]) for cell, far in noise.own.items()}
     return replace(noise, own=own)
+
+
+def keeping_its_bounds(reference: Reference, noise: RoundingNoise, trace: Trace) -> RoundingNoise:
+    """The noise that a bundle has, with bounds that the reference's own trace keeps: a chip with its very bits must not
+    be refused. Where the trace is farther than its draws allow a chip, in a single batch or update, it counts as one
+    draw more; raises Refusal beyond `TIPPED_AT_MOST`."""
+    bounded = replace(capped(noise), rounds_once=_rounds_once(reference.dtype))
+    judged = zip(bounded.floors(), judge_sketches(bounded, trace), strict=False)  # all groups together come last
+    tipped = {group: one for group, one in judged if one.outcome == "failed"}
+    far = next((one for one in tipped.values() if max(part.used for part in one.measures) > TIPPED_AT_MOST), None)
+    if far is not None:
+        raise Refusal(f"{reference.name} is not sound: {far.summary}. {_ADVICE}.")
+    return replace(bounded, tipped={cell: own for cell, own in noise.own.items() if cell[:2] in tipped})
 
 
 def _is_grave(check: OperatorCheck, dtype: torch.dtype) -> bool:

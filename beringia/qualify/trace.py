@@ -205,7 +205,7 @@ class Tracer:
         model = self._exact_model()
         with Taps(self._subject.layers_of(model), lambda tensor: tensor) as taps:
             self._backward(model, self._batches[0], routes.batches[0])
-        calls = {name: seen[0] for name, seen in taps.calls.items()}
+        calls = {name: seen[0] for name, seen in taps.calls.items() if seen}
         return {
             name: (call.inputs[0], call.output_gradient)
             for name, call in calls.items()
