@@ -22,7 +22,7 @@ from beringia.errors import InputError, Refusal
 from beringia.model import Decoder
 from beringia.qualify.bundle import read_bundle
 from beringia.qualify.candidate import beside_reference
-from beringia.qualify.effects import DRAW_ALLOWED, RoundingNoise, judge_sketches
+from beringia.qualify.effects import DRAW_ALLOWED, RoundingNoise, judge_trace
 from beringia.qualify.issue import issue
 from beringia.qualify.qualification import qualify_here
 from beringia.qualify.recording import Recorder
@@ -224,14 +224,23 @@ OF_ONE = ("update/model.norm.weight", "accumulated/model.norm.weight", "decode")
 OF_SIX = tuple(f"gradient/{batch}/weight" for batch in range(6))
 
 
+LOSS, LOSSES = "the batches' losses", "the training steps' losses"
+
+
 def trace(times: dict[str, float], seed: int) -> Trace:
     """Errors of rounding, some of them so many times as large."""
     generator = torch.Generator().manual_seed(seed)
-    errors = {name: torch.randn(50, generator=generator, dtype=torch.float64) for name in (*OF_ONE, *OF_SIX)}
-    return Trace({name: 1e-3 * times.get(name, 1.0) * error for name, error in errors.items()}, NOTHING, NOTHING)
+
+    def errors(name: str, count: int) -> torch.Tensor:
+        return 1e-3 * times.get(name, 1.0) * torch.randn(count, generator=generator, dtype=torch.float64)
+
+    sketches = {name: errors(name, 50) for name in (*OF_ONE, *OF_SIX)}
+    # Of one sign where they are off: the mean is what counts.
+    loss = errors(LOSS, 6) if LOSS not in times else 1e-3 * times[LOSS] * torch.ones(6, dtype=torch.float64)
+    return Trace(sketches, 1.0 + loss, 1.0 + errors(LOSSES, 6))
 
 
-EXACT = Trace({name: torch.zeros(50, dtype=torch.float64) for name in (*OF_ONE, *OF_SIX)}, NOTHING, NOTHING)
+EXACT = trace(dict.fromkeys((*OF_ONE, *OF_SIX, LOSS, LOSSES), 0.0), 0)
 DRAWN = [trace({}, seed) for seed in (1, 2, 3, 4)]
 
 
@@ -241,10 +250,10 @@ def kept(own: Trace, dtype: torch.dtype) -> RoundingNoise:
 
 
 def failed(noise: RoundingNoise, found: Trace) -> list[str]:
-    return [one.subject for one in judge_sketches(noise, found) if one.outcome == "failed"]
+    return [one.subject for one in judge_trace(noise, found) if one.outcome == "failed"]
 
 
-tips = st.dictionaries(st.sampled_from([*OF_ONE, OF_SIX[2]]), st.floats(1.0, 6.0), max_size=3)
+tips = st.dictionaries(st.sampled_from([*OF_ONE, OF_SIX[2], LOSS, LOSSES]), st.floats(1.0, 8.0), max_size=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -272,6 +281,13 @@ def test_where_the_reference_tipped_over_no_more_is_allowed_than_its_own_distanc
     assert len(failed(noise, trace(others, 9))) == 3
 
 
+@pytest.mark.parametrize(("name", "times", "subject"), [(LOSS, 3.0, "loss"), (LOSSES, 2.4, "losses of training")])
+def test_so_it_is_with_losses(name: str, times: float, subject: str) -> None:
+    own, farther = trace({name: times}, 9), trace({name: times * 1.3}, 9)
+    assert subject in failed(replace(kept(own, torch.float32), tipped_loss=0.0, tipped_training=0.0), own)
+    assert failed(kept(own, torch.float32), own) == [] and failed(kept(own, torch.float32), farther) == [subject]
+
+
 def test_beyond_its_limit_it_is_no_reference() -> None:
     with pytest.raises(Refusal, match="the update after training steps of model.norm differs from float64"):
         kept(trace({OF_ONE[0]: 6.0}, 9), torch.bfloat16)
@@ -281,10 +297,11 @@ def test_a_bundle_knows_where_its_reference_tipped_over(tmp_path: Path, monkeypa
     cells = {("update", "model.norm", ""): 0.25}
     monkeypatch.setattr(
         "beringia.qualify.reference.keeping_its_bounds",
-        lambda reference, noise, trace: replace(capped(noise), tipped=cells),
+        lambda reference, noise, trace: replace(capped(noise), tipped=cells, tipped_loss=0.5, tipped_training=4.0),
     )
     record(Cpu(), tmp_path / "x.bundle")
-    assert read_bundle(tmp_path / "x.bundle").noise.tipped == cells
+    noise = read_bundle(tmp_path / "x.bundle").noise
+    assert (noise.tipped, noise.tipped_loss, noise.tipped_training) == (cells, 0.5, 4.0)
 
 
 def test_a_reference_that_is_off_in_its_own_trace_alone_is_refused(

@@ -176,7 +176,8 @@ def read_bundle(path: Path, expected_hash: str | None = None) -> Bundle:
     sketches = {name.removeprefix("sketch."): tensor for name, tensor in tensors.items() if name.startswith("sketch.")}
     exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
     numbers = dict(zip(draws[0], tensors["numbers"].tolist(), strict=True))
-    tipped = tensors.get("tipped", torch.zeros(0))  # bundles of before it have none
+    # Bundles of before these have none.
+    tipped, losses = tensors.get("tipped", torch.zeros(0)), tensors.get("tipped_losses", torch.zeros(2)).tolist()
     noise = RoundingNoise(
         exact,
         draws[0],
@@ -186,6 +187,7 @@ def read_bundle(path: Path, expected_hash: str | None = None) -> Bundle:
         numbers,
         _rounds_once(manifest),
         {cell: far for cell, far in zip(draws[0], tipped.tolist(), strict=False) if far},
+        *losses,
     )
     calls = [_call(entry, tensors) for entry in manifest.calls]
     return Bundle(
@@ -308,6 +310,7 @@ def _noise_tensors(noise: RoundingNoise) -> dict[str, torch.Tensor]:
         "losses_N": noise.exact.losses_N,
         "losses_PK": noise.losses_PK,
         "losses_PN": noise.losses_PN,
+        "tipped_losses": torch.tensor([noise.tipped_loss, noise.tipped_training], dtype=torch.float64),
         "tipped": torch.tensor([noise.tipped.get(cell, 0.0) for cell in noise.own], dtype=torch.float64),
         "numbers": torch.tensor([noise.numbers.get(cell, math.inf) for cell in noise.own], dtype=torch.float64),
     }

@@ -95,6 +95,10 @@ class RoundingNoise:
     tipped: Mapping[Cell, float] = field(default_factory=dict)
     """Distances of the reference chip's trace in groups where it alone is farther than its draws allow a chip: there it
     counts as one of them (`sound_reference.keeping_its_bounds`)."""
+    tipped_loss: float = 0.0
+    """As `tipped`, of the batches' losses: the farther end of their mean difference's interval, in nats."""
+    tipped_training: float = 0.0
+    """As `tipped`, of the training steps' losses: their effect, in noise floors."""
 
     @staticmethod
     def of(exact: Trace, reference: Trace, draws: Iterable[Trace]) -> RoundingNoise:
@@ -326,6 +330,7 @@ def _judge_losses(noise: RoundingNoise, found: Trace, use: Use) -> ProbeResult:
     differences = minus(found.losses_K, noise.exact.losses_K).tolist()
     spread = _rms(noise.losses_PK.flatten().tolist())
     margin = LOSS_MARGIN * max(spread, _rounding(_mean_size(noise.exact.losses_K)))
+    margin = max(margin, DRAW_ALLOWED * noise.tipped_loss)
     low, high = _interval(differences)
     outside = low > margin or high < -margin or not all(map(math.isfinite, differences))
     inside = -margin < low and high < margin
@@ -355,7 +360,8 @@ def _judge_training(noise: RoundingNoise, found: Trace) -> ProbeResult:
     floor_N = noise.losses_PN.square().mean(0).sqrt()
     floor_N = floor_N.clamp_min(_rounding(_mean_size(noise.exact.losses_N)))
     effect = float((minus(found.losses_N, noise.exact.losses_N) / floor_N).square().mean().sqrt())
-    failed = not effect <= 2 * EFFECT_ALLOWED
+    bound = max(2 * EFFECT_ALLOWED, DRAW_ALLOWED * noise.tipped_training)
+    failed = not effect <= bound
     return ProbeResult(
         probe="lockstep",
         subject="losses of training",
@@ -366,9 +372,10 @@ def _judge_training(noise: RoundingNoise, found: Trace) -> ProbeResult:
             Measure(
                 name="effect",
                 value=effect if math.isfinite(effect) else None,
-                bound=2 * EFFECT_ALLOWED,
+                bound=bound,
                 unit="noise floors",
-                reason="a handful of numbers that depend on each other: twice the bound of a gradient",
+                reason="a handful of numbers that depend on each other: twice the bound of a gradient; no less is "
+                "allowed than to the reference",
             ),
         ),
     )

@@ -173,15 +173,29 @@ def capped(noise: RoundingNoise) -> RoundingNoise:
 
 def keeping_its_bounds(reference: Reference, noise: RoundingNoise, trace: Trace) -> RoundingNoise:
     """The noise that a bundle has, with bounds that the reference's own trace keeps: a chip with its very bits must not
-    be refused. Where the trace is farther than its draws allow a chip, in a single batch or update, it counts as one
-    draw more; raises Refusal beyond `TIPPED_AT_MOST`."""
+    be refused. Where the trace is farther than its draws allow a chip, in a single batch, an update or the losses, it
+    counts as one draw more; raises Refusal beyond `TIPPED_AT_MOST`."""
     bounded = replace(capped(noise), rounds_once=_rounds_once(reference.dtype))
-    judged = zip(bounded.floors(), judge_sketches(bounded, trace), strict=False)  # all groups together come last
-    tipped = {group: one for group, one in judged if one.outcome == "failed"}
-    far = next((one for one in tipped.values() if max(part.used for part in one.measures) > TIPPED_AT_MOST), None)
+    *of_groups, loss, training = judge_trace(bounded, trace)
+    groups = zip(bounded.floors(), of_groups, strict=False)  # all groups together come last
+    tipped = {group: one for group, one in groups if one.outcome == "failed"}
+    beyond = [*tipped.values(), *(one for one in (loss, training) if one.outcome == "failed")]
+    far = next((one for one in beyond if max(part.used for part in one.measures) > TIPPED_AT_MOST), None)
     if far is not None:
         raise Refusal(f"{reference.name} is not sound: {far.summary}. {_ADVICE}.")
-    return replace(bounded, tipped={cell: own for cell, own in noise.own.items() if cell[:2] in tipped})
+    return replace(
+        bounded,
+        tipped={cell: own for cell, own in noise.own.items() if cell[:2] in tipped},
+        tipped_loss=_value(loss) if loss in beyond else 0.0,
+        tipped_training=_value(training) if training in beyond else 0.0,
+    )
+
+
+def _value(result: ProbeResult) -> float:
+    """Of its only measure."""
+    (measure,) = result.measures
+    assert measure.value is not None, "it is within its limit"
+    return measure.value
 
 
 def _is_grave(check: OperatorCheck, dtype: torch.dtype) -> bool:
