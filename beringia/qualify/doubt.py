@@ -15,7 +15,7 @@ from beringia.records.certificate import OperatorCheck, ProbeResult
 
 NEAR = 0.85
 """Of a bound. Sound chips use up to 0.94 of one, and have no wrong operator; of chips with one, those that harm a model
-two- to fourfold used 0.88 to 1, and of 28 that do it no harm one used more than 0.82
+two- to fourfold use 0.69 to 1, mostly 0.88 and more, and those that do it no harm seldom more than 0.83
 (`benchmarks/results/qualify-foreign-2026-11-30.json`)."""
 
 
