@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import SmallSubject, opened
 from torch import nn
+from wrong_kernels import emulated_with
 
 from beringia.chips.cpu import Cpu
 from beringia.chips.open import open_chip
@@ -140,6 +141,29 @@ def test_a_chip_that_leaves_out_clipping_may_serve_and_is_told_why_not_train() -
     assert "clipping" in [probe.probe for probe in certificate.probes if probe.outcome == "failed"]
     assert certificate.verdict in ("infer", "inconclusive"), "with so few batches serving may be open"
     assert any("clipped" in reason for reason in certificate.reasons)
+
+
+def test_a_chip_without_the_operator_of_the_norm_may_not_train_and_is_told_which() -> None:
+    def missing(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("no norm of lists here")
+
+    norms = (torch.ops.aten._foreach_norm.Scalar, torch.ops.aten.linalg_vector_norm.default)
+    with emulated_with(dict.fromkeys(norms, missing)) as chip:
+        certificate = qualify_here(chip, SmallSubject("llama"), PLAN)
+    assert certificate.verdict in ("infer", "inconclusive")
+    assert any("does not have it (no norm of lists here)" in reason for reason in certificate.reasons)
+
+
+def test_weights_that_are_not_trained_are_not_clipped() -> None:
+    def make() -> nn.Module:
+        model = nn.Linear(8, 8)
+        model.frozen = nn.Parameter(torch.full((100,), 1e6), requires_grad=False)
+        model.codes = nn.Parameter(torch.ones(5, dtype=torch.int8), requires_grad=False)
+        return model
+
+    module = ModuleSubject("mine", make, lambda number: {}, lambda model, batch: model.bias.sum(), lambda *_: None)
+    result = probe_clipping(Cpu(), module, torch.float32, NOISE[torch.float32])
+    assert result is not None and result.outcome == "passed" and "of norm 1e+" not in result.summary
 
 
 @pytest.mark.usefixtures("no_clipping_there")

@@ -31,7 +31,8 @@ _EPSILON = 1e-6
 def probe_clipping(chip: Chip, subject: Subject, dtype: torch.dtype, noise: RoundingNoise) -> ProbeResult | None:
     """The norm that the chip finds, and its clipped gradients, beside float64's; None for a model without weights, or
     of whose updates the noise says nothing."""
-    parameters = list(subject.place(subject.build(), chip.device, dtype).parameters())
+    model = subject.place(subject.build(), chip.device, dtype)
+    parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
     norm = _norm(_on_cpu(parameter) for parameter in parameters)
     updates = relative_updates(noise)
     if norm == 0.0 or not updates:
