@@ -20,12 +20,11 @@ from beringia.qualify.effects import EFFECT_ALLOWED, RoundingNoise, sizes
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import BETAS
 from beringia.records.certificate import Departure, Measure, ProbeResult
+from beringia.train.clipping import EPSILON
 
 DEPARTURE = "clipping before the update"
 _SHARE = 0.01
 """Of the norm: the limit."""
-_EPSILON = 1e-6
-"""That torch adds to the norm before it divides (`torch.nn.utils.clip_grads_with_norm_`)."""
 
 
 def probe_clipping(chip: Chip, subject: Subject, dtype: torch.dtype, noise: RoundingNoise) -> ProbeResult | None:
@@ -41,7 +40,7 @@ def probe_clipping(chip: Chip, subject: Subject, dtype: torch.dtype, noise: Roun
     for parameter in parameters:
         parameter.grad = parameter.detach().clone()
     told = float(nn.utils.clip_grad_norm_(parameters, limit))
-    factor = limit / (norm + _EPSILON)
+    factor = limit / (norm + EPSILON)
     off = _norm(_on_cpu(parameter.grad) - factor * _on_cpu(parameter) for parameter in parameters) / limit
     bound = allowed(statistics.median(updates), sum(parameter.numel() for parameter in parameters))
     measures = (_measure("norm", abs(told / norm - 1.0), bound), _measure("clipped gradients", off, bound))
