@@ -18,6 +18,7 @@ from beringia.qualify.arithmetic.index_work import CASES, IndexOrder, IndexRepor
 from beringia.qualify.arithmetic.indices import probe_indices
 from beringia.qualify.arithmetic.integers import probe_integers
 from beringia.qualify.arithmetic.multiply_add import numbers_for, probe_multiply_add, rounding_of
+from beringia.qualify.arithmetic.transfers import probe_transfers
 from beringia.records.certificate import ProbeResult
 
 aten = torch.ops.aten
@@ -125,6 +126,46 @@ def test_an_operator_that_the_chip_lacks_is_no_wrong_number() -> None:
         found = of(probe_integers(chip), "integers: order and sums")
     assert found.outcome == "passed"
     assert "Refused, so not measured: bincount (NotImplementedError: bincount is not there)" in found.summary
+
+
+# ---- transfers
+
+
+def losing_bits_of(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """A copy that clears the lowest bits of one kind of numbers."""
+
+    def copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if source.dtype == target.dtype == dtype:
+            source = (source.view(torch.int32) & ~0xFFF).view(dtype)
+        return target.copy_(source)
+
+    return copy
+
+
+@pytest.mark.parametrize("name", ["cpu", "emulated:h800"])
+def test_transfers_of_sound_chips_keep_their_bits(name: str) -> None:
+    chip = open_chip(name)
+    results = probe_transfers(chip)
+    chip.close()
+    assert [result.outcome for result in results] == ["passed", "passed"]
+    assert not any("efused" in result.summary for result in results)
+
+
+def test_a_copy_that_loses_bits_of_floats_leaves_training_open_and_is_no_wrong_cast() -> None:
+    with emulated_with({aten.copy_.default: losing_bits_of(torch.float32)}) as chip:
+        integers, floats = probe_transfers(chip)
+        casts = of(probe_integers(chip), "integers: casts to integers")
+    assert integers.outcome == "passed"
+    assert (floats.outcome, floats.rules_out) == ("inconclusive", "train")
+    assert floats.summary.startswith("Numbers come back as others: 4,09") and "in float32." in floats.summary
+    assert casts.outcome == "passed", casts.summary
+
+
+def test_a_copy_that_changes_token_numbers_rules_both_uses_out() -> None:
+    with emulated_with({aten.copy_.default: losing_bits_of(torch.int32)}) as chip:
+        integers, floats = probe_transfers(chip)
+    assert (integers.outcome, integers.rules_out) == ("failed", "infer")
+    assert "in int32" in integers.summary and floats.outcome == "passed"
 
 
 # ---- indices

@@ -19,8 +19,9 @@ from beringia.model import IGNORED, KeyValueCache, attention
 from beringia.model.cache import LayerCache
 from beringia.model.decoder import Decoder
 from beringia.qualify.effects import RoundingNoise, judge_trace
+from beringia.qualify.engine_serving import _requests
 from beringia.qualify.recording import Recorder
-from beringia.qualify.serving import BATCHES, LEAST, LONG_QUICK, SEQUENCES, scenarios, servings, untried
+from beringia.qualify.serving import BATCHES, BLOCK_TOKENS, LEAST, LONG_QUICK, SEQUENCES, scenarios, servings, untried
 from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer, moved_by_rounding
 from beringia.qualify.unlike_batches import micro_batches
 from beringia.records.certificate import ProbeResult
@@ -288,6 +289,48 @@ def test_a_product_that_is_wrong_for_a_single_row_is_named_and_rules_inference_o
     assert recording.trace is not None
     found = failed(judge_trace(noise, recording.trace))
     assert found and all(subject.startswith("serve decoding 1 at") for subject in found), found
+
+
+def last_row_of_the_cache_is_not_written(func: OpOverload, kernel: device.Kernel) -> device.Kernel:
+    """An interposer: of several rows that are copied to places by index, the last one is not."""
+    if func is not torch.ops.aten.index_copy_.default:
+        return kernel
+
+    def copy(target: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        count = max(1, len(index) - 1)
+        copied: torch.Tensor = kernel(target, dim, index[:count], source.narrow(dim, 0, count))
+        return copied
+
+    return copy
+
+
+def test_what_is_wrong_only_in_the_engine_is_named_and_rules_inference_out(
+    exact: tuple[Trace, ChosenRoutes], noise: RoundingNoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened("emulated:h800") as chip:
+        interposers = (*device._state.interposers, last_row_of_the_cache_is_not_written)
+        monkeypatch.setattr(device._state, "interposers", interposers)
+        device._state.handlers.clear()
+        recording = Recorder(SUBJECT, chip, torch.bfloat16).record(Tracer(SUBJECT, PLAN), exact[1])
+    device._state.handlers.clear()
+    wrong = [check for check in recording.checks if check.used > 1.0]
+    assert {(check.module, check.operator, check.direction) for check in wrong} == {
+        ("the engine", "aten.index_copy_.default", "decode")
+    }
+    assert recording.trace is not None
+    results = [result for result in judge_trace(noise, recording.trace) if result.outcome == "failed"]
+    assert results and all(result.subject.startswith("serve in the engine, ") for result in results)
+    assert {result.rules_out for result in results} == {"infer"}
+
+
+def test_a_pass_of_the_engine_has_prompts_beside_requests_that_decode_and_equal_beginnings_once() -> None:
+    serving = next(one for one in servings(row, 4096, False, whole=False) if one.by_engine)
+    widths = [{step.end - step.start for step in steps} for steps in serving.passes]
+    assert any(1 in one and len(one) > 1 for one in widths) and widths[-1] == {1}
+    first, second, third = _requests(serving)
+    assert set(first.table) & set(second.table) and not set(first.table) & set(third.table)
+    starts = {step.rows: step.start for step in reversed(serving.steps)}
+    assert starts == {(0,): 0, (1,): len(set(first.table) & set(second.table)) * BLOCK_TOKENS, (2,): 0}
 
 
 def last_token_off_by_one(func: OpOverload, kernel: device.Kernel) -> device.Kernel:

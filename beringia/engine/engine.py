@@ -113,7 +113,7 @@ class Engine:
             step_seconds=self.limits.step_seconds,
             drafts=speculate,
         )
-        self._forward = Forward(self._weights, self._cache, chosen, _router_of(decoder))
+        self._forward = Forward(self._weights, self._cache, chosen, router_of(decoder))
         self._numbers = itertools.count()
         self.num_steps = self.num_drafted = self.num_accepted = 0
         self._seeds = random.Random(seed)
@@ -404,7 +404,8 @@ def _end_tokens(config: DecoderConfig, tokenizer: Tokenizer | None) -> frozenset
     return frozenset(end for end in ends if end is not None)
 
 
-def _router_of(decoder: Decoder) -> Router | None:
+def router_of(decoder: Decoder) -> Router | None:
+    """Says how its experts are chosen, which all its layers do alike; None: it has none."""
     mixtures = (layer.mlp for layer in decoder.model.layers if isinstance(layer.mlp, MixtureOfExperts))
     first = next(mixtures, None)
     return None if first is None else first.gate

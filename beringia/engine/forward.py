@@ -19,6 +19,7 @@ from beringia.engine.weights import Weights
 from beringia.model import rope as rotary
 from beringia.model.attention import LATENT_NORM_EPS
 from beringia.model.experts import Router
+from beringia.model.layers import precise
 from beringia.model.rope import softmax_scale
 
 
@@ -41,7 +42,8 @@ class Forward:
         self._rope = cos_LQ.to(weights.device), sin_LQ.to(weights.device)
 
     def __call__(self, places: Places, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 logits of the wanted rows; and all rows before the head, for drafts. On the device."""
+        """Float32 logits (float64 for float64) of the wanted rows; and all rows before the head, for drafts. On the
+        device."""
         config, operators = self._config, self._operators
         x_MD = operators.embed(self._weights.matrix("embed"), places.token_M)
         for layer in range(config.num_hidden_layers):
@@ -71,7 +73,7 @@ class Forward:
         return self._feed(self._norm(x_MD, f"{path}.post_norm", eps), path, x_MD)
 
     def _head(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        return self._operators.linear(hidden_RD, self._weights.head).to(torch.float32)
+        return self._operators.linear(hidden_RD, self._weights.head).to(precise(self._weights.dtype))
 
     # Attention
 

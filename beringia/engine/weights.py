@@ -21,14 +21,14 @@ from beringia.model import Decoder
 from beringia.model.attention import GroupedQueryAttention, LatentAttention
 from beringia.model.decoder import DecoderLayer
 from beringia.model.experts import MixtureOfExperts
-from beringia.model.layers import Affine, FeedForward
+from beringia.model.layers import Affine, FeedForward, precise
 from beringia.numerics.state_hash import combine, dtype_name, hash_tensor
 
 Named = Iterator[tuple[str, torch.Tensor]]
 
 
 class Weights:
-    """The effective weights by name, on a device, in a dtype; norms and routers in float32.
+    """The effective weights by name, on a device, in a dtype; norms and routers in float32 (float64 for float64).
 
     Matrices are as the operators keep them, vectors are tensors.
     """
@@ -94,9 +94,8 @@ class Weights:
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """As in the decoder: norms and routers compute in float32."""
-    precise = name.endswith("norm") or ".router" in name
-    return torch.float32 if precise else dtype
+    """As in the decoder: norms and routers compute in float32 (float64 for float64)."""
+    return precise(dtype) if name.endswith("norm") or ".router" in name else dtype
 
 
 def effective(decoder: Decoder, *, drafts: bool = False) -> Named:

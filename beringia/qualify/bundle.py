@@ -44,9 +44,9 @@ from beringia.records.record import Record, canonical_hash
 from beringia.records.signature import Signed, kind_of, parse_signed, sign, verify
 from beringia.version import __version__
 
-BUNDLE_SCHEMA = 3
+BUNDLE_SCHEMA = 4
 """Format 1 had sketches with other signs, which cannot be compared; format 2 was not signed, and had no servings and no
-unlike batches."""
+unlike batches; format 3 had no serving by the engine."""
 DEFAULT_LIMIT_BYTES = 64 * 2**20
 """For the captured calls' arguments, before compression."""
 _MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"

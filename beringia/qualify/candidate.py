@@ -11,6 +11,7 @@ from beringia.chips.chip import Chip
 from beringia.model import Decoder
 from beringia.qualify.arithmetic.integers import probe_integers
 from beringia.qualify.arithmetic.multiply_add import probe_multiply_add
+from beringia.qualify.arithmetic.transfers import probe_transfers
 from beringia.qualify.bundle import Bundle, error_key
 from beringia.qualify.capture import replay
 from beringia.qualify.choices import departed_choice, probe_choices
@@ -51,7 +52,7 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
     """The evidence, in the order in which it is found."""
     dtype = getattr(torch, bundle.manifest.compute_dtype)
     yield Begun(probe="arithmetic")
-    for result in (*probe_integers(chip), *probe_multiply_add(chip)):
+    for result in (*probe_transfers(chip), *probe_integers(chip), *probe_multiply_add(chip)):
         yield Probed(result=result)
     yield Begun(probe="operators")
     recorder = Recorder(subject, chip, dtype)

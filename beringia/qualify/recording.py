@@ -19,7 +19,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,8 +32,8 @@ from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.operators.parts import num_entries, of_entries
 from beringia.qualify.operators.watch import Call, CallCounts, Place, Watch, tensors_in
 from beringia.qualify.refusals import REFUSALS
-from beringia.qualify.serving import Step
-from beringia.qualify.subject import Around, Batch, Subject, on_device
+from beringia.qualify.serving import Around, Step
+from beringia.qualify.subject import Batch, Subject, on_device
 from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
 
@@ -202,8 +202,13 @@ class Recorder:
             return served
 
         def serve(model: nn.Module, watch: Watch) -> None:
+            @contextmanager
+            def seen(step: Step) -> Iterator[None]:
+                with watch.paused(False), watch.within("the engine") if step.by_engine else nullcontext():
+                    yield
+
             def around(step: Step) -> Around:
-                return watch.paused(False) if wanted(step) else nullcontext()
+                return seen(step) if wanted(step) else nullcontext()
 
             with watch.paused():
                 served.update(tracer.serve(model, routes, around))

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
+
+from beringia.engine.engine import EngineLimits
 
 BATCHES = (1, 4, 64)
 """Requests that decode together: alone (kernels of their own for one row), few, as many as a tile of a matrix unit."""
@@ -30,11 +33,19 @@ LARGE_PARAMETERS = 20_000_000
 FEW_STEPS, MANY_STEPS = 3, 12
 LEAST = 16
 """Tokens that a model must take to be served at all as this is done here."""
+ENGINE_PROMPT = 96
+"""Tokens: some blocks of the engine's cache. What is long is tried without it."""
+BLOCK_TOKENS = EngineLimits().block_tokens
+"""Of the engine's cache, as it is by default."""
+_ENGINE_ROW = 50
+"""Apart from the rows of other servings."""
 _COMPARED = 64
 """Positions of a call whose logits are compared, at most."""
 
 Row = Callable[[int, int], list[int]]
 """Number of a row and how many tokens: the tokens."""
+Around = AbstractContextManager[None]
+"""Around a call."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,10 @@ class Step:
     end: int
     watched: bool = False
     """Whether each of its operator calls is held against float64."""
+    by_engine: bool = False
+    """Whether Beringia's engine makes it, and not the decoder with a cache of its own."""
+    beside: bool = False
+    """Whether the engine computes it in one pass with the step before it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,19 @@ class Serving:
     steps: tuple[Step, ...]
     lengths: tuple[int, ...]
     """Of each row, without the padding behind it."""
+
+    @property
+    def by_engine(self) -> bool:
+        """Whether Beringia's engine makes the calls."""
+        return self.steps[0].by_engine
+
+    @property
+    def passes(self) -> tuple[tuple[Step, ...], ...]:
+        """The steps that are computed together, in order; the first of each says whether it is watched."""
+        passes: list[tuple[Step, ...]] = []
+        for step in self.steps:
+            passes = [*passes[:-1], (*passes[-1], step)] if step.beside else [*passes, (step,)]
+        return tuple(passes)
 
     def compared(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a call's results, the ones that are compared: which of its rows, and which position of the sequence."""
@@ -101,6 +129,7 @@ def servings(row: Row, context: int, is_large: bool, *, whole: bool) -> tuple[Se
         return ()
     short = min(SHORT, long // 2)
     made = [_one_long(row, long), _shared(row, long), _many(row, short, long), _padded(row, short)]
+    made.append(_in_engine(row, long))
     if whole:
         made += _product(row, {"short": short, "middle": long // 3, "long": long - FEW_STEPS})
     return tuple(made)
@@ -119,7 +148,10 @@ def untried(context: int, is_large: bool, *, whole: bool) -> tuple[str, ...]:
     told = [f"contexts beyond {long:,} tokens (the model takes {context:,})"] if long < context else []
     if not whole:
         told.append(f"batches of {_listed(BATCHES)} at every context: each at one or two of them")
-    return (*told, "other batches, and other software than this model's own for serving it")
+    return (
+        *told,
+        "other batches, and other software than Beringia's for serving it (on a CPU: its compiled operators)",
+    )
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -189,6 +221,45 @@ def _padded(row: Row, short: int) -> Serving:
     return Serving(tokens_RT, (Step("prompts with padding", tuple(range(SEQUENCES)), 0, short),), lengths)
 
 
+def _in_engine(row: Row, longest: int) -> Serving:
+    """As the engine computes: a prompt in chunks, others behind its beginning beside it when it decodes already, and
+    requests of unlike lengths that decode together."""
+    prompt = min(ENGINE_PROMPT, longest - 2 * FEW_STEPS)
+    # Only full blocks are shared.
+    beginning, cut, other = prompt // 3 // BLOCK_TOKENS * BLOCK_TOKENS, prompt // 2, prompt // 4
+    first = row(_ENGINE_ROW, prompt + 2 * FEW_STEPS)
+    second = [*first[:beginning], *row(_ENGINE_ROW + 1, other + FEW_STEPS)]
+    third = row(_ENGINE_ROW + 2, other + FEW_STEPS)
+    chunks, mixed, decoding = (
+        f"in the engine, {what}"
+        for what in (
+            f"prompts of {prompt} tokens in chunks",
+            "prompts beside requests that decode",
+            "decoding 3 of unlike lengths",
+        )
+    )
+    shared = beginning + other
+    steps = [
+        Step(chunks, (0,), 0, cut),
+        Step(chunks, (0,), cut, prompt),
+        Step(mixed, (0,), prompt, prompt + 1, watched=True),
+        Step(mixed, (1,), beginning, shared, beside=True),
+        Step(mixed, (2,), 0, other - 1, beside=True),
+        Step(mixed, (0,), prompt + 1, prompt + 2),
+        Step(mixed, (1,), shared, shared + 1, beside=True),
+        Step(mixed, (2,), other - 1, other, beside=True),
+    ]
+    for at in range(1, FEW_STEPS):
+        steps += [
+            Step(decoding, (0,), prompt + 1 + at, prompt + 2 + at),
+            Step(decoding, (1,), shared + at, shared + at + 1, beside=True),
+            Step(decoding, (2,), other + at - 1, other + at, beside=True),
+        ]
+    lengths = tuple(max(step.end for step in steps if step.rows == (number,)) for number in range(3))
+    rows = [(one + first)[: max(lengths)] for one in (first, second, third)]  # filled up behind
+    return Serving(_tokens(rows), tuple(replace(step, by_engine=True) for step in steps), lengths)
+
+
 def _product(row: Row, contexts: dict[str, int]) -> list[Serving]:
     """Every batch at every context."""
     made = []
@@ -205,7 +276,7 @@ def _product(row: Row, contexts: dict[str, int]) -> list[Serving]:
 
 
 def _watched(step: Step) -> Step:
-    return Step(step.scenario, step.rows, step.start, step.end, watched=True)
+    return replace(step, watched=True)
 
 
 def _spread(start: int, end: int) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -34,9 +34,9 @@ from beringia.model import (
 )
 from beringia.model.experts import MixtureOfExperts
 from beringia.numerics.state_hash import hash_state
+from beringia.qualify import engine_serving, unlike_batches
 from beringia.qualify import serving as ways_of_serving
-from beringia.qualify import unlike_batches
-from beringia.qualify.serving import LARGE_PARAMETERS, Serving, Step
+from beringia.qualify.serving import LARGE_PARAMETERS, Around, Serving, Step
 from beringia.records.certificate import ModelFingerprint
 from beringia.records.model_source import configuration_hash
 
@@ -44,8 +44,6 @@ Batch = Mapping[str, torch.Tensor]
 """Tensors on the CPU, by name."""
 Routes = Mapping[str, torch.Tensor]
 """The experts that a pass chose, M K, by layer."""
-
-Around = AbstractContextManager[None]
 
 MTP_WEIGHT = 0.1
 """As in training recipes by default."""
@@ -217,6 +215,8 @@ class DecoderSubject(Subject):
         self, model: nn.Module, serving: Serving, routes: Routes, around: Callable[[Step], Around] = nothing_around
     ) -> dict[str, torch.Tensor]:
         assert isinstance(model, Decoder)
+        if serving.by_engine:
+            return engine_serving.serve(model, serving, routes, around)
         tokens_RT = serving.tokens_RT.to(_device_of(model))
         cache, held = KeyValueCache(model.config.num_hidden_layers), tuple[int, ...]()
         found: dict[str, list[torch.Tensor]] = {}

@@ -33,8 +33,8 @@ from beringia.machine.memory import return_freed_memory
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.numerics.replay import Taps
 from beringia.qualify.operators.watch import in_backward
-from beringia.qualify.serving import Serving, Step
-from beringia.qualify.subject import Around, Batch, Routes, Subject, nothing_around, on_device
+from beringia.qualify.serving import Around, Serving, Step
+from beringia.qualify.subject import Batch, Routes, Subject, nothing_around, on_device
 
 WIDTH = 1024
 LEARNING_RATE = 1e-3

@@ -19,14 +19,13 @@ import torch
 
 from beringia.chips.chip import Chip
 from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt
+from beringia.qualify.arithmetic.transfers import BITS, FLOATS, INTEGERS
 from beringia.qualify.hardware.measures import none_allowed
 from beringia.records.certificate import ProbeResult
 
 Number = int | float
 Operation = Callable[..., torch.Tensor]
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 3
 """Wrong cases that a sentence names."""
 
@@ -42,6 +41,8 @@ class Case:
     """On the CPU."""
     expected: tuple[Number, ...] | None = None
     """None: not defined, only told."""
+    written: tuple[torch.Tensor, ...] = ()
+    """The operands as a sentence gives them, where they are the bits of other numbers."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def _casts(dtypes: frozenset[torch.dtype]) -> list[Case]:
     """Toward zero, for numbers whose integer part fits (C11 6.3.1.4, which torch's casts are)."""
     return [
         _cast(source, target, [number for number in _numbers_for(source) if _fits(number, target)])
-        for source in _FLOATS
-        for target in _INTEGERS
+        for source in FLOATS
+        for target in INTEGERS
         if {source, target} <= dtypes
     ]
 
@@ -118,9 +119,12 @@ def _fits(number: float, target: torch.dtype) -> bool:
 
 
 def _cast(source: torch.dtype, target: torch.dtype, numbers: Sequence[float]) -> Case:
-    operand = torch.tensor(numbers, dtype=torch.float64).to(source)
-    expected = tuple(int(float(number)) for number in operand)
-    return Case(f"{_name(target)} of {_name(source)}", lambda x: x.to(target), (operand,), expected)
+    """The floats travel as bits: a copy that loses some of them is no wrong cast (`transfers.py`)."""
+    floats = torch.tensor(numbers, dtype=torch.float64).to(source)
+    bits = floats.view(BITS[floats.element_size()])
+    expected = tuple(int(float(number)) for number in floats)
+    text = f"{_name(target)} of {_name(source)}"
+    return Case(text, lambda x: x.view(source).to(target), (bits,), expected, written=(floats,))
 
 
 def _undefined_casts(dtypes: frozenset[torch.dtype]) -> list[Case]:
@@ -165,7 +169,7 @@ def _nearest_even(number: int, bits: int) -> int:
 def _overflow(dtypes: frozenset[torch.dtype], *, exact_int64: bool) -> list[Case]:
     """Results are taken modulo 2 to the width; hashes and generators of random numbers rest on it."""
     cases = []
-    for dtype in (dtype for dtype in _INTEGERS if dtype in dtypes):
+    for dtype in (dtype for dtype in INTEGERS if dtype in dtypes):
         limits = torch.iinfo(dtype)
         left = (limits.max, limits.min, limits.max, limits.max)
         right = (1, 1, limits.max, 2)
@@ -360,7 +364,9 @@ def _of_wrong(answers: list[Answer], wrong: int) -> str:
         assert not isinstance(found.found, RefusedAttempt) and found.case.expected is not None
         place = found.wrong[0]
         given = ", ".join(
-            str(operand.reshape(-1)[place].item()) for operand in found.case.operands if _has(operand, place)
+            str(operand.reshape(-1)[place].item())
+            for operand in found.case.written or found.case.operands
+            if _has(operand, place)
         )
         shown.append(f"{found.case.text} ({given}) is {found.found[place]}, defined as {found.case.expected[place]}")
     return f"{wrong} numbers are not as defined: {'; '.join(shown[:_SHOWN])}."

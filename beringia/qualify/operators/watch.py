@@ -141,6 +141,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
             self._paused = before
 
     @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """Inside, calls outside the modules have this name in the place of a module's."""
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._stack.pop()
+
+    @contextmanager
     def direction(self, phase: Direction) -> Iterator[None]:
         """What calls outside the backward pass are."""
         before, self._phase = self._phase, phase
