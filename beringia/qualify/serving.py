@@ -33,8 +33,8 @@ LARGE_PARAMETERS = 20_000_000
 FEW_STEPS, MANY_STEPS = 3, 12
 LEAST = 16
 """Tokens that a model must take to be served at all as this is done here."""
-ENGINE_PROMPT = 96
-"""Tokens: some blocks of the engine's cache. What is long is tried without it."""
+ENGINE_PROMPT, ENGINE_PROMPT_QUICK_LARGE = 288, 96
+"""Tokens: past 256 keys, which the engine's attention adds up by operators of its own; some blocks of its cache."""
 BLOCK_TOKENS = EngineLimits().block_tokens
 """Of the engine's cache, as it is by default."""
 _ENGINE_ROW = 50
@@ -129,7 +129,7 @@ def servings(row: Row, context: int, is_large: bool, *, whole: bool) -> tuple[Se
         return ()
     short = min(SHORT, long // 2)
     made = [_one_long(row, long), _shared(row, long), _many(row, short, long), _padded(row, short)]
-    made.append(_in_engine(row, long))
+    made.append(_in_engine(row, ENGINE_PROMPT_QUICK_LARGE if is_large and not whole else ENGINE_PROMPT, long))
     if whole:
         made += _product(row, {"short": short, "middle": long // 3, "long": long - FEW_STEPS})
     return tuple(made)
@@ -221,10 +221,10 @@ def _padded(row: Row, short: int) -> Serving:
     return Serving(tokens_RT, (Step("prompts with padding", tuple(range(SEQUENCES)), 0, short),), lengths)
 
 
-def _in_engine(row: Row, longest: int) -> Serving:
+def _in_engine(row: Row, prompt: int, longest: int) -> Serving:
     """As the engine computes: a prompt in chunks, others behind its beginning beside it when it decodes already, and
     requests of unlike lengths that decode together."""
-    prompt = min(ENGINE_PROMPT, longest - 2 * FEW_STEPS)
+    prompt = min(prompt, longest - 2 * FEW_STEPS)
     # Only full blocks are shared.
     beginning, cut, other = prompt // 3 // BLOCK_TOKENS * BLOCK_TOKENS, prompt // 2, prompt // 4
     first = row(_ENGINE_ROW, prompt + 2 * FEW_STEPS)
