@@ -150,7 +150,7 @@ def untried(context: int, is_large: bool, *, whole: bool) -> tuple[str, ...]:
         told.append(f"batches of {_listed(BATCHES)} at every context: each at one or two of them")
     return (
         *told,
-        "other batches, and other software than Beringia's for serving it (on a CPU: its compiled operators)",
+        "other batches, and other software for serving it than Beringia's with torch's operators",
     )
 
 
