@@ -39,7 +39,7 @@ HARMLESS, CLEAR = 2.0, 4.0
 BATCHES = (1000, 1001)
 STEPS = (1002, 1003, 1004, 1005, 1006, 1007)
 _FIRST_ROW = 7_000
-_LONG, _MIDDLE = 540, 90
+_LONG, _MIDDLE, _ENGINE = 540, 90, 270
 _PASSES_OF_ONE_STEP = ((1, 300), (5, 33))
 """Samples and tokens of the batches whose gradients are added up."""
 
@@ -87,9 +87,15 @@ def servings(subject: DecoderSubject) -> tuple[Serving, ...]:
     alone = [Step("alone, late", (0,), at, at + 1) for at in range(520, _LONG)]
     many = [Step("24 at once", (0, 1, 2) * 8, at, at + 1) for at in range(_MIDDLE, _MIDDLE + 3)]
     left = [Step("one that is left", (2,), at, at + 1) for at in range(_MIDDLE + 3, _MIDDLE + 6)]
+    engine = torch.tensor([subject._tokens(_FIRST_ROW + 10 + number, _ENGINE + 5) for number in range(2)])
+    prompts = [Step("by the engine, two prompts", (0, 1), 0, _ENGINE, by_engine=True)]
+    together = [
+        Step("by the engine, two at once", (0, 1), at, at + 1, by_engine=True) for at in range(_ENGINE, _ENGINE + 5)
+    ]
     return (
         Serving(long, (Step("whole", (0,), 0, 520), *pieces, *alone), (_LONG,)),
         Serving(middle, (Step("three prompts", (0, 1, 2), 0, _MIDDLE), *many, *left), (_MIDDLE + 6,) * 3),
+        Serving(engine, (*prompts, *together), (_ENGINE + 5,) * 2),
     )
 
 

@@ -226,7 +226,8 @@ def _in_engine(row: Row, prompt: int, longest: int) -> Serving:
     requests of unlike lengths that decode together."""
     prompt = min(prompt, longest - 2 * FEW_STEPS)
     # Only full blocks are shared.
-    beginning, cut, other = prompt // 3 // BLOCK_TOKENS * BLOCK_TOKENS, prompt // 2, prompt // 4
+    beginning, cut = prompt // 3 // BLOCK_TOKENS * BLOCK_TOKENS, prompt // 2
+    other = min(2 * BLOCK_TOKENS, prompt // 4)
     first = row(_ENGINE_ROW, prompt + 2 * FEW_STEPS)
     second = [*first[:beginning], *row(_ENGINE_ROW + 1, other + FEW_STEPS)]
     third = row(_ENGINE_ROW + 2, other + FEW_STEPS)

@@ -23,8 +23,10 @@ class SiteShadow(Check[SiteCapture]):
 
     def __init__(self, training: Training) -> None:
         super().__init__(training)
-        # The embedding last: it costs least, and what a visit costs is first learnt from the first.
-        self._turns = Turns((*training.sites[1:], *training.sites[:1]))
+        # The head soon: what is wrong in it is seen nowhere else, and what is wrong in a layer in others, too. The
+        # embedding last: it costs least, and what a visit costs is first learnt from the first.
+        embedding, first, *others, head = training.sites
+        self._turns = Turns((first, head, *others, embedding))
         self._shadow = Shadow(training.decoder, training.objective)
 
     def look(self, step: Step) -> Sequence[SiteCapture]:
