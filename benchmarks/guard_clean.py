@@ -1,6 +1,6 @@
 """Sound runs of several shapes and rates, up to divergence: how often the guard alarms. Prints one JSON object.
 
-    python benchmarks/guard_clean.py --json [--steps 500] [--share 0.1] [--chip cpu:bfloat16] [--into FILE]
+    python benchmarks/guard_clean.py --json [--steps 500] [--share 0.1] [--chip cpu:bfloat16] [--seed 11] [--into FILE]
 
 Four shapes (latent attention with experts and a multi-token layer; grouped queries, dense; grouped queries with experts
 of the softmax kind; a tied head), five learning rates each; now and then a batch is hard. A spike is looked into as a
@@ -78,7 +78,7 @@ def run(shape: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     from beringia.train.hard_batch import explained_by_data
 
     trainer = make_trainer(
-        options.chip, share=options.share, steps=options.steps, seed=11, preset=shape, learning_rate=rate
+        options.chip, share=options.share, steps=options.steps, seed=options.seed, preset=shape, learning_rate=rate
     )
     batch, token = trainer.recipe.train.batch, trainer.decoder.config.vocab_size - 1
     trainer.stream = WithHardBatches(trainer.stream, batch, token)
@@ -100,6 +100,7 @@ def run(shape: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
             found += [event for event in trainer.guard.take_events() if event.kind == "alarm"]
             if len(found) == len(spikes) and explained_by_data(trainer, spikes, lambda: None):
                 explained += [event.message for event in spikes]
+                trainer.guard.explained()
                 found = []
         alarms += [event.message for event in found]
         for event in events:
@@ -124,12 +125,14 @@ def main() -> None:
     parser.add_argument("--chip", default="cpu:bfloat16")
     parser.add_argument("--shapes", nargs="+", default=list(name_shapes()))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--into", type=Path)
     options = parser.parse_args()
     started, kept, runs = time.perf_counter(), Kept(options.into), []
     for shape in options.shapes:
         for rate in options.rates:
-            key = f"{options.chip} {options.share} {options.steps} {shape} {rate}"
+            of_seed = "" if options.seed == parser.get_default("seed") else f" seed {options.seed}"
+            key = f"{options.chip} {options.share} {options.steps} {shape} {rate}{of_seed}"
             runs.append(kept.of(key, partial(run, shape, rate, options)))
             print(f"{key}, {time.perf_counter() - started:.0f} s: {runs[-1]}", file=sys.stderr)
     document = {

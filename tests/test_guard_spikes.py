@@ -72,6 +72,18 @@ def test_a_rise_that_one_step_explains_alarms_when_it_lasts() -> None:
     assert alarms(lasting, "gradient of layers.0") == []
 
 
+@pytest.mark.parametrize(("high", "alarming"), [(3, []), (4, [204]), (6, [204, 205, 206])])
+def test_a_step_that_the_data_explain_is_none_of_those_in_which_a_rise_lasts(high: int, alarming: list[int]) -> None:
+    spikes = Spikes({"loss": LEAST_RISE})
+    found = []
+    for step, value in enumerate([*noisy(200, noise=0.05), 9.0, *noisy(high, level=1.7, noise=0.05), 1.0]):
+        if any(finding.alarming for finding in spikes.judge({"loss": value})):
+            found.append(step)
+        if step == 200:
+            spikes.explained()
+    assert found == [200, *alarming]
+
+
 CORRUPTED_AT_150 = [
     1.462,
     1.434,

@@ -419,6 +419,8 @@ class Session:
             return [*events, *spikes]
         if not explained_by_data(self.trainer, spikes, self.channel.beat):
             return [*events, *spikes]
+        if self.trainer.guard is not None:
+            self.trainer.guard.explained()
         return [event.model_copy(update={"explained": True}) if _tells_of(event, spikes) else event for event in events]
 
     def _diverges(self) -> bool:

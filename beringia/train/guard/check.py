@@ -150,6 +150,9 @@ class Check(ABC, Generic[Look]):
     def remember(self, earlier: Sequence[Mapping[str, float]]) -> None:  # noqa: B027 (most checks need no past)
         """The numbers of earlier steps, oldest first, as `Step.numbers` has them; told after a restart."""
 
+    def explained(self) -> None:  # noqa: B027 (most checks judge no numbers)
+        """The data explain every spike of the step that was just judged: it says nothing of the weights."""
+
 
 class Turns(Generic[Item]):
     """Items that are looked at one after another, over and over; all ranks count alike."""

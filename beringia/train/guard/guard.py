@@ -153,6 +153,11 @@ class Guard:
         """Spikes from these steps on are known: they are reported, and are no alarm until the median has followed."""
         self._accepted_spikes = tuple(steps)
 
+    def explained(self) -> None:
+        """The data explain every spike of the step that was just taken."""
+        for check in self.checks:
+            check.explained()
+
     def demand(self, sites: Sequence[str]) -> None:
         """Check these sites in the next step, and no others, whatever it costs."""
         self._demanded = tuple(sites)

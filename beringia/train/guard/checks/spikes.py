@@ -78,6 +78,11 @@ class SpikeTest(Check[tuple[Numbers, Numbers]]):
         findings = self._model.judge(model) + self._layers.judge(layers)
         return [replace(finding, accepted=True) for finding in findings] if accepted else findings
 
+    def explained(self) -> None:
+        self._model.explained()
+        if self._layers is not None:
+            self._layers.explained()
+
     def remember(self, earlier: Sequence[Numbers]) -> None:
         for numbers in earlier:
             self._model.judge(numbers)
@@ -120,6 +125,11 @@ class Spikes:
         self._rises_W2N[self._count % TAIL_STEPS] = np.where(beyond_2N, 0.0, rises_2N)
         self._count += 1
         return findings
+
+    def explained(self) -> None:
+        """The newest values are a hard batch's: a rise that lasts is one of as many other steps. What a hard batch does
+        to the weights at a high learning rate may take a step or two to be learned away."""
+        self._last_LN[(self._count - 1) % LASTING_STEPS] = 0.0
 
     def _estimate(self, logs_N: Floats) -> None:
         self._median_N = np.median(self._logs_WN[: self._count], axis=0) if self._count else logs_N
