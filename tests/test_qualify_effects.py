@@ -401,6 +401,15 @@ def test_one_error_beside_many_small_ones_counts_as_one() -> None:
     assert found == pytest.approx(1.0, abs=1e-3)
 
 
+def test_draws_that_one_number_decides_are_not_outvoted_by_one_that_many_do() -> None:
+    single, many = torch.zeros(300, dtype=torch.float64), torch.full((300,), 1e-6, dtype=torch.float64)
+    single[7] = 1e-6
+    draws = [difference_of(errors)[0] for errors in (single, many, single, single)]
+    exact = difference_of(single)[1]
+    (found,) = RoundingNoise.of(exact, exact, draws).numbers.values()
+    assert found == pytest.approx(4 / (3 + 1 / 300))
+
+
 @given(st.integers(1, 400), st.integers(0, 2**31))
 @settings(max_examples=200)
 def test_the_root_mean_square_of_few_numbers_is_within_what_few_allows(count: int, seed: int) -> None:

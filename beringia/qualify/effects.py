@@ -102,7 +102,11 @@ class RoundingNoise:
 
     @staticmethod
     def of(exact: Trace, reference: Trace, draws: Iterable[Trace]) -> RoundingNoise:
-        """From the traces themselves. Draws may be made one by one: of each only the distances are kept."""
+        """From the traces themselves. Draws may be made one by one: of each only the distances are kept.
+
+        Of how many numbers a distance is, is the harmonic mean over draws: that averages fourth moments, so a draw that
+        one number decides is not outvoted by another that many do.
+        """
         drawn, losses_K, losses_N = [], [], []
         numbers: dict[Cell, list[float]] = defaultdict(list)
         for draw in draws:
@@ -117,7 +121,7 @@ class RoundingNoise:
             tuple(drawn),
             torch.stack(losses_K),
             torch.stack(losses_N),
-            {cell: statistics.fmean(counts) for cell, counts in numbers.items()},
+            {cell: statistics.harmonic_mean(counts) for cell, counts in numbers.items()},
         )
 
     def floors(self) -> dict[Group, Floor]:
