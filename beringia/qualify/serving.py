@@ -231,34 +231,32 @@ def _in_engine(row: Row, prompt: int, longest: int) -> Serving:
     first = row(_ENGINE_ROW, prompt + 2 * FEW_STEPS)
     second = [*first[:beginning], *row(_ENGINE_ROW + 1, other + FEW_STEPS)]
     third = row(_ENGINE_ROW + 2, other + FEW_STEPS)
-    chunks, mixed, decoding = (
-        f"in the engine, {what}"
-        for what in (
-            f"prompts of {prompt} tokens in chunks",
-            "prompts beside requests that decode",
-            "decoding 3 of unlike lengths",
-        )
-    )
     shared = beginning + other
+    chunks, mixed = (
+        f"in the engine, prompts of {prompt} tokens in chunks",
+        "in the engine, prompts beside requests that decode",
+    )
     steps = [
-        Step(chunks, (0,), 0, cut),
-        Step(chunks, (0,), cut, prompt),
-        Step(mixed, (0,), prompt, prompt + 1, watched=True),
-        Step(mixed, (1,), beginning, shared, beside=True),
-        Step(mixed, (2,), 0, other - 1, beside=True),
-        Step(mixed, (0,), prompt + 1, prompt + 2),
-        Step(mixed, (1,), shared, shared + 1, beside=True),
-        Step(mixed, (2,), other - 1, other, beside=True),
+        *_pass(chunks, {0: (0, cut)}),
+        *_pass(chunks, {0: (cut, prompt)}),
+        *_pass(mixed, {0: (prompt, prompt + 1), 1: (beginning, shared), 2: (0, other - 1)}, watched=True),
+        *_pass(mixed, {0: (prompt + 1, prompt + 2), 1: (shared, shared + 1), 2: (other - 1, other)}),
     ]
-    for at in range(1, FEW_STEPS):
-        steps += [
-            Step(decoding, (0,), prompt + 1 + at, prompt + 2 + at),
-            Step(decoding, (1,), shared + at, shared + at + 1, beside=True),
-            Step(decoding, (2,), other + at - 1, other + at, beside=True),
-        ]
-    lengths = tuple(max(step.end for step in steps if step.rows == (number,)) for number in range(3))
+    lengths: tuple[int, ...] = (prompt + 2, shared + 1, other)
+    for _ in range(1, FEW_STEPS):
+        decoding = {number: (length, length + 1) for number, length in enumerate(lengths)}
+        steps += _pass("in the engine, decoding 3 of unlike lengths", decoding)
+        lengths = tuple(length + 1 for length in lengths)
     rows = [(one + first)[: max(lengths)] for one in (first, second, third)]  # filled up behind
-    return Serving(_tokens(rows), tuple(replace(step, by_engine=True) for step in steps), lengths)
+    return Serving(_tokens(rows), tuple(steps), lengths)
+
+
+def _pass(scenario: str, spans: Mapping[int, tuple[int, int]], *, watched: bool = False) -> list[Step]:
+    """One pass of the engine: of each row the tokens from one to another."""
+    return [
+        Step(scenario, (row,), start, end, watched=watched and not number, by_engine=True, beside=number > 0)
+        for number, (row, (start, end)) in enumerate(spans.items())
+    ]
 
 
 def _product(row: Row, contexts: dict[str, int]) -> list[Serving]:
