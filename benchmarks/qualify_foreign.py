@@ -50,7 +50,13 @@ from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import TraceExtent
 from beringia.qualify.verdict import judge
 
-HALVES = {"first": faults.FIRST, "second": faults.SECOND}
+KINDS = {
+    "first": faults.FIRST,
+    "second": faults.SECOND,
+    "both": [*faults.FIRST, *faults.SECOND],
+    "later": faults.LATER,
+    "none": [],
+}
 REQUIRED = {"clear_verdict": 0.97, "moderate_not_accepted": 0.90, "place": 0.95, "harmless_refused": 0}
 REQUIRED_CLEAN = {"refused": 0, "inconclusive_at_most": 0.02, "qualifications": 250, "of_trained_models": 150}
 _BREAKS = (RuntimeError, IndexError, ValueError)
@@ -314,7 +320,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--bundles", type=Path, default=Path("foreign-bundles"))
     parser.add_argument("--store", type=Path, default=Path("foreign.jsonl"))
-    parser.add_argument("--half", choices=("first", "second", "both", "none"), default="both")
+    parser.add_argument("--half", choices=KINDS, default="both")
     parser.add_argument("--per-kind", type=int, default=4)
     parser.add_argument("--of", default=",".join(faults.ALL), help="models")
     parser.add_argument("--only", default="", help="what names of faults and variants contain")
@@ -325,7 +331,12 @@ def main() -> None:
     keep_freed_memory()
     register()  # before torch's autograd makes its queues
     workshop, store = Workshop(options.models, options.bundles), Store(options.store)
-    kinds = [kind for half, part in HALVES.items() if options.half in (half, "both") for kind in part]
+    kinds = [
+        kind
+        for half, part in HALVES.items()
+        if options.half in ((half, "both") if half != "later" else (half,))
+        for kind in part
+    ]
     models = options.of.split(",")
     planted = [
         fault for fault in faults.drawn(kinds, options.per_kind) if options.only in fault.name and fault.model in models

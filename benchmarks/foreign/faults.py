@@ -4,7 +4,8 @@ Three ways. An operator of the emulated device is interposed. The same operator'
 (float64 is left alone, so what is judged by is right). A function of the model's own code is replaced for tensors of
 the emulated device. Every kind is a small function with a mild and a severe form, and says what must be named first.
 
-Half the kinds (`FIRST`) are for looking at while bounds are chosen, the others (`SECOND`) are kept back.
+Half the kinds (`FIRST`) are for looking at while bounds are chosen, the others (`SECOND`) are kept back. `LATER` were
+written when both had been seen, and after bounds were frozen.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class Kind:
 
 FIRST: list[Kind] = []
 SECOND: list[Kind] = []
+LATER: list[Kind] = []
 
 
 def operator(half: list[Kind], *struck: OpOverload, **options: Any) -> Callable[[Alter], Alter]:
@@ -579,6 +581,126 @@ def third_matrix_wrong(call: Call) -> Any:
 def coarse_softmax(call: Call) -> Any:
     """Weights of few bits."""
     return coarse(call.result(), call.strength.bits(9, 5))
+
+
+# ---- operators that came later: bounds had been frozen, and had not been looked at with these
+
+
+@operator(LATER, aten._softmax.default)
+def softmax_ends_at_a_block(call: Call) -> Any:
+    """Of rows that are longer than a block only the block is seen."""
+    scores = call.args[0]
+    block = call.strength.bits(256, 64)
+    if scores.shape[-1] <= block:
+        return call.result()
+    scores = scores.clone()
+    scores[..., block:] = -torch.inf
+    return call.result(scores)
+
+
+@operator(LATER, aten.index_copy_.default)
+def rows_of_the_cache_lost(call: Call) -> Any:
+    """Of rows that are copied by index each sixteenth, or each third, is not."""
+    target, dim, index, source = call.args[:4]
+    step = call.strength.bits(16, 3)
+    kept = torch.arange(len(index)) % step != step - 1
+    return call.result(target, dim, index[kept], source[kept]) if kept.any() else target
+
+
+@operator(LATER, aten.cat.default)
+def last_column_of_what_is_joined(call: Call) -> Any:
+    """Holds what its neighbour does, or a fifth of it."""
+    found = call.result().clone()
+    if found.dim() > 1 and found.is_floating_point() and found.shape[-1] > 1:
+        share = 1.0 if call.strength.severe else 0.2
+        found[..., -1] = share * found[..., -2] + (1.0 - share) * found[..., -1]
+    return found
+
+
+@operator(LATER, aten.masked_fill_.Scalar, aten.masked_fill.Scalar)
+def mask_without_its_last_column(call: Call) -> Any:
+    """The last column of a mask is not applied."""
+    target, mask = call.args[:2]
+    if mask.dim() > 1 and mask.shape[-1] > 1:
+        mask = mask.clone()
+        mask[..., -1] = False
+    return call.result(target, mask)
+
+
+@operator(LATER, aten.mean.dim)
+def coarse_mean(call: Call) -> Any:
+    """Means of few bits."""
+    return coarse(call.result(), call.strength.bits(9, 6))
+
+
+@operator(LATER, aten._fused_adamw_.default)
+def decay_with_the_gradient(call: Call) -> Any:
+    """AdamW whose decay goes into the gradient, as Adam's does, or is left out."""
+    parameters, gradients, *others = call.args
+    decay = call.kwargs["weight_decay"]
+    call.kwargs["weight_decay"] = 0.0
+    if call.strength.severe:
+        return call.result()
+    gradients = [one + decay * weight.to(one.dtype) for one, weight in zip(gradients, parameters, strict=True)]
+    return call.sound(parameters, gradients, *others, **call.kwargs)
+
+
+@operator(LATER, aten._log_softmax_backward_data.default)
+def gradient_of_the_loss_too_small(call: Call) -> Any:
+    """By one, or by twenty hundredths."""
+    return call.result() * (1.0 - call.strength.of(0.01, 0.2))
+
+
+@operator(LATER, aten.bmm.default)
+def last_matrix_of_few_bits(call: Call) -> Any:
+    """Of several products at once the last has few bits."""
+    found = call.result().clone()
+    if len(found) > 1:
+        found[-1] = coarse(found[-1], call.strength.bits(7, 4))
+    return found
+
+
+@operator(LATER, aten.embedding_dense_backward.default)
+def rare_tokens_learn_nothing(call: Call) -> Any:
+    """Tokens that come once get no gradient: all of them, or each seventh."""
+    found = call.result().clone()
+    once = torch.bincount(call.args[1].flatten(), minlength=len(found)) == 1
+    every = call.strength.bits(7, 1)
+    found[once & (torch.arange(len(found)) % every == 0)] = 0.0
+    return found
+
+
+@operator(LATER, aten.scatter_add_.default, models=ROUTED)
+def counts_lost(call: Call) -> Any:
+    """Additions by index are lost now and then."""
+    target, dim, index, source = call.args[:4]
+    kept = torch.arange(len(index)) % call.strength.bits(50, 5) != 0
+    return call.result(target, dim, index[kept], source[kept])
+
+
+@operator(LATER, aten.clone.default)
+def laid_out_wrongly(call: Call) -> Any:
+    """What is copied has its last numbers exchanged: one pair, or eight."""
+    found = call.result().clone()
+    if found.is_floating_point() and found.dim() > 1 and found.numel() > 64:
+        flat, count = found.view(-1), call.strength.bits(1, 8)
+        flat[-2 * count :] = torch.cat((flat[-count:], flat[-2 * count : -count]))
+    return found
+
+
+@operator(LATER, aten.mm.default)
+def wide_products_of_few_bits(call: Call) -> Any:
+    """Products with more than 128 columns."""
+    product = call.result()
+    return coarse(product, call.strength.bits(7, 5)) if product.shape[1] > 128 else product
+
+
+@operator(LATER, aten.mul.Tensor)
+def small_products_are_zero(call: Call) -> Any:
+    """Below a thousandth, or a millionth."""
+    found = call.result()
+    least = call.strength.of(1e-6, 1e-3)
+    return torch.where(found.abs() < least, torch.zeros_like(found), found) if found.is_floating_point() else found
 
 
 # ---- code of the model: each acts on tensors of the emulated device alone
