@@ -331,12 +331,7 @@ def main() -> None:
     keep_freed_memory()
     register()  # before torch's autograd makes its queues
     workshop, store = Workshop(options.models, options.bundles), Store(options.store)
-    kinds = [
-        kind
-        for half, part in HALVES.items()
-        if options.half in ((half, "both") if half != "later" else (half,))
-        for kind in part
-    ]
+    kinds = KINDS[options.half]
     models = options.of.split(",")
     planted = [
         fault for fault in faults.drawn(kinds, options.per_kind) if options.only in fault.name and fault.model in models
