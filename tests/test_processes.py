@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import stat
 import sys
@@ -221,7 +222,7 @@ def test_a_prefix_that_ends_at_once_with_0_is_told(tmp_path: Path) -> None:
     words = death(errand(tmp_path, ["say", "one"], launch=(prefix, "node 7")))
     assert words == (
         "the process of chips.first did not start (status 0): it said nothing; the command was "
-        f"{prefix} 'node 7' {sys.executable} -P -m beringia.processes.far_end work_for_tests"
+        f"{prefix} 'node 7' {shlex.quote(sys.executable)} -P -m beringia.processes.far_end work_for_tests"
     )
 
 
