@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from beringia.chips.chip import Chip
 from beringia.qualify.refusals import REFUSALS, first_line
+from beringia.records.certificate import Measure, ProbeResult
 
 T = TypeVar("T")
 
@@ -18,6 +19,20 @@ class RefusedAttempt:
 
     reason: str
     """Its first line."""
+
+
+def exact_result(subject: str, wrong: int, made: int, summary: str, measure: Measure, seconds: float) -> ProbeResult:
+    """Of a probe of numbers that have one right value each: of `made` attempts that were carried out, so many numbers
+    are `wrong`. With none carried out it is told."""
+    return ProbeResult(
+        probe="arithmetic",
+        subject=subject,
+        outcome="failed" if wrong else "passed" if made else "told",
+        rules_out="infer" if made else "neither",
+        summary=summary,
+        measures=(measure,) if made else (),
+        seconds=seconds,
+    )
 
 
 def attempt(chip: Chip, compute: Callable[[], T]) -> T | RefusedAttempt:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt
-from beringia.qualify.arithmetic.transfers import BITS, FLOATS, INTEGERS
+from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt, exact_result
+from beringia.qualify.arithmetic.transfers import BITS, FLOATS, INTEGERS, dtype_word
 from beringia.qualify.hardware.measures import none_allowed
 from beringia.records.certificate import ProbeResult
 
@@ -123,7 +123,7 @@ def _cast(source: torch.dtype, target: torch.dtype, numbers: Sequence[float]) ->
     floats = torch.tensor(numbers, dtype=torch.float64).to(source)
     bits = floats.view(BITS[floats.element_size()])
     expected = tuple(int(float(number)) for number in floats)
-    text = f"{_name(target)} of {_name(source)}"
+    text = f"{dtype_word(target)} of {dtype_word(source)}"
     return Case(text, lambda x: x.view(source).to(target), (bits,), expected, written=(floats,))
 
 
@@ -134,7 +134,7 @@ def _undefined_casts(dtypes: frozenset[torch.dtype]) -> list[Case]:
     for target in (torch.int32, torch.int64, torch.uint8):
         if target in dtypes:
             beyond = [number for number in numbers if not (math.isfinite(number) and _fits(number, target))]
-            text = f"{_name(target)} of float32 {' '.join(f'{number:.7g}' for number in beyond)}"
+            text = f"{dtype_word(target)} of float32 {' '.join(f'{number:.7g}' for number in beyond)}"
             operand = torch.tensor(beyond, dtype=torch.float32)
             cases.append(Case(text, lambda x, target=target: x.to(target), (operand,)))
     return cases
@@ -151,7 +151,7 @@ def _casts_back(dtypes: frozenset[torch.dtype]) -> list[Case]:
                 bits = 53 if target == torch.float64 else 24
                 expected = tuple(_nearest_even(number, bits) for number in numbers)
                 operand = torch.tensor(numbers, dtype=source)
-                text = f"{_name(target)} of {_name(source)}"
+                text = f"{dtype_word(target)} of {dtype_word(source)}"
                 # Back as float64, which holds every float32.
                 cases.append(Case(text, lambda x, target=target: x.to(target), (operand,), expected))
     return cases
@@ -182,7 +182,7 @@ def _overflow(dtypes: frozenset[torch.dtype], *, exact_int64: bool) -> list[Case
             named.append(("times", torch.mul, lambda a, b: a * b))
         for word, operation, exact in named:
             expected = tuple(_wrapped(exact(a, b), dtype) for a, b in zip(left, right, strict=True))
-            cases.append(Case(f"{_name(dtype)} {word}", operation, _pair(left, right, dtype), expected))
+            cases.append(Case(f"{dtype_word(dtype)} {word}", operation, _pair(left, right, dtype), expected))
     return cases
 
 
@@ -204,7 +204,7 @@ def _division(dtypes: frozenset[torch.dtype]) -> list[Case]:
     ]
     return [
         Case(
-            f"{_name(dtype)} {word}",
+            f"{dtype_word(dtype)} {word}",
             operation,
             _pair(left, right, dtype),
             tuple(exact(a, b) for a, b in pairs),
@@ -230,8 +230,8 @@ def _shifts(dtypes: frozenset[torch.dtype]) -> list[Case]:
         up = tuple(_wrapped(a << s, dtype) for a, s in pairs)
         down = tuple(a >> s for a, s in pairs)
         cases += [
-            Case(f"{_name(dtype)} left shift", torch.bitwise_left_shift, operands, up),
-            Case(f"{_name(dtype)} right shift", torch.bitwise_right_shift, operands, down),
+            Case(f"{dtype_word(dtype)} left shift", torch.bitwise_left_shift, operands, up),
+            Case(f"{dtype_word(dtype)} right shift", torch.bitwise_right_shift, operands, down),
         ]
     return cases
 
@@ -317,10 +317,6 @@ def _pair(left: Sequence[int], right: Sequence[int], dtype: torch.dtype) -> tupl
     return torch.tensor(left, dtype=dtype), torch.tensor(right, dtype=dtype)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # ---- findings
 
 
@@ -347,15 +343,9 @@ def _judged(chip: Chip, subject: str, cases: list[Case]) -> ProbeResult:
     elements = sum(len(found.found) for found in answers if not isinstance(found.found, RefusedAttempt))
     beside = f" Refused, so not measured: {'; '.join(refused[:_SHOWN])}." if refused else ""
     text = _of_wrong(answers, wrong) if wrong else f"{elements} numbers of {made} operations are as defined."
-    return ProbeResult(
-        probe="arithmetic",
-        subject=f"integers: {subject}",
-        outcome="failed" if wrong else "passed" if made else "told",
-        rules_out="infer" if made else "neither",
-        summary=f"{text}{beside}",
-        measures=(none_allowed("numbers not as defined", wrong, "integer arithmetic is exact"),) if made else (),
-        seconds=time.perf_counter() - began,
-    )
+    measure = none_allowed("numbers not as defined", wrong, "integer arithmetic is exact")
+    seconds = time.perf_counter() - began
+    return exact_result(f"integers: {subject}", wrong, made, f"{text}{beside}", measure, seconds)
 
 
 def _of_wrong(answers: list[Answer], wrong: int) -> str:

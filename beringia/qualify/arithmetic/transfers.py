@@ -11,7 +11,7 @@ import time
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt
+from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt, exact_result
 from beringia.qualify.hardware.measures import none_allowed
 from beringia.records.certificate import ProbeResult
 
@@ -35,21 +35,15 @@ def probe_transfers(chip: Chip) -> list[ProbeResult]:
 def _judged(chip: Chip, subject: str, kinds: tuple[torch.dtype, ...]) -> ProbeResult:
     began = time.perf_counter()
     found = {dtype: _changed(chip, _numbers(dtype)) for dtype in kinds if dtype in chip.capabilities.dtypes}
-    refused = [f"{_name(dtype)} ({one.reason})" for dtype, one in found.items() if isinstance(one, RefusedAttempt)]
+    refused = [f"{dtype_word(dtype)} ({one.reason})" for dtype, one in found.items() if isinstance(one, RefusedAttempt)]
     changed = {dtype: one for dtype, one in found.items() if not isinstance(one, RefusedAttempt)}
     wrong = sum(changed.values())
-    lost = ", ".join(f"{count:,} of {_COUNT:,} in {_name(dtype)}" for dtype, count in changed.items() if count)
+    lost = ", ".join(f"{count:,} of {_COUNT:,} in {dtype_word(dtype)}" for dtype, count in changed.items() if count)
     text = f"Numbers come back as others: {lost}." if wrong else "What is copied there and back keeps its bits."
     beside = f" Refused, so not measured: {'; '.join(refused)}." if refused else ""
-    return ProbeResult(
-        probe="arithmetic",
-        subject=f"transfers: {subject}",
-        outcome="failed" if wrong else "passed" if changed else "told",
-        rules_out="infer" if wrong else "neither",
-        summary=f"{text}{beside}",
-        measures=(none_allowed("numbers that changed", wrong, "a copy keeps every bit"),) if changed else (),
-        seconds=time.perf_counter() - began,
-    )
+    measure = none_allowed("numbers that changed", wrong, "a copy keeps every bit")
+    seconds = time.perf_counter() - began
+    return exact_result(f"transfers: {subject}", wrong, len(changed), f"{text}{beside}", measure, seconds)
 
 
 def _numbers(dtype: torch.dtype) -> torch.Tensor:
@@ -80,5 +74,6 @@ def _bits(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.view(BITS[numbers.element_size()]) if numbers.is_floating_point() else numbers
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_word(dtype: torch.dtype) -> str:
+    """`bfloat16`."""
     return str(dtype).removeprefix("torch.")
