@@ -4,6 +4,7 @@ shows."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,20 @@ def test_calls_through_the_cache_give_what_one_pass_gives(family: str, whole: bo
         assert by_calls.keys() == at_once.keys()
         for scenario, logits_CV in by_calls.items():
             torch.testing.assert_close(logits_CV, at_once[scenario], rtol=1e-9, atol=1e-9)
+
+
+def test_the_engine_takes_each_layers_experts_in_whatever_order_a_bundle_has_the_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(CONFIGS, "deep", replace(CONFIGS["deepseek_v3"], num_hidden_layers=12))
+    subject = SmallSubject("deep")
+    model = subject.place(subject.build(), CPU, torch.float64)
+    serving = next(one for one in servings(row, 64, False, whole=False) if one.by_engine)
+    with torch.no_grad():
+        at_once, routes = subject.serve_at_once(model, serving, None)
+        by_calls = subject.serve(model, serving, dict(sorted(routes.items())))
+    for scenario, logits_CV in by_calls.items():
+        torch.testing.assert_close(logits_CV, at_once[scenario], rtol=1e-9, atol=1e-9)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(1, 5))
