@@ -354,7 +354,7 @@ def qualified(world: World, chip: Any, *, also: Callable[[Any], None] | None = N
     """What `beringia qualify` does in the chip's process, with what was found."""
     from beringia.qualify.candidate import _look_again, beside_reference, heads_of, judge_operators
     from beringia.qualify.effects import judge_trace, power_of
-    from beringia.qualify.evidence import Checked
+    from beringia.qualify.evidence import Checked, failure
     from beringia.qualify.lengths import LENGTHS, probe_lengths
     from beringia.qualify.locate import first_wrong, locate
     from beringia.qualify.recording import AT_REST, Recorder
@@ -365,6 +365,8 @@ def qualified(world: World, chip: Any, *, also: Callable[[Any], None] | None = N
     recording = recorder.record(world.tracer, world.routes)
     checks = [beside_reference(check, world.errors) for check in recording.checks]
     probes = judge_operators(checks, recording)
+    if recording.raised is not None:
+        probes.append(failure("operators", str(recording.raised)))
     if recording.trace is not None:
         effects = judge_trace(world.noise, recording.trace)
         probes += effects

@@ -43,7 +43,7 @@ from beringia.qualify.bundle import read_bundle
 from beringia.qualify.candidate import Extent, probe_candidate
 from beringia.qualify.effects import power_of
 from beringia.qualify.evidence import Opened
-from beringia.qualify.probing import Evidence, failure
+from beringia.qualify.probing import Evidence
 from beringia.qualify.qualification import located_in
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.subject import DecoderSubject, Subject
@@ -60,7 +60,7 @@ KINDS = {
 REQUIRED = {"clear_verdict": 0.97, "moderate_not_accepted": 0.90, "place": 0.95, "harmless_refused": 0}
 REQUIRED_CLEAN = {"refused": 0, "inconclusive_at_most": 0.02, "qualifications": 250, "of_trained_models": 150}
 _BREAKS = (RuntimeError, IndexError, ValueError)
-"""What a faulty chip may raise: its process would end."""
+"""What a faulty chip may raise where its harm is measured; and a CPU that is asked for a bundle."""
 _EXTENT = Extent(longest=0, memory_bytes=0, soak_seconds=0.0, speed=False)
 
 
@@ -97,11 +97,8 @@ def qualified(chip: Chip, subject: Subject, bundle: Any) -> dict[str, Any]:
     began = time.perf_counter()
     dtype = bundle.manifest.compute_dtype
     evidence = Evidence(opened=Opened(name=chip.name, identity=chip.identity, compute_dtype=dtype), complete=True)
-    try:
-        for fact in probe_candidate(chip, subject, bundle, _EXTENT):
-            evidence.take(fact)
-    except _BREAKS as error:
-        evidence.probes.append(failure("the model", str(error)))
+    for fact in probe_candidate(chip, subject, bundle, _EXTENT):
+        evidence.take(fact)
     located, departure = located_in(evidence), evidence.departure
     judgement = judge(evidence.probes, located, power_of(bundle.manifest.batches), departure)
     named = None if located is None else located.check

@@ -21,7 +21,7 @@ from beringia.qualify.operators import parts
 from beringia.qualify.operators.bounds import bound_of
 from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown, in_float64
-from beringia.qualify.operators.watch import Call, Place, Watch, changed
+from beringia.qualify.operators.watch import Call, NotJudged, Place, Watch, changed
 from beringia.qualify.refusals import first_line
 from beringia.qualify.trace import make_optimizer
 from beringia.records.certificate import OperatorCheck
@@ -280,14 +280,17 @@ def test_an_operator_that_the_chip_lacks_is_a_finding_in_its_module(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_error_of_the_judge_in_the_backward_pass_comes_out_of_the_watch(device: str) -> None:
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_an_error_of_the_judge_comes_out_of_the_watch_and_is_none_of_those_that_a_chip_raises(
+    device: str, direction: str
+) -> None:
     def take(call: Call) -> None:
-        if call.place.direction == "backward":
-            raise KeyError("the judge's own")
+        if call.place.direction == direction:
+            raise RuntimeError("the judge's own")
 
     with opened(device) as chip:
         model = nn.Linear(3, 2).to(chip.device)
-        with pytest.raises(KeyError, match="the judge's own"), Watch(model, chip.device, take):
+        with pytest.raises(NotJudged, match="the judge's own"), Watch(model, chip.device, take):
             model(torch.ones(4, 3).to(chip.device)).sum().backward()
 
 

@@ -92,6 +92,43 @@ def test_a_loss_that_learns_ignored_targets_is_named(monkeypatch: pytest.MonkeyP
     assert {(check.operator, check.direction) for check in wrong} == {("aten.nll_loss_backward.default", "backward")}
 
 
+def losing_the_gradient_of_the_loss(func: OpOverload, kernel: device.Kernel) -> device.Kernel:
+    """An interposer: its first number is infinite."""
+    if func is not torch.ops.aten.nll_loss_backward.default:
+        return kernel
+
+    def backward(*arguments: object) -> torch.Tensor:
+        lost: torch.Tensor = kernel(*arguments).clone()
+        lost.flatten()[0] = torch.inf
+        return lost
+
+    return backward
+
+
+@pytest.mark.parametrize("lost_first", [False, True])
+def test_a_pass_that_is_finite_only_once_does_not_repeat_itself(
+    lost_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = device._state.interposers
+
+    def losing(wanted: bool) -> None:
+        chosen = (*sound, losing_the_gradient_of_the_loss) if wanted else sound
+        monkeypatch.setattr(device._state, "interposers", chosen)
+        device._state.handlers.clear()
+
+    tracer = Tracer(SUBJECT, TraceExtent(batches=1, steps=1))
+    routes = tracer.in_float64()[1]
+    with opened("emulated:h800") as chip:
+        recorder = Recorder(SUBJECT, chip, torch.bfloat16)
+        losing(lost_first)
+        first = tracer.on_chip(chip, torch.bfloat16, routes, begin_step=recorder.begin_step)
+        losing(not lost_first)
+        differing = recorder._repeat(tracer, routes, first)
+        losing(False)
+    assert "outputs/0" not in differing
+    assert "gradient/0/lm_head.weight" in differing and not any("#" in name for name in differing)
+
+
 def test_of_many_layers_a_few_are_watched_later_among_them_the_first_and_the_last() -> None:
     layers = [f"model.layers.{number}" for number in range(30)]
     watched = [name for name in layers if name not in left_out_later(layers)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from beringia.qualify.clipping import departed_clipping, probe_clipping
 from beringia.qualify.departure import first_departure
 from beringia.qualify.doubt import doubt
 from beringia.qualify.effects import judge_trace
-from beringia.qualify.evidence import Begun, Checked, Departed, Fact, Probed, Unrepeatable
+from beringia.qualify.evidence import Begun, Checked, Departed, Fact, Probed, Unrepeatable, failure
 from beringia.qualify.hardware.memory import probe_memory
 from beringia.qualify.hardware.soak import matrix_load, probe_soak
 from beringia.qualify.hardware.speed import probe_speed
@@ -28,10 +29,12 @@ from beringia.qualify.lengths import LENGTHS, Heads, probe_lengths
 from beringia.qualify.operators.check import RMS_ALLOWED, WRONG_FORM, has_wrong_integers, wrong_form_words
 from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.recording import Recorder, Recording
+from beringia.qualify.refusals import REFUSALS, raised_words
 from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import Tracer
 from beringia.records.certificate import Departure, Measure, OperatorCheck, ProbeResult, Use
 
+_LOG = logging.getLogger(__name__)
 REPLAY_ALLOWED = 4.0
 """Shares of the bound on the root mean square error: a chip may make several operators of one that another chip has,
 and each of them rounds. Single elements say nothing then: where the parts cancel, their roundings stay."""
@@ -49,7 +52,20 @@ class Extent:
 
 
 def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Iterator[Fact]:
-    """The evidence, in the order in which it is found."""
+    """The evidence, in the order in which it is found. What the chip raises ends it with a finding: of the reference,
+    which made the same passes, nothing was raised."""
+    begun = "opening"
+    try:
+        for fact in _probed(chip, subject, bundle, extent):
+            if isinstance(fact, Begun):
+                begun = fact.probe
+            yield fact
+    except REFUSALS as problem:
+        _LOG.warning("%s: what was raised while probing %s", chip.name, begun, exc_info=problem)
+        yield Probed(result=failure(begun, f"the chip {raised_words(chip, problem)}"))
+
+
+def _probed(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Iterator[Fact]:
     dtype = getattr(torch, bundle.manifest.compute_dtype)
     yield Begun(probe="arithmetic")
     for result in (*probe_transfers(chip), *probe_integers(chip), *probe_multiply_add(chip)):
@@ -63,6 +79,8 @@ def probe_candidate(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent
         yield Checked(check=check)
     for result in judge_operators(checks, recording):
         yield Probed(result=result)
+    if recording.raised is not None:
+        raise recording.raised
     nothing_named = False
     if recording.trace is not None:
         effects = judge_trace(bundle.noise, recording.trace)

@@ -70,6 +70,13 @@ Fact = Annotated[
 fact_adapter: TypeAdapter[Fact] = TypeAdapter(Fact)
 
 
+def failure(probe: str, what: str) -> ProbeResult:
+    """A chip that fails while it is probed can be used for nothing."""
+    return ProbeResult(
+        probe=probe, subject="the chip", outcome="failed", rules_out="infer", summary=f"while probing {probe}: {what}"
+    )
+
+
 class QualifyOrder(Record):
     """What the process is asked to do."""
 

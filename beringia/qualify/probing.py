@@ -21,6 +21,7 @@ from beringia.qualify.evidence import (
     QualifyOrder,
     Unrepeatable,
     fact_adapter,
+    failure,
 )
 from beringia.records.certificate import Departure, OperatorCheck, ProbeResult
 
@@ -97,10 +98,3 @@ def _conclude(child: Child, evidence: Evidence, begun: str) -> None:
         raise HandshakeError(f"The chip was not opened: {child.death().sentence}.")
     else:
         evidence.probes.append(failure(begun, child.death().sentence))
-
-
-def failure(probe: str, what: str) -> ProbeResult:
-    """A chip that fails while it is probed can be used for nothing."""
-    return ProbeResult(
-        probe=probe, subject="the chip", outcome="failed", rules_out="infer", summary=f"while probing {probe}: {what}"
-    )

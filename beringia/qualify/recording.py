@@ -34,7 +34,7 @@ from beringia.qualify.operators.watch import Call, CallCounts, Place, Watch, ten
 from beringia.qualify.refusals import REFUSALS
 from beringia.qualify.serving import Around, Step
 from beringia.qualify.subject import Batch, Subject, on_device
-from beringia.qualify.trace import CLIP, ChosenRoutes, Trace, Tracer, make_optimizer
+from beringia.qualify.trace import CLIP, NOT_FINITE, ChosenRoutes, Trace, Tracer, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
 
 WATCHED_STEPS = 2
@@ -54,6 +54,8 @@ class Recording:
     trace: Trace | None = None
     unrepeatable: tuple[str, ...] = ()
     """Sketches that had other bits the second time."""
+    raised: Exception | None = None
+    """What the chip raised in a pass that was not carried out to its end, where no watched operator is missing."""
     first_unrepeatable: Place | None = None
     """The first operator that gave other bits from the same arguments; looked for where no call was wrong."""
     batch_invariant: bool | None = None
@@ -78,7 +80,15 @@ class Recorder:
         self._recording = Recording()
 
     def record(self, tracer: Tracer, routes: ChosenRoutes) -> Recording:
-        """Everything; where the chip refuses an operator, what came before it."""
+        """Everything; where the chip refuses an operator, or raises something, what came before it."""
+        found = self._recording
+        try:
+            self._record(tracer, routes)
+        except REFUSALS as problem:
+            found.raised = problem
+        return found
+
+    def _record(self, tracer: Tracer, routes: ChosenRoutes) -> None:
         found = self._recording
         with self._timed("operators"):
             complete = (
@@ -89,7 +99,7 @@ class Recorder:
             )
             served = self._watch_serving(tracer, routes, lambda step: step.watched) if complete else None
         if served is None:
-            return found
+            return
         with self._timed("trace"):
             found.trace = tracer.on_chip(self._chip, self._dtype, routes, begin_step=self.begin_step, served=served)
         with self._timed("repeat"):
@@ -97,7 +107,6 @@ class Recorder:
             if found.unrepeatable and not any(check.used > 1.0 for check in found.checks):
                 found.first_unrepeatable = self._first_unrepeatable()
             found.batch_invariant = self._batch_invariant()
-        return found
 
     def watch_again(self, passes: int) -> list[OperatorCheck]:
         """Further passes of a training step, watched until one has a wrong call: for faults that come and go.
@@ -282,7 +291,8 @@ class Recorder:
 
     def _repeat(self, tracer: Tracer, routes: ChosenRoutes, first: Trace) -> tuple[str, ...]:
         again = tracer.first_pass(self._chip, self._dtype, routes, begin_step=self.begin_step)
-        return tuple(name for name, sketch in again.items() if not _same(sketch, first.sketches[name]))
+        names = dict.fromkeys(name.removesuffix(NOT_FINITE) for name in again)
+        return tuple(name for name in names if not _same(again, first.sketches, name))
 
     def _batch_invariant(self) -> bool:
         """Whether the first sample of a batch gives the same bits alone."""
@@ -394,8 +404,13 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.nan_to_num(nan=1.5e300), other.nan_to_num(nan=1.5e300))
+def _same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], name: str) -> bool:
+    """Whether two passes' sketches of a tensor are equal, also of what is not finite, of which one may have none."""
+    names = (name, name + NOT_FINITE)
+    return all(torch.equal(one.get(each, _NONE), other.get(each, _NONE)) for each in names)
+
+
+_NONE = torch.empty(0)
 
 
 class _Found(Exception):

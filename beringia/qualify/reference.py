@@ -12,7 +12,7 @@ from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, error_key, write_bundle
 from beringia.qualify.capture import CallCapture
 from beringia.qualify.effects import RoundingNoise
 from beringia.qualify.layers import Traffic
-from beringia.qualify.recording import Recorder
+from beringia.qualify.recording import Recorder, Recording
 from beringia.qualify.serving import scenarios
 from beringia.qualify.sound_reference import (
     USED_AT_MOST,
@@ -21,6 +21,7 @@ from beringia.qualify.sound_reference import (
     check_has_numbers,
     check_operators,
     keeping_its_bounds,
+    raising_nothing,
 )
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import Trace, TraceExtent, Tracer, moved_by_rounding
@@ -52,23 +53,9 @@ def make_bundle(
     exact, routes = tracer.in_float64()
     check_has_numbers(exact, subject.name)
     reference = Reference(chip, subject, dtype, routes, plan)
-    say("the reference's operators")
     capture = CallCapture(limit_bytes)
-    recording = Recorder(subject, chip, dtype, also=capture.take).record(tracer, routes)
-    check_operators(reference, recording.checks)
-    assert recording.trace is not None, "a reference has every operator"
-
-    def draws() -> Iterator[Trace]:
-        for seed in range(DRAWS):
-            say(f"noise, draw {seed + 1} of {DRAWS}")
-            change = moved_by_rounding(seed, dtype)
-            yield tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change)
-
-    noise = RoundingNoise.of(exact, recording.trace, draws())
-    say("whether the reference is sound")
-    traffic = {name: Traffic(x.to(dtype), gradient.to(dtype)) for name, (x, gradient) in tracer.traffic(routes).items()}
-    check_effects(reference, recording, noise, traffic)
-    bounded = keeping_its_bounds(reference, noise, recording.trace)
+    with raising_nothing(reference):
+        recording, bounded, traffic = _recorded(reference, tracer, exact, capture, say)
     errors = {
         error_key(check.module, check.operator, check.direction, check.ordinal): (
             check.error,
@@ -106,3 +93,29 @@ def make_bundle(
         capture.calls,
         load_or_create_key(key),
     )
+
+
+def _recorded(
+    reference: Reference, tracer: Tracer, exact: Trace, capture: CallCapture, say: Callable[[str], None]
+) -> tuple[Recording, RoundingNoise, dict[str, Traffic]]:
+    """What the chip gives, the noise that is its floor, and what goes through each layer. Raises what `make_bundle`
+    raises, and whatever the chip does."""
+    chip, dtype, routes = reference.chip, reference.dtype, reference.routes
+    say("the reference's operators")
+    recording = Recorder(reference.subject, chip, dtype, also=capture.take).record(tracer, routes)
+    check_operators(reference, recording.checks)
+    if recording.raised is not None:
+        raise recording.raised
+    assert recording.trace is not None, "a reference has every operator"
+
+    def draws() -> Iterator[Trace]:
+        for seed in range(DRAWS):
+            say(f"noise, draw {seed + 1} of {DRAWS}")
+            change = moved_by_rounding(seed, dtype)
+            yield tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change)
+
+    noise = RoundingNoise.of(exact, recording.trace, draws())
+    say("whether the reference is sound")
+    traffic = {name: Traffic(x.to(dtype), gradient.to(dtype)) for name, (x, gradient) in tracer.traffic(routes).items()}
+    check_effects(reference, recording, noise, traffic)
+    return recording, keeping_its_bounds(reference, noise, recording.trace), traffic

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from beringia.chips.chip import Chip
+
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError)
 """A missing kernel is a RuntimeError; the others are of arguments that one takes and another does not."""
 
@@ -12,3 +14,9 @@ def first_line(error: BaseException) -> str:
     """An error for a sentence."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:_LONGEST_REASON]}"
+
+
+def raised_words(chip: Chip, error: BaseException) -> str:
+    """For a sentence that begins with the chip: `raised IndexError: ...`, or the fault that the driver reported."""
+    fault = chip.classify(error)
+    return f"raised {first_line(error)}" if fault is None else f"reported {fault.code}: {fault.message}"

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -54,6 +54,7 @@ from beringia.qualify.layers import Traffic, probe_layers
 from beringia.qualify.locate import first_wrong
 from beringia.qualify.operators.check import has_wrong_integers, wrong_form_words
 from beringia.qualify.recording import Recording, left_out_later
+from beringia.qualify.refusals import REFUSALS, raised_words
 from beringia.qualify.rounded_float64 import RoundedFloat64
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import NOT_FINITE, ChosenRoutes, Trace, TraceExtent, Tracer, moved_by_rounding
@@ -115,6 +116,20 @@ def check_has_numbers(exact: Trace, name: str) -> None:
         f"{name} was to be qualified, but already in float64 it gives losses, outputs or gradients that are infinite "
         "or NaN: there is nothing to compare a chip with. Give a model whose numbers are finite."
     )
+
+
+@contextmanager
+def raising_nothing(reference: Reference) -> Iterator[None]:
+    """What a chip raises inside, where float64 has made the same passes, makes it no reference: raises Refusal. From a
+    CPU it goes on as it is: there it is a mistake in the model that only its dtype shows, or ours."""
+    try:
+        yield
+    except REFUSALS as problem:
+        if reference.chip.device.type == "cpu":
+            raise
+        raise Refusal(
+            f"{reference.name} is not sound: it {raised_words(reference.chip, problem)}. {_ADVICE}."
+        ) from problem
 
 
 def check_operators(reference: Reference, checks: Sequence[OperatorCheck]) -> None:

@@ -23,7 +23,6 @@ from beringia.qualify.bundle import read_bundle
 from beringia.qualify.candidate import Extent, probe_candidate
 from beringia.qualify.evidence import Begun, Fact, Opened, Probed, QualifyOrder
 from beringia.qualify.fitting import check_fits, parameters_of
-from beringia.qualify.probing import failure
 from beringia.qualify.recomputed import recompute
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.subject import DecoderSubject
@@ -86,18 +85,10 @@ def _probe(order: QualifyOrder, subject: DecoderSubject, chip: Chip, write: Writ
     if order.recompute:
         write(Begun(probe="the bundle's float64"))
         write(Probed(result=recompute(subject, bundle)))
-    begun = "opening"
-    try:
-        for line in probe_candidate(chip, subject, bundle, extent):
-            if isinstance(line, Begun):
-                begun = line.probe
-                _say(line.probe)
-            write(line)
-    except RuntimeError as problem:
-        fault = chip.classify(problem)
-        if fault is None:
-            raise
-        write(Probed(result=failure(begun, f"the chip reported {fault.code}: {fault.message}")))
+    for line in probe_candidate(chip, subject, bundle, extent):
+        if isinstance(line, Begun):
+            _say(line.probe)
+        write(line)
 
 
 def _dtype(name: str | None, chip: Chip) -> torch.dtype:

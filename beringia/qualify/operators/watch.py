@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from beringia.qualify.refusals import REFUSALS
+from beringia.qualify.refusals import REFUSALS, first_line
 from beringia.records.certificate import Direction
 
 _NOT_COMPUTED = (
@@ -76,6 +76,19 @@ class RefusedCall:
     func: OpOverload
     shapes: tuple[tuple[int, ...], ...]
     words: str
+
+
+class NotJudged(Exception):
+    """The judge broke over a call: our fault, and no finding."""
+
+
+def _of_the_judge(call: Call, error: Exception) -> Exception:
+    """Never one of those that a chip raises, whose they would be taken for."""
+    if not isinstance(error, REFUSALS):
+        return error
+    problem = NotJudged(f"{call.place.operator} was not judged: {first_line(error)}")
+    problem.__cause__ = error
+    return problem
 
 
 CallCounts = Counter[tuple[str, str, Direction]]
@@ -196,10 +209,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
     def _hand_on(self, call: Call, backward: bool) -> None:
         try:
             self._take(call)
-        except Exception as problem:
+        except Exception as error:
+            problem = _of_the_judge(call, error)
             # Raised below autograd on a device made in Python, it would end the process without a word.
             if not backward:
-                raise
+                raise problem from problem.__cause__
             self._problem = self._problem or problem
 
     def _refuse(self, func: OpOverload, args: tuple[Any, ...], backward: bool, error: Exception) -> None:

@@ -1,0 +1,104 @@
+"""A chip that raises where no operator is missing has a certificate all the same, and is no reference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import SmallSubject
+from torch import nn
+from torch.nn import functional as F
+from wrong_kernels import emulated_with
+
+from beringia.chips.cpu import Cpu
+from beringia.errors import Refusal
+from beringia.qualify.qualification import qualify_here
+from beringia.qualify.reference import make_bundle
+from beringia.qualify.subject import Batch
+from beringia.qualify.trace import TraceExtent
+
+SUBJECT = SmallSubject("llama")
+PLAN = TraceExtent(batches=3, steps=1)
+aten = torch.ops.aten
+SILU, SORT = aten.silu.default, aten.sort.stable
+
+
+def raising_past(rows: int, error: Exception) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A kernel that does not take so many tokens at once, which no watched call has."""
+
+    def silu(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2] > rows:
+            raise error
+        return F.silu(x)
+
+    return silu
+
+
+def wrong_order(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places past the end: what is done with them raises."""
+    values, places = SORT(*arguments, **options)
+    return values, places + 1000
+
+
+ERRORS = [
+    RuntimeError("tile of 512 rows: no such kernel\nat some place"),
+    NotImplementedError("more than 100 rows"),
+    IndexError("index 7 is out of bounds"),
+    ValueError("workspace of -1 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_a_chip_raises_in_a_pass_that_is_not_watched_is_a_finding(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    with emulated_with({SILU: raising_past(100, error)}) as chip, caplog.at_level(logging.WARNING):
+        certificate = qualify_here(chip, SUBJECT, PLAN)
+    first_line = str(error).partition("\n")[0]
+    assert certificate.verdict == "unfit"
+    assert any(f"raised {type(error).__name__}: {first_line}" in reason for reason in certificate.reasons)
+    assert certificate.operators, "what was seen before is kept"
+    assert "Traceback" in caplog.text
+
+
+def test_an_operator_that_was_wrong_before_is_named() -> None:
+    def wrong_then_raising(x: torch.Tensor) -> torch.Tensor:
+        return raising_past(100, ERRORS[0])(x) * 1.2
+
+    with emulated_with({SILU: wrong_then_raising}) as chip:
+        certificate = qualify_here(chip, SUBJECT, PLAN)
+    assert certificate.verdict == "unfit"
+    assert certificate.first_wrong is not None and certificate.first_wrong.check.operator == "aten.silu.default"
+
+
+def test_places_past_the_end_that_raise_elsewhere_are_a_finding_with_the_operator_that_gave_them() -> None:
+    with emulated_with({SORT: wrong_order}) as chip:
+        certificate = qualify_here(chip, SmallSubject("deepseek_v3"), PLAN)
+    assert certificate.verdict == "unfit"
+    assert certificate.first_wrong is not None and certificate.first_wrong.check.operator == "aten.sort.stable"
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_chip_that_raises_is_no_reference(error: Exception, tmp_path: Path) -> None:
+    path = tmp_path / "x.bundle"
+    words = rf"not sound: it raised {type(error).__name__}: .* No bundle was written"
+    with emulated_with({SILU: raising_past(100, error)}) as chip, pytest.raises(Refusal, match=words) as refused:
+        make_bundle(SUBJECT, chip, torch.bfloat16, path, plan=PLAN, limit_bytes=0)
+    assert not path.exists() and "\n" not in str(refused.value)
+
+
+class Mixing(SmallSubject):
+    """A model whose mistake another dtype than float64 shows."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        if model.compute_dtype != torch.float64:
+            raise TypeError("a float32 beside a bfloat16")
+        return super().loss(model, batch)
+
+
+def test_what_this_machines_cpu_raises_is_the_models_mistake_and_no_finding(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="a float32 beside"):
+        make_bundle(Mixing("llama"), Cpu(), torch.bfloat16, tmp_path / "x.bundle", plan=PLAN, limit_bytes=0)
