@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,15 @@ from hypothesis import strategies as st
 from small_runs import beringia, of_kind, small_recipe, write_recipe
 
 from beringia.model import fusing_attention, load_model
+from beringia.processes.ranks import Ranks
 from beringia.records.events import DIVERGENCE, Alarm
 from beringia.records.recipe import Recipe
 from beringia.supervise.next_order import order_for
-from beringia.train.divergence import beyond_judging, divergence
+from beringia.train import divergence as divergence_module
+from beringia.train import session as session_module
+from beringia.train.divergence import Divergence, _agreed, _limits, beyond_judging, divergence
 from beringia.train.guard.check import GRADIENT
+from beringia.train.session import Session
 from beringia.train.state import live_tensors
 from beringia.train.trainer import Trainer
 
@@ -104,6 +109,56 @@ def test_a_loss_far_worse_than_guessing_is_beyond_judging_and_a_bad_one_is_not()
     assert beyond_judging(made, good) is None
     assert beyond_judging(made, good | {"loss": 11.0 * guess}) is not None
     assert beyond_judging(made, good | {GRADIENT: math.inf}) is not None
+
+
+def answers_of_ranks(owns: list[Divergence | None], monkeypatch: pytest.MonkeyPatch) -> list[Divergence | None]:
+    """What each rank is told where these are the ranks' own findings."""
+    made = trainer(share=None)
+    told: list[torch.Tensor] = []
+
+    def answers() -> list[Divergence | None]:
+        found = []
+        for rank, own in enumerate(owns):
+            made.ranks = Ranks(rank=rank, local=rank, count=len(owns))
+            found.append(_agreed(own, made, _limits(made)))
+        return found
+
+    monkeypatch.setattr(divergence_module, "sum_of_host_values", lambda values, device: told.append(values) or values)
+    answers()
+    monkeypatch.setattr(divergence_module, "sum_of_host_values", lambda values, device: torch.stack(told).sum(0))
+    return answers()
+
+
+@given(st.lists(st.none() | st.sampled_from([50.0, 1e9, math.inf, math.nan]), min_size=1, max_size=4))
+def test_all_ranks_are_told_the_same_so_that_they_do_the_same(losses: list[float | None]) -> None:
+    limit = _limits(trainer(share=None))["loss"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        owns = [None if loss is None else Divergence("loss", loss, limit) for loss in losses]
+        answers = answers_of_ranks(owns, monkeypatch)
+    beyond = [loss for loss in losses if loss is not None]
+    if not beyond:
+        assert answers == [None] * len(losses)
+        return
+    assert len({repr(answer) for answer in answers}) == 1
+    answer = answers[0]
+    assert answer is not None and answer.limit == limit and not answer.layers_judged
+    largest = math.nan if any(map(math.isnan, beyond)) else max(beyond)
+    assert math.isnan(answer.value) if math.isnan(largest) else answer.value == pytest.approx(largest)
+
+
+@pytest.mark.parametrize("name", ["loss", GRADIENT])
+def test_without_a_guard_a_divergence_is_told_with_no_layer_judged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard of a run may be taken away while a step of it is in doubt."""
+    made = trainer(share=None)
+    told: list[Alarm] = []
+    session = Session.__new__(Session)
+    session._trainer, session.ranks, session.chip = made, made.ranks, made.chip
+    session.order = SimpleNamespace(doubted_steps=(made.step + 1,))  # type: ignore[assignment]
+    session.channel = SimpleNamespace(beat=nothing, event=told.append)  # type: ignore[assignment]
+    found = Divergence(name, math.inf, _limits(made)[name])
+    monkeypatch.setattr(session_module, "divergence", lambda trainer, beat: found)
+    assert session._diverges()
+    assert [(event.detector, event.tensor) for event in told] == [(DIVERGENCE, name)]
 
 
 def test_one_kernel_of_attention_on_the_cpu_is_the_same_attention() -> None:

@@ -118,6 +118,12 @@ def test_gradients_that_were_clipped_by_their_norm_pass_and_others_do_not(norm: 
     assert judge_clipping(clipped(1.0), math.nan, {f"{GRADIENT} of layers.0": 1.0}, 1.0) == []
 
 
+@pytest.mark.parametrize("own", [math.nan, math.inf])
+def test_a_norm_that_the_chip_tells_as_a_number_though_a_gradient_is_none_is_beyond_its_bound(own: float) -> None:
+    findings = judge_clipping(clipped(1.0, norm=own), 2.0, {f"{GRADIENT} of layers.0": 2.0}, 1.0)
+    assert findings[0].alarming and findings[0].tensor == "gradient norm"
+
+
 def scaled(clip: Callable[[], tuple[torch.Tensor, torch.Tensor]], factor: float) -> Any:
     def wrong() -> tuple[torch.Tensor, torch.Tensor]:
         norm, norms_G = clip()

@@ -39,6 +39,15 @@ def test_an_expert_that_was_passed_over_though_it_is_clearly_better_is_seen() ->
     assert shortfall(scores_TE, margins_TE, torch.tensor([[0, 0]])) == float("inf")
 
 
+@pytest.mark.parametrize("none", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("groups", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("place", range(4))
+def test_experts_chosen_by_what_is_no_number_are_seen(none: float, groups: tuple[int, int], place: int) -> None:
+    scores_TE = torch.tensor([[0.9, 0.8, 0.1, 0.2]], dtype=torch.float64)
+    scores_TE[0, place] = none
+    assert shortfall(scores_TE, torch.full((1, 4), 0.01), torch.tensor([[2, 3]]), *groups) == float("inf")
+
+
 def test_an_expert_of_a_group_that_was_not_among_the_best_is_seen() -> None:
     scores_TE = torch.tensor([[0.9, 0.8, 0.85, 0.1]], dtype=torch.float64)
     margins_TE = torch.full_like(scores_TE, 0.01)

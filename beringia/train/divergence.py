@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +28,7 @@ from beringia.model import Decoder
 from beringia.processes.ranks import Ranks
 from beringia.records.events import DIVERGENCE, Alarm
 from beringia.train.guard.check import GRADIENT
-from beringia.train.sharding import sum_over_ranks, whole
+from beringia.train.sharding import sum_of_host_values, whole
 from beringia.train.trainer import Trainer
 
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
@@ -46,7 +46,7 @@ class Divergence:
     name: str
     value: float
     limit: float
-    """Largest that is not."""
+    """Largest that is not; the same on all ranks, as the name is."""
 
     @property
     def layers_judged(self) -> bool:
@@ -74,7 +74,10 @@ class Divergence:
 
 def beyond_judging(trainer: Trainer, numbers: Mapping[str, float]) -> Divergence | None:
     """The first of a step's numbers that is beyond judging."""
-    limits = _limits(trainer)
+    return _beyond(numbers, _limits(trainer))
+
+
+def _beyond(numbers: Mapping[str, float], limits: Mapping[str, float]) -> Divergence | None:
     beyond = (Divergence(name, value, limits[name]) for name, value in numbers.items() if not value <= limits[name])
     return next(beyond, None)
 
@@ -90,11 +93,14 @@ def divergence(trainer: Trainer, beat: Callable[[], None]) -> Divergence | None:
     for sample in trainer.samples():
         found = trainer.numbers_of(sample, counts)
         beat()
-        if _agreed(_of_one_sample(trainer, found, sample, counts), trainer) is not None:
+        if _agreed(_of_one_sample(trainer, found, sample, counts), trainer, _limits(trainer)) is not None:
             numbers = copy_on_the_cpu(trainer, beat).numbers_of(sample, counts)
-            return _agreed(_of_one_sample(trainer, numbers, sample, counts), trainer)
+            return _agreed(_of_one_sample(trainer, numbers, sample, counts), trainer, _limits(trainer))
         sums.update({name: abs(value) for name, value in found.items()})
-    return _agreed(_of_the_sum(sums), trainer)
+    limits = _limits_of_sums(trainer)
+    too_large = _beyond(sums, limits)
+    own = None if too_large is None else replace(too_large, value=math.inf)
+    return _agreed(own, trainer, limits)
 
 
 def _limits(trainer: Trainer) -> dict[str, float]:
@@ -114,21 +120,23 @@ def _of_one_sample(
     return beyond_judging(trainer, by_itself)
 
 
-def _of_the_sum(sums: Mapping[str, float]) -> Divergence | None:
-    limits = {name: LARGEST_NORM if name == GRADIENT else LARGEST_FLOAT32 for name in sums}
-    return next(
-        (Divergence(name, math.inf, limits[name]) for name, value in sums.items() if value >= limits[name]), None
-    )
+def _limits_of_sums(trainer: Trainer) -> dict[str, float]:
+    """Of what samples add up to at most, by the triangle inequality: what one of them is, is held against `_limits`."""
+    return dict.fromkeys(trainer.number_names, LARGEST_FLOAT32) | {GRADIENT: LARGEST_NORM}
 
 
-def _agreed(own: Divergence | None, trainer: Trainer) -> Divergence | None:
-    """The first of the numbers that any rank finds beyond judging, with the largest of their values."""
-    names, device = trainer.number_names, trainer.chip.device
-    flags = sum_over_ranks(torch.tensor([int(own is not None and own.name == name) for name in names], device=device))
-    name = next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
-    if name is None or (own is not None and own.name == name):
-        return own if name is not None else None
-    return Divergence(name, math.inf, LARGEST_FLOAT32)  # another rank's, which tells of it
+def _agreed(own: Divergence | None, trainer: Trainer, limits: Mapping[str, float]) -> Divergence | None:
+    """The first of the numbers that any rank finds beyond judging, with the largest of their values: the same on every
+    rank, since what is done next is done by all together."""
+    names, ranks = trainer.number_names, trainer.ranks
+    told_RN2 = torch.zeros(ranks.count, len(names), 2)
+    if own is not None:
+        told_RN2[ranks.rank, names.index(own.name)] = torch.tensor([1.0, own.value])
+    flags_RN, values_RN = sum_of_host_values(told_RN2, trainer.chip.device).unbind(-1)
+    for name, flags_R, values_R in zip(names, flags_RN.T, values_RN.T, strict=True):
+        if flags_R.any():
+            return Divergence(name, values_R.max().item(), limits[name])
+    return None
 
 
 def copy_on_the_cpu(trainer: Trainer, beat: Callable[[], None]) -> Trainer:

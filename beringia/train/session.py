@@ -430,7 +430,8 @@ class Session:
         found = divergence(self.trainer, self.channel.beat) if step in self.order.doubted_steps else None
         if found is None:
             return False
-        alarms = [event for event in self._check_all_sites() if isinstance(event, Alarm)] if found.layers_judged else []
+        judged = self._check_all_sites() if found.layers_judged and self.trainer.guard is not None else []
+        alarms = [event for event in judged if isinstance(event, Alarm)]
         wrong = [alarm for alarm in alarms if alarm.value is not None]
         for event in wrong:
             self.channel.event(event)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from beringia.records.events import Alarm, CheckDone
 
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -26,7 +28,7 @@ class Finding:
 
     @property
     def beyond(self) -> bool:
-        """Whether the value is beyond the bound; a value that is not a number is."""
+        """Whether the value is beyond the bound; where either is not a number it is."""
         return not self.value <= self.bound
 
     @property
@@ -37,7 +39,7 @@ class Finding:
     @property
     def used(self) -> float:
         """How much of the bound was used; 1 is the bound itself."""
-        if not math.isfinite(self.value):
+        if not math.isfinite(self.value) or math.isnan(self.bound):
             return math.inf
         return self.value / self.bound if self.bound > 0 else (math.inf if self.value > 0 else 0.0)
 
@@ -48,8 +50,8 @@ class Finding:
             detector=self.detector,
             site=self.site,
             tensor=self.tensor,
-            value=_finite(self.value),
-            bound=self.bound,
+            value=self._told_value,
+            bound=self._told_bound,
             seconds=seconds,
         )
 
@@ -61,18 +63,25 @@ class Finding:
             detector=self.detector,
             site=self.site,
             tensor=self.tensor,
-            value=_finite(self.value),
-            bound=self.bound,
+            value=self._told_value,
+            bound=self._told_bound,
             message=f"{self.tensor} of {self.site} at step {step}: {self.what} is {self._figures()}{also}",
         )
 
+    @property
+    def _told_value(self) -> float | None:
+        return self.value if math.isfinite(self.value) and not math.isnan(self.bound) else None
+
+    @property
+    def _told_bound(self) -> float:
+        """Events hold numbers alone."""
+        return 0.0 if math.isnan(self.bound) else min(self.bound, LARGEST_FLOAT32)
+
     def _figures(self) -> str:
+        if math.isnan(self.bound):
+            return f"{self.value:.3g}, and what bounds it is no number."
         if not math.isfinite(self.value):
             return f"{self.value}; it must be finite and at most {self.bound:.3g}."
         if self.bound == 0:
             return f"{self.value:.3g}, it must be 0."
         return f"{self.value:.3g}, {self.used:.3g} times its bound of {self.bound:.3g}."
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

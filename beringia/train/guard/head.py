@@ -45,7 +45,11 @@ def judge_sums(detector: str, training: Training, capture: SiteCapture) -> list[
     return [
         _judge_sum(detector, training, capture, call, term.name, ahead=term.ahead)
         for term in training.objective.terms
-        if term.nats and term.name in capture.sums and (call := found[term.ahead]) is not None
+        if term.nats
+        and term.name in capture.sums
+        and (call := found[term.ahead]) is not None
+        # Of logits that are none the second run of the head tells, or whoever gave it what it had.
+        and bool(call.output.isfinite().all())
     ]
 
 

@@ -54,8 +54,10 @@ def shortfall(
     scores_TE: torch.Tensor, margins_TE: torch.Tensor, chosen_TK: torch.Tensor, groups: int = 1, kept: int = 1
 ) -> float:
     """The most, over tokens, by which a chosen expert (or its group) was worse than one that was passed over, in units
-    of the margins of both; infinite where an expert was chosen twice, 0 where none was worse."""
-    if (chosen_TK.sort(-1).values.diff(dim=-1) == 0).any():
+    of the margins of both; infinite where an expert was chosen twice, or by what is no number, 0 where none was
+    worse."""
+    chosen_twice = (chosen_TK.sort(-1).values.diff(dim=-1) == 0).any()
+    if chosen_twice or not (scores_TE + margins_TE).isfinite().all():
         return float("inf")
     passed_over_TE = torch.ones_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, False)
     of_groups = 0.0

@@ -81,10 +81,10 @@ class ClippingCheck(Check[Unclipped]):
 
 
 def judge_clipping(look: Unclipped, norm: float, norms: Mapping[str, float], limit: float) -> list[Finding]:
-    """Three findings: the group's norm, the norm of all from `norms` by group, and the slice. None where a norm is not
-    finite, which other checks tell of."""
+    """Three findings: the group's norm, the norm of all from `norms` by group, and the slice. None where a norm that
+    the chip tells is not finite, of which another check tells; that of the guard is beyond the bound then."""
     told = norms.get(f"{GRADIENT} of {look.group}", math.nan)
-    if not all(map(math.isfinite, (look.norm, told, norm))):
+    if not (math.isfinite(told) and math.isfinite(norm)):
         return []
     name = ClippingCheck.name
     of_all = math.sqrt(sum(value * value for value in norms.values()))

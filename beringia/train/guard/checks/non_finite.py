@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 
 from beringia.train.guard.check import Check, Moment, Step, When
-from beringia.train.guard.finding import Finding
-
-LARGEST_FLOAT32 = 3.4028234663852886e38
+from beringia.train.guard.finding import LARGEST_FLOAT32, Finding
 
 
 class NonFinite(Check[dict[str, float]]):
