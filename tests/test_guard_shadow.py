@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import alarms_of_a_full_check, changed_output, changing_gradient, trainer
+from guarded import alarms_of_a_full_check, changed_output, changing_gradient, recipe, trainer
 
 from beringia.model import attention
 from beringia.records.events import CheckDone
 from beringia.train.guard.check import Step
+from beringia.train.guard.evidence import BOUND
 from beringia.train.guard.shadow import MARGIN
 from beringia.train.trainer import Trainer
 
@@ -239,3 +240,17 @@ def test_what_exceeds_its_bound_by_little_alarms_when_other_samples_agree() -> N
     only = slice(drawn, drawn + 1)
     assert alarm_at(factor, only) is None
     assert alarm_at(10.0 * factor, only) is not None
+
+
+def test_a_small_excess_of_the_only_sample_is_evidence_and_an_alarm_once_it_has_come_often() -> None:
+    def visits_until_an_alarm(factor: float, most: int) -> int | None:
+        made = trainer(dtype=torch.float32, asked=recipe(batch=1))
+        made.train_step()
+        with changed_output(made.decoder.layers[1].mlp, lambda output_BTD: output_BTD * (1.0 + factor)):
+            return next((visit for visit in range(1, most + 1) if alarms_of_a_full_check(made)), None)
+
+    at_once = 1e-6
+    while visits_until_an_alarm(at_once, 1) is None:
+        at_once *= 1.2
+    # What alarms alone is `MARGIN` times its bound or more.
+    assert 1 < (visits_until_an_alarm(0.8 * at_once, 2 * BOUND) or 0) <= 2 * BOUND

@@ -160,10 +160,12 @@ class Shadow:
 
         chosen = tuple(dict.fromkeys((first.number, longest_of(capture, first.number))))
         after = ((first.number + step) % first.batch for step in range(1, first.batch))
-        others = (replayed(number) for number in after if number not in chosen)
+        rest = [number for number in after if number not in chosen]
+        gathered = map(replayed, rest)
         findings: list[Finding] = []
         for one in map(replayed, chosen):
-            findings += self._judge_routes(one.seen, replica) + self._judge_batch(one, others)
+            others = map(replayed, (*rest, *(number for number in chosen if number != one.seen.number)))
+            findings += self._judge_routes(one.seen, replica) + self._judge_batch(one, others, gathered)
             if _alarming(findings):
                 break
         return findings
@@ -176,17 +178,23 @@ class Shadow:
         assert isinstance(router, Router)
         return [judge_routes(DETECTOR, seen.site, router, *chosen)]
 
-    def _judge_batch(self, first: Replayed, others: Iterator[Replayed]) -> list[Finding]:
-        """A sample, and others where it leaves a doubt; none is weighed twice."""
+    def _judge_batch(
+        self, first: Replayed, others: Iterator[Replayed], gathered: Iterator[Replayed]
+    ) -> list[Finding]:
+        """A sample, and others where it leaves a doubt; of `gathered`, which is shared, none is weighed twice. Where
+        there are no others, a small excess is one visit's evidence and no alarm."""
         visits = self._visits[first.site] = self._visits.get(first.site, -1) + 1
         findings = self._judge_sample(first, fresh=visits % NOISE_VISITS == 0)
         if _alarming(findings) and max(finding.used for finding in findings) <= MARGIN:
             judged = [self._judge_sample(one, fresh=True) for one in islice(others, CONFIRMING_SAMPLES)]
             clean = [found for found in judged if not _alarming(found)]
-            findings = clean[0] if 2 * len(clean) > len(judged) else findings
+            if not judged:
+                findings = [finding for finding in findings if not finding.alarming]
+            elif 2 * len(clean) > len(judged):
+                findings = clean[0]
         if _alarming(findings):
             return findings
-        return findings + self._gather(first, islice(others, GATHERED_SAMPLES))
+        return findings + self._gather(first, islice(gathered, GATHERED_SAMPLES))
 
     def _judge_sample(self, one: Replayed, *, fresh: bool) -> list[Finding]:
         """Against the remembered noise where that suffices, against this sample's own, against further draws of it."""
