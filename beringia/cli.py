@@ -157,6 +157,12 @@ ModelOption = Annotated[str, typer.Option("--model", help="A preset or a Hugging
 LayersOption = Annotated[
     int | None, typer.Option("--layers", help="Only so many of the model's layers.", show_default=False)
 ]
+VocabularyOption = Annotated[
+    int | None,
+    typer.Option(
+        "--vocabulary", min=1, help="A preset with so many tokens, as a run's tokenizer has.", show_default=False
+    ),
+]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="Dtype of products; default the chip's own.", show_default=False)
 ]
@@ -175,6 +181,7 @@ def reference(
     out: Annotated[Path, typer.Option("--out", help="Bundle to write.", show_default=False)],
     dtype: DtypeOption = None,
     layers: LayersOption = None,
+    vocabulary: VocabularyOption = None,
     seed: SeedOption = 0,
     batches: BatchesOption = 6,
     extent: ExtentOption = "quick",
@@ -184,12 +191,14 @@ def reference(
 ) -> None:
     """Record on one machine what another machine's chip is compared with. A chip that is not sound is refused."""
     from beringia.qualify.qualification import Request, record_reference
+    from beringia.records.model_source import vocabulary_of
 
     request = Request(
         chip,
         model,
         seed=seed,
         layers=layers,
+        vocabulary_size=vocabulary_of(model, vocabulary),
         compute_dtype=dtype,
         batches=batches,
         steps=batches,
@@ -239,6 +248,7 @@ def qualify(
     ] = None,
     dtype: DtypeOption = None,
     layers: LayersOption = None,
+    vocabulary: VocabularyOption = None,
     seed: Annotated[int | None, typer.Option(help="Of random weights and data; default 0.", show_default=False)] = None,
     batches: Annotated[
         int | None, typer.Option(min=1, help="Batches, and training steps, compared; default 6.", show_default=False)
@@ -271,10 +281,13 @@ def qualify(
     from beringia.qualify.qualification import Request
     from beringia.qualify.qualification import qualify as make_certificate
     from beringia.records.command_line import command_line
+    from beringia.records.model_source import vocabulary_of
     from beringia.records.signature import parse_public_key
 
     asked = {"compute_dtype": dtype, "layers": layers, "seed": seed, "batches": batches, "extent": extent}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given: dict[str, str | int | None] = {name: value for name, value in asked.items() if value is not None}
+    if vocabulary is not None:
+        given["vocabulary_size"] = vocabulary_of(model, vocabulary)
     if against is None and trusted_key:
         raise InputError("--trusted-key is for a bundle from another machine: name it with --against, or leave it out.")
     request = Request(

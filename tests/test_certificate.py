@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from small_runs import beringia
 
 from beringia.errors import InputError, ModelError, Refusal
+from beringia.model import PRESETS
 from beringia.records.certificate import CERTIFICATE_SCHEMA, Certificate, Measure, OperatorCheck
-from beringia.records.model_source import configuration_hash
+from beringia.records.model_source import OWN_SIZES, configuration_hash
+from beringia.records.record import canonical_hash
 from beringia.records.signature import (
     default_key_path,
     load_or_create_key,
@@ -192,6 +194,31 @@ def test_a_newer_schema_is_told_before_its_unknown_fields(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("layers", 2), ("weight_files", "ee" * 32), ("bundle", {"hash": "aa", "public_key": "bb" * 32})]
+)
+def test_a_field_that_no_signature_of_schema_1_is_over_cannot_be_added_to_such_a_certificate(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    old = sign(certificate(schema_version=1), KEY).document()
+    verify(read_signed(written(tmp_path, old), Certificate))
+    old["certificate"][name] = None
+    assert getattr(read_signed(written(tmp_path, old), Certificate).record, name) is None
+    old["certificate"][name] = value
+    with pytest.raises(InputError, match=f"schema 1 has no {name}"):
+        read_signed(written(tmp_path, old), Certificate)
+    assert beringia("verify", str(written(tmp_path, old))).returncode == 2
+
+
+@pytest.mark.parametrize("size", [0, -1, 261])
+def test_a_vocabulary_cannot_be_added_to_a_signed_certificate(size: int) -> None:
+    """0 says nothing, so it would not be written, and the signature would hold."""
+    model = DOCUMENT["certificate"]["model"]
+    assert "vocabulary_size" not in model
+    altered = DOCUMENT["certificate"] | {"model": model | {"vocabulary_size": size}}
+    assert _broken(DOCUMENT | {"certificate": altered})
+
+
+@pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "3", json.dumps(DOCUMENT)[:-20], "[" * 100_000, '{"a": "\\ud8']
 )
 def test_a_damaged_file_is_an_input_error_that_names_it(tmp_path: Path, text: str) -> None:
@@ -297,7 +324,23 @@ def test_a_preset_is_known_by_its_name_and_a_directory_by_its_configuration(tmp_
         configuration_hash(None, str(tmp_path))
 
 
+def test_a_preset_with_another_vocabulary_is_another_model_and_with_its_own_the_same_as_ever() -> None:
+    assert configuration_hash("r2-nano", None, 54) == configuration_hash("r2-nano", None)
+    assert configuration_hash("r2-nano", None) == canonical_hash({"preset": "r2-nano"}), "certificates are out with it"
+    assert len({configuration_hash("r2-nano", None, size) for size in (54, 261, 262)}) == 3
+
+
+def test_the_sizes_that_the_supervisor_knows_are_those_of_the_presets() -> None:
+    sizes = {name: (config.num_hidden_layers, config.vocab_size) for name, config in PRESETS.items()}
+    assert sizes == OWN_SIZES
+
+
 # Numbers that JSON has no word for
+
+
+@pytest.mark.parametrize(("value", "used"), [(0.0, 0.0), (-0.0, 0.0), (5e-324, float("inf")), (-1.0, float("inf"))])
+def test_a_bound_of_0_allows_0_alone(value: float, used: float) -> None:
+    assert Measure(name="wrong", value=value, bound=0.0, reason="exact").used == used
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

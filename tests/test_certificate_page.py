@@ -14,7 +14,7 @@ from certificates import ATTENTION, certificate, realistic
 from pages import Elements, browse, measured_at, needs_browser
 from rich.console import Console
 
-from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
+from beringia.records.certificate import Certificate, Located, Measure, OperatorCheck, ProbeResult
 from beringia.records.signature import Signed
 from beringia.report.certificate.effects import effects_of
 from beringia.report.certificate.junit import write_junit
@@ -234,6 +234,20 @@ def test_a_number_that_is_not_finite_says_so() -> None:
     text = text_of(render_certificate(signed(certificate(verdict="infer"))))
     assert "not finite" in text
     assert "not a number" in text
+
+
+@pytest.mark.parametrize(("value", "beyond"), [(0.0, False), (2.0, True), (5e-324, True)])
+def test_a_bound_of_0_is_written_everywhere(infer: Certificate, tmp_path: Path, value: float, beyond: bool) -> None:
+    exact = Measure(name="effect", value=value, bound=0.0, unit="noise floors", reason="exact")
+    probe = ProbeResult(probe="lockstep", subject="outputs", outcome="failed", summary="s", measures=(exact,))
+    check = infer.operators[0].model_copy(update={"measures": (exact,)})
+    made = infer.model_copy(update={"probes": (probe,), "operators": (check,)})
+    (effect,) = effects_of(made.probes)
+    assert effect.beyond is beyond and "bound 0" in effect.words
+    assert effect.words in html.unescape(render_certificate(signed(made)))
+    write_junit(made, tmp_path / "junit.xml")
+    assert "bound 0" in (tmp_path / "junit.xml").read_text()
+    print_certificate(made, Console(file=io.StringIO(), width=100))
 
 
 def test_what_others_wrote_cannot_inject_markup() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from beringia.numerics.replay import Taps, place, run
 
@@ -78,6 +80,52 @@ def test_calls_that_cannot_be_made_again_by_position_are_passed_over_and_change_
         "tuple": 0,
         "nothing": 0,
     }
+
+
+def in_place() -> nn.Sequential:
+    """Its second and third module write to what the one before gave."""
+    torch.manual_seed(0)
+
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2.0)
+
+    return nn.Sequential(nn.Linear(6, 6), Doubled(), nn.ReLU(inplace=True), nn.Linear(6, 6)).double()
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (2, 3, 6)], ids=str)  # of the latter a product's result is a view
+def test_taps_keep_what_a_module_got_and_not_what_it_made_of_it(shape: tuple[int, ...]) -> None:
+    model, x = in_place(), torch.randn(shape, dtype=torch.float64)
+    with Taps(dict(model.named_children()), torch.clone) as taps:
+        output = model(x)
+        output.backward(torch.ones_like(output))
+    given = {name: calls[0] for name, calls in taps.calls.items()}
+    linear = model[0](x)
+    assert torch.equal(given["0"].output, linear) and torch.equal(given["1"].inputs[0], linear)
+    assert torch.equal(given["2"].inputs[0], 2.0 * linear) and torch.equal(given["3"].inputs[0], F.relu(2.0 * linear))
+    of_last = torch.ones_like(output) @ model[3].weight
+    assert torch.allclose(given["2"].output_gradient, of_last)
+    assert torch.allclose(given["1"].output_gradient, of_last * (linear > 0))
+    assert torch.allclose(given["0"].output_gradient, 2.0 * of_last * (linear > 0))
+    assert given["1"].input_gradient is None and torch.allclose(given["3"].input_gradient, of_last)
+
+
+def test_a_module_that_gives_its_input_on_has_its_own_share_of_the_gradient() -> None:
+    identity, x = nn.Identity(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    with Taps({"": identity}, lambda tensor: tensor) as taps:
+        hidden = 2.0 * x
+        (identity(hidden) * 3.0 + hidden).sum().backward()
+    (call,) = taps.calls[""]
+    assert torch.equal(call.output_gradient, torch.full_like(x, 3.0))
+    assert torch.equal(call.input_gradient, torch.full_like(x, 3.0)) and torch.equal(x.grad, torch.full_like(x, 8.0))
+
+
+def test_a_replay_of_a_module_that_writes_to_its_input_leaves_that_as_it_was() -> None:
+    model, x = in_place(), torch.randn(3, 6, dtype=torch.float64)
+    before = x.clone()
+    output, (gradient,) = run(lambda x: model[2](model[1](x)), x, torch.ones_like(x))
+    assert torch.equal(x, before) and not x.requires_grad
+    assert torch.equal(output, F.relu(2.0 * x)) and torch.equal(gradient, 2.0 * (x > 0))
 
 
 def test_a_replay_changes_no_gradient_of_the_module() -> None:

@@ -146,6 +146,33 @@ def test_a_certificate_for_some_of_the_layers_never_admits_the_whole_model(tmp_p
     assert told.found == "none" and "2 of the model's layers, and the run trains all of them" in told.reason
 
 
+def test_a_certificate_for_as_many_layers_as_the_model_has_is_for_the_whole_model(tmp_path: Path) -> None:
+    assert admission(opened(), recipe(), put(tmp_path / "preset", certificate(layers=3))) is None
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 5}')
+    asked = recipe(model={"preset": None, "path": str(tmp_path)})
+    own = ModelFingerprint(name="m", configuration=configuration_hash(None, str(tmp_path)), weights="", parameters=1)
+    assert admission(opened(), asked, put(tmp_path / "whole", certificate(model=own, layers=5))) is None
+    told = admission(opened(), asked, put(tmp_path / "part", certificate(model=own, layers=3)))
+    assert isinstance(told, Unqualified) and "3 of the model's layers" in told.reason
+
+
+def _of_vocabulary(size: int | None) -> ModelFingerprint:
+    configuration = configuration_hash("r2-nano", None, size)
+    return ModelFingerprint(name="r2-nano", configuration=configuration, weights="", parameters=1, vocabulary_size=size)
+
+
+def test_a_certificate_of_a_preset_counts_only_for_the_vocabulary_that_was_tried(tmp_path: Path) -> None:
+    digits, text = (opened().model_copy(update={"vocabulary_size": size}) for size in (54, 261))
+    own, other = put(tmp_path / "own", certificate()), put(tmp_path / "other", certificate(model=_of_vocabulary(261)))
+    assert admission(digits, recipe(), own) is None
+    assert admission(text, recipe(), other) is None
+    told, back = admission(text, recipe(), own), admission(digits, recipe(), other)
+    assert isinstance(told, Unqualified) and isinstance(back, Unqualified)
+    assert "with a vocabulary of 54, and the run trains it with one of 261" in told.reason
+    assert "`beringia qualify emulated:h800 --model r2-nano --vocabulary 261`" in told.reason
+    assert "with a vocabulary of 261, and the run trains it with one of 54" in back.reason
+
+
 def test_a_certificate_is_for_the_weights_of_the_directory_that_the_recipe_names(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -259,6 +286,25 @@ def test_with_a_signed_certificate_the_same_command_trains(refused: Path) -> Non
     assert [event.step for event in of_kind(run.root, "step")] == list(range(1, 7))
     assert [event.action for event in of_kind(run.root, "decision")] == ["start", "stop", "start"]
     assert not of_kind(run.root, "fallback")
+
+
+def test_a_run_with_another_tokenizer_than_the_certificate_s_is_refused_by_its_vocabulary(
+    refused: Path, tmp_path: Path
+) -> None:
+    """The worker says how many tokens its tokenizer has, and the gate looks at that."""
+    identity = of_kind(refused / "run", "chip")[0].identity
+    assert {event.vocabulary_size for event in of_kind(refused / "run", "chip")} == {54}
+    run = put(tmp_path / "run", certificate(identity, chip="cpu", compute_dtype="float32"))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(8):
+        (texts / f"{number}.txt").write_text(f"Text number {number}. " * 20)
+    document = small_recipe(qualify={"unqualified": "refuse"}, train={"steps": 2})
+    document["data"] = {"text": str(texts), "tokenizer": "bytes", "sequence_length": 24}
+    done = beringia("train", str(write_recipe(tmp_path, document)), "--out", str(run.root))
+    assert done.returncode == 3 and "with a vocabulary of 54, and the run trains it with one of 261" in done.stderr
+    assert [event.vocabulary_size for event in of_kind(run.root, "chip")] == [261]
+    assert not of_kind(run.root, "step")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import zipfile
@@ -27,7 +28,7 @@ from beringia.qualify.operators.watch import Call, Place
 from beringia.qualify.recomputed import recompute
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.trace import ChosenRoutes, TraceExtent, Tracer
-from beringia.records.record import canonical_json
+from beringia.records.record import canonical_hash, canonical_json
 from beringia.records.signature import load_or_create_key, public_key_of
 
 SUBJECT = SmallSubject("llama")
@@ -490,6 +491,70 @@ def test_a_bundle_without_a_signature_is_refused(path: Path, tmp_path: Path, par
 
     with pytest.raises(InputError, match=words):
         read_bundle(with_parts(path, tmp_path / "unsigned.bundle", change))
+
+
+_PLACES = st.one_of(st.floats(0, 1), st.floats(0.999, 1), st.floats(0, 1e-4))
+"""Of a byte in a file, as a share: anywhere, in the central directory, in the first local header."""
+
+
+@pytest.fixture(scope="module")
+def bare(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle without captured calls, to be read often."""
+    return rewritten(bundle, tmp_path_factory.mktemp("bare") / "bare.bundle", calls=[])
+
+
+@given(_PLACES, st.integers(1, 255))
+def test_a_byte_that_is_not_as_it_was_is_refused_or_changes_nothing(bare: Path, place: float, flipped: int) -> None:
+    assert _flipped(bare, int(place * (bare.stat().st_size - 1)), flipped) in ("refused", "as before")
+
+
+def test_no_byte_of_the_archive_s_own_headers_makes_it_crash(bare: Path) -> None:
+    content = bare.read_bytes()
+    second = content.find(b"PK\x03\x04", 4)
+    headers = (range(43), range(second, second + 48), range(content.find(b"PK\x01\x02"), len(content)))
+    found = {_flipped(bare, at, (0x01, 0x0E, 0xFF)[at % 3]) for places in headers for at in places}
+    assert found == {"refused", "as before"}
+
+
+def _flipped(path: Path, at: int, flipped: int) -> str:
+    """What becomes of a bundle with these bits of one byte turned over."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= flipped
+    altered = path.with_name("altered.bundle")
+    altered.write_bytes(content)
+    try:
+        read = read_bundle(altered)
+    except (InputError, Refusal):
+        return "refused"
+    # Its tensors are those that the manifest has the hash of.
+    return "as before" if canonical_hash(read.manifest) == _hash_of(path) else "other"
+
+
+@functools.cache
+def _hash_of(path: Path) -> str:
+    return canonical_hash(read_manifest(path))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: text.decode().encode("utf-16"), lambda text: b"[" * 200_000, lambda text: b"\xff" + text]
+)
+def test_a_manifest_that_cannot_be_read_is_told_as_damage(
+    path: Path, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    other = with_parts(
+        path, tmp_path / "x.bundle", lambda name, content: change(content) if name[0] == "m" else content
+    )
+    with pytest.raises(InputError, match="is not a bundle, or it is damaged"):
+        read_bundle(other)
+
+
+@pytest.mark.parametrize("method", [1, 9, 12, 14, 93])
+def test_a_method_of_compression_that_is_not_ours_is_told_as_damage(path: Path, tmp_path: Path, method: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"PK\x01\x02") + 10] = method
+    (tmp_path / "x.bundle").write_bytes(content)
+    with pytest.raises(InputError, match=f"compressed by method {method}"):
+        read_bundle(tmp_path / "x.bundle")
 
 
 def test_another_s_public_key_beside_the_signature_is_refused(path: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import CONFIGS, SmallSubject, opened
+from torch import nn
 from torch.nn import functional as F
 
 from beringia.model.attention import GroupedQueryAttention
@@ -16,7 +17,7 @@ from beringia.model.decoder import Decoder
 from beringia.model.experts import Router
 from beringia.model.layers import FeedForward, RMSNorm
 from beringia.qualify.departure import first_departure
-from beringia.qualify.subject import Routes
+from beringia.qualify.subject import Batch, ModuleSubject, Routes
 from beringia.qualify.trace import TraceExtent, Tracer
 from beringia.qualify.verdict import judge
 from beringia.records.certificate import Departure, Measure, ProbeResult
@@ -127,3 +128,32 @@ def test_the_reasons_begin_with_it(departure: Departure, told: str) -> None:
     reasons = judge([failed("outputs", "infer")], None, 0.9, departure).reasons
     assert len(reasons) == 2
     assert re.search(told, reasons[0])
+
+
+class Shifted(nn.Module):
+    """Writes to its input, and on the chip something else."""
+
+    def __init__(self, *, wrong: bool) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(0.1 if self.wrong and on_the_chip(x) else 0.0)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_modules_that_write_to_their_input_are_called_by_themselves_like_others(wrong: bool) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 16), Shifted(wrong=wrong), nn.ReLU(inplace=True), nn.Linear(16, 4))
+
+    def batch(number: int) -> Batch:
+        return {"x": torch.randn(8, 16, generator=torch.Generator().manual_seed(number))}
+
+    def outputs(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return model(batch["x"].to(next(model.parameters()).dtype))
+
+    subject = ModuleSubject("mine", make, batch, lambda model, batch: outputs(model, batch).square().mean(), outputs)
+    with opened("emulated:exact") as chip:
+        found = first_departure(chip, subject, torch.float32, {})
+    assert (found and (found.module, found.quantity)) == (("1", "output") if wrong else None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from small_models import calls_of
 from torch.nn import functional as F
 
 from beringia.qualify.candidate import judge_operators
-from beringia.qualify.operators.check import WRONG_FORM, check
+from beringia.qualify.operators.check import WRONG_FORM, check, has_wrong_integers, wrong_form_words
 from beringia.qualify.operators.watch import Call
 from beringia.qualify.recording import Recording
 from beringia.records.certificate import Measure, OperatorCheck
@@ -49,9 +50,9 @@ OPERATORS: dict[str, Callable[[], object]] = {
 }
 
 
-def last_call(operator: str) -> Call:
-    OPERATORS[operator]()  # draws its tensors
-    return calls_of(OPERATORS[operator])[-1]
+def last_call(operator: str, among: Mapping[str, Callable[[], object]] = OPERATORS) -> Call:
+    among[operator]()  # draws its tensors
+    return calls_of(among[operator])[-1]
 
 
 def measures(call: Call) -> dict[str, Measure]:
@@ -97,6 +98,114 @@ def test_a_result_of_another_form_is_a_finding_and_torch_s_own_is_none(operator:
 def test_a_result_that_is_missing_is_a_finding(operator: str) -> None:
     call = last_call(operator)
     assert used(replace(call, results=call.results[:1])) == {WRONG_FORM: 2.0}
+
+
+# ---- whatever a chip gives, it is judged
+
+TYPICAL: dict[str, Callable[[], object]] = OPERATORS | {
+    "add in bfloat16": lambda: random(4, 5, dtype=torch.bfloat16) + random(4, 5, seed=1, dtype=torch.bfloat16),
+    "exp": lambda: random(4, 5).exp(),
+    "div": lambda: random(4, 5) / random(4, 5, seed=1),
+    "silu": lambda: F.silu(random(4, 5)),
+    "mean to a scalar": lambda: random(4, 5).mean(),
+    "sum of a scalar": lambda: random().sum(),
+    "norm": lambda: torch.linalg.vector_norm(random(4, 5)),
+    "cat": lambda: torch.cat((random(4, 5), random(4, 5, seed=1))),
+    "sort": lambda: random(4, 5).sort(dim=0, descending=True),
+    "max with places": lambda: random(4, 5).max(1),
+    "min with places, kept": lambda: random(4, 5).min(0, keepdim=True),
+    "median with places": lambda: random(4, 5).median(1),
+    "argmin of all": lambda: random(4, 5).argmin(),
+    "argmax of a scalar": lambda: random().argmax(),
+    "max of integers": lambda: torch.arange(12).view(3, 4).max(),
+    "max_pool": lambda: F.max_pool2d(random(2, 3, 4, 4).requires_grad_(), 2),
+    "max_pool of three": lambda: F.max_pool3d(random(1, 2, 4, 4, 4).requires_grad_(), 2),
+    "gather": lambda: random(4, 5).gather(1, torch.tensor([[0, 2], [1, 1], [4, 3], [0, 0]])),
+    "scatter_add": lambda: random(4, 5).scatter_add(0, torch.tensor([[0, 1, 1, 3, 2]]), random(1, 5)),
+    "index_put": lambda: random(4, 5).index_put((torch.tensor([-1, 2]),), random(2, 5), accumulate=True),
+    "nonzero": lambda: (random(4, 5) > 0).nonzero(),
+    "where": lambda: torch.where(random(4, 5) > 0, random(4, 5), 0.5),
+    "native_batch_norm": lambda: F.batch_norm(random(4, 5), None, None, training=True),
+    "conv": lambda: F.conv1d(random(2, 3, 8), random(4, 3, 3)),
+    "lerp of lists": lambda: torch._foreach_lerp([random(3), random(4)], [random(3), random(4)], 0.5),
+    "product of complex numbers": lambda: complex_numbers(4, 5) * complex_numbers(4, 5, seed=1),
+    "fft": lambda: torch.fft.rfft(random(4, 8)),
+}
+
+
+@functools.cache
+def complex_numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.view_as_complex(random(*shape, 2, seed=seed)).clone()
+
+
+DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128),
+)
+
+
+def replaced(own: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a chip may give in place of a result."""
+    filled = {f"{value} {own.dtype}": own.clone().fill_(value) for value in (0, 1, 7)}
+    if own.is_floating_point() or own.is_complex():
+        filled |= {str(value): torch.full_like(own, value) for value in (math.nan, math.inf, -math.inf)}
+        filled["one NaN"] = own.clone(memory_format=torch.contiguous_format)
+        filled["one NaN"].view(-1)[:1] = math.nan
+    elif own.dtype != torch.bool:
+        filled |= {str(value): torch.full_like(own, value) for value in (-1, 10**6, -(2**62), 2**62)}
+    with warnings.catch_warnings(action="ignore"):  # torch's, that the imaginary part is left out
+        casts = {str(dtype): own.to(dtype) for dtype in DTYPES}
+    flat = own.reshape(-1)
+    shapes = {"flat": flat, "shorter": flat[:-1], "empty": flat[:0], "scalar": own.new_zeros(()), "more": own[None]}
+    return filled | casts | shapes | {"transposed": own.mT if own.dim() > 1 else own, "sparse": own.to_sparse()}
+
+
+@pytest.mark.parametrize("operator", TYPICAL)
+def test_whatever_stands_in_the_place_of_a_result_is_judged(operator: str) -> None:
+    call = last_call(operator, TYPICAL)
+    assert (sound := check(call)) is None or sound.used <= 1.0
+    for place, own in enumerate(call.results):
+        for name, other in replaced(own).items():
+            results = (*call.results[:place], other, *call.results[place + 1 :])
+            found = check(replace(call, results=results))
+            of_form = (other.dtype, other.shape, other.layout) == (own.dtype, own.shape, own.layout)
+            alike = of_form and torch.equal(other, own)
+            # Handed to its own backward pass and no one else.
+            of_its_own = operator in ("layer norm", "native_batch_norm", "attention") and place > 0
+            assert alike or of_its_own or (found is not None and found.used > 1.0), (operator, place, name)
+
+
+NAMING = ["topk", "sort", "max with places", "min with places, kept", "argmax", "argmin of all", "max_pool"]
+
+
+@pytest.mark.parametrize("operator", NAMING)
+def test_an_index_that_points_at_nothing_is_a_wrong_integer_and_one_at_another_number_is_wrong(operator: str) -> None:
+    call = last_call(operator, TYPICAL)
+    indices = call.results[-1]
+    for value in (-1, 10**6):
+        beyond = indices.clone()
+        beyond.view(-1)[-1] = value
+        found = check(replace(call, results=(*call.results[:-1], beyond)))
+        assert found is not None and has_wrong_integers(found) and found.found == value
+    other = indices.clone()
+    other.view(-1)[0] = (other.view(-1)[0] + 1) % 4
+    found = check(replace(call, results=(*call.results[:-1], other)))
+    assert found is not None and not has_wrong_integers(found) and found.used > 1.0
+
+
+def test_of_equal_numbers_any_may_be_named() -> None:
+    x = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
+    call = calls_of(lambda: x.argmax(1))[-1]
+    assert max(used(with_first(call, torch.tensor([3]))).values()) <= 1.0
+    assert max(used(with_first(call, torch.tensor([2]))).values()) > 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_indices_of_another_kind_are_of_another_form(dtype: torch.dtype) -> None:
+    call = last_call("topk")
+    found = check(replace(call, results=(call.results[0], call.results[1].to(dtype))))
+    assert found is not None
+    assert wrong_form_words(found) == f"[4, 2] in {str(dtype).removeprefix('torch.')} where torch gives [4, 2] in int64"
 
 
 def test_a_result_of_another_form_rules_its_use_out() -> None:

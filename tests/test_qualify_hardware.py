@@ -31,6 +31,8 @@ from beringia.qualify.hardware.memory import probe_memory
 from beringia.qualify.hardware.rank_work import ABSENT
 from beringia.qualify.hardware.soak import differing_elements, highest_rate, matrix_load, probe_soak
 from beringia.qualify.hardware.speed import probe_speed
+from beringia.qualify.qualification import Request, _untried_collectives
+from beringia.qualify.verdict import judge as verdict_of
 from beringia.records.certificate import ProbeResult
 from beringia.records.identity import ChipIdentity
 
@@ -321,6 +323,44 @@ def test_a_collective_that_the_backend_lacks_is_told_and_rules_nothing_out() -> 
     found = of(judged(*both), "all-to-all, float32")
     assert (found.outcome, found.rules_out) == ("told", "neither")
     assert "no alltoall" in found.summary
+
+
+def refusing(*refused: str) -> list[ProbeResult]:
+    """What is made of two ranks that refuse these subjects and carry out the others."""
+    subjects = [f"{name}, {dtype}" for name in cases.COLLECTIVES for dtype in ("float32", "bfloat16")]
+
+    def says(subject: str, rank: int) -> CaseReport:
+        state = "refused" if subject in refused or subject.split(",")[0] in refused else "ran"
+        return said(state, rank, subject=subject, reason="RuntimeError: HCCL function error" if state != "ran" else "")
+
+    return judged(*(ended(*(says(subject, rank) for subject in subjects)) for rank in (0, 1)))
+
+
+def untried(results: list[ProbeResult]) -> str:
+    return " ".join(_untried_collectives(Request("npu", "r2-nano"), results))
+
+
+def test_a_chip_that_refuses_every_collective_is_not_let_train_and_they_are_untried() -> None:
+    results = refusing(*cases.COLLECTIVES)
+    assert verdict_of(results, None, 0.99).verdict == "inconclusive"
+    found = of(results, "all-reduce, bfloat16")
+    assert (found.outcome, found.rules_out) == ("inconclusive", "train")
+    assert "HCCL function error" in found.summary and "is open" in found.summary
+    assert untried(results) == "collectives"
+
+
+def test_a_chip_that_adds_up_over_ranks_in_no_dtype_leaves_training_open() -> None:
+    results = refusing("all-reduce")
+    assert verdict_of(results, None, 0.99).verdict == "inconclusive"
+    assert "all-reduce" in untried(results) and "collectives on more than 2 ranks" in untried(results)
+
+
+@pytest.mark.parametrize("refused", ["all-reduce, bfloat16", "all-to-all"])
+def test_one_collective_or_one_dtype_that_is_refused_leaves_nothing_open(refused: str) -> None:
+    results = refusing(refused)
+    assert verdict_of(results, None, 0.99).verdict == "train"
+    assert {result.outcome for result in results if result.subject.startswith(refused)} == {"told"}
+    assert untried(results) == "collectives on more than 2 ranks"
 
 
 def test_a_collective_that_only_one_rank_refuses_fails() -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from wrong_kernels import emulated_with
 
+from beringia.chips.cpu import Cpu
 from beringia.chips.open import open_chip
 from beringia.errors import ChipUnavailable
 from beringia.processes.command import Command
-from beringia.qualify.arithmetic import indices
+from beringia.qualify.arithmetic import index_work, indices
 from beringia.qualify.arithmetic.index_work import CASES, IndexOrder, IndexReport
 from beringia.qualify.arithmetic.indices import probe_indices
 from beringia.qualify.arithmetic.integers import probe_integers
@@ -175,6 +176,18 @@ def test_a_cpu_refuses_indices_that_do_not_exist() -> None:
     results = probe_indices("cpu")
     assert [result.outcome for result in results] == ["passed"] * 5
     assert "out of range" in of(results, "indices: embedding").summary
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError, ValueError, TypeError])
+def test_a_chip_refuses_an_index_by_whatever_error_its_plugin_raises(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        raise kind("no such row")
+
+    monkeypatch.setitem(index_work.READS, "gather", refuse)
+    found = index_work.read(Cpu(), "gather: negative")
+    assert (found.state, found.text) == ("raised", f"{kind.__name__}: no such row")
 
 
 def test_a_chip_that_reads_garbage_is_not_fit_for_training(tmp_path: Path) -> None:

@@ -730,6 +730,56 @@ def test_a_row_that_is_missing_from_such_a_sum_is_wrong(name: str, dtype: torch.
     assert "root mean square error" in broken(with_result(call, less))
 
 
+MASK = torch.tensor([True, False, True, True, False])
+PLACES: dict[str, tuple[Any, int]] = {
+    "truth values": (MASK, 1),
+    "truth values of two dimensions": (MASK[:, None] & torch.tensor([True, False, True, True]), 1),
+    "from the end": (torch.tensor([-1, 4, 0, -5, 4]), 3),
+    "of a later dimension": ((slice(None), torch.tensor([0, -1, 3])), 2),
+    "several together": ((torch.tensor([0, 1, 0, 0]), torch.tensor([1, 1, 1, -3])), 3),
+    "several that are broadcast": ((torch.tensor([[0], [2]]), torch.tensor([1, 1, 3])), 2),
+    "none": (torch.zeros(5, dtype=torch.bool), 0),
+}
+"""Ways to name places in five rows of four, and how often the commonest is named."""
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_places_are_counted_however_they_are_named(name: str, dtype: torch.dtype) -> None:
+    places, hits = PLACES[name]
+
+    def taken() -> None:
+        random(5, 4, dtype=dtype).requires_grad_()[places].sum().backward()  # type: ignore[no-untyped-call]  # untyped in torch
+
+    call = only_call(taken, "index_put")
+    assert bound_of(call, in_float64(call)).terms == hits + 1
+    assert not broken(call)
+    if hits:
+        assert "worst element" in broken(with_result(call, call.results[0] * 1.02))
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_write_to_places_is_judged_however_they_are_named(name: str) -> None:
+    places, _ = PLACES[name]
+
+    def written() -> None:
+        random(5, 4).clone()[places] = 0.1
+
+    call = only_call(written, "index_put_")
+    assert not broken(call)
+    assert "worst element" in broken(with_result(call, call.results[0].roll(1, 0)))
+
+
+def test_a_mean_by_index_has_as_many_terms_as_its_sum() -> None:
+    into, rows, places = random(4), random(9), torch.tensor([0, 1, 1, 2, 1, 1, 0, 3, 3])
+    for include_self in (True, False):
+        call = only_call(
+            lambda own=include_self: into.scatter_reduce(0, places, rows, "mean", include_self=own), "scatter_reduce"
+        )
+        assert bound_of(call, in_float64(call)).terms == 4 + include_self
+        assert not broken(call)
+
+
 @pytest.mark.parametrize("name", ["sum", "mean"])
 @given(seed=st.integers(0, 2**31), terms=st.integers(2, 600), left=st.sampled_from([0.0, 1e-7, 1e-4]))
 @settings(max_examples=25, deadline=None)

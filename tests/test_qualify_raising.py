@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from wrong_kernels import emulated_with
 
 from beringia.chips.cpu import Cpu
 from beringia.errors import Refusal
+from beringia.qualify import candidate
 from beringia.qualify.qualification import qualify_here
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.subject import Batch
@@ -22,6 +23,8 @@ from beringia.qualify.trace import TraceExtent
 
 SUBJECT = SmallSubject("llama")
 PLAN = TraceExtent(batches=3, steps=1)
+WHOLE = TraceExtent(batches=6, steps=1)
+"""With as many batches as show a loss equal."""
 aten = torch.ops.aten
 SILU, SORT = aten.silu.default, aten.sort.stable
 
@@ -90,6 +93,14 @@ def test_a_chip_that_raises_is_no_reference(error: Exception, tmp_path: Path) ->
     assert not path.exists() and "\n" not in str(refused.value)
 
 
+class WrongLoss(SmallSubject):
+    """Of which another chip than the CPU makes another loss, with operators that are all right."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        right = super().loss(model, batch)
+        return right if right.device.type == "cpu" else right * 1.2
+
+
 class Mixing(SmallSubject):
     """A model whose mistake another dtype than float64 shows."""
 
@@ -102,3 +113,64 @@ class Mixing(SmallSubject):
 def test_what_this_machines_cpu_raises_is_the_models_mistake_and_no_finding(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="a float32 beside"):
         make_bundle(Mixing("llama"), Cpu(), torch.bfloat16, tmp_path / "x.bundle", plan=PLAN, limit_bytes=0)
+
+
+def missing(*_: object, **__: object) -> None:
+    raise NotImplementedError("no such kernel here")
+
+
+ADAMW = aten._fused_adamw_.default
+
+
+def test_a_chip_that_only_training_needs_more_of_is_tried_in_all_that_it_serves() -> None:
+    with emulated_with({ADAMW: missing}) as chip:
+        certificate = qualify_here(chip, SUBJECT, PLAN)
+    assert certificate.verdict == "infer"
+    assert any("does not have it" in reason for reason in certificate.reasons)
+    served = {probe.subject for probe in certificate.probes if probe.probe == "lockstep" and probe.outcome == "passed"}
+    assert {"outputs", "decode"} <= served
+    assert certificate.scenarios and all(f"serve {scenario}" in served for scenario in certificate.scenarios)
+    assert any(clause.startswith("a step over batches") for clause in certificate.untried)
+
+
+def test_a_chip_without_an_operator_of_training_is_unfit_where_what_it_serves_is_wrong() -> None:
+    with emulated_with({ADAMW: missing, SILU: lambda x: 1.5 * F.silu(x)}) as chip:
+        certificate = qualify_here(chip, SUBJECT, PLAN)
+    assert certificate.verdict == "unfit"
+
+
+def test_no_way_of_serving_counts_as_tried_where_a_pass_raised_something() -> None:
+    with emulated_with({SILU: raising_past(100, ERRORS[0])}) as chip:
+        certificate = qualify_here(chip, SUBJECT, PLAN)
+    assert certificate.scenarios == ()
+    assert any(clause.startswith("decoding 64 at") for clause in certificate.untried)
+
+
+def judge_breaks(*_: object, **__: object) -> Iterator[None]:
+    raise RuntimeError("a mistake of the probing")
+    yield
+
+
+@pytest.mark.parametrize("probe", ["first_departure", "probe_layers", "replay"])
+def test_a_part_that_cannot_be_probed_by_itself_changes_no_verdict(
+    probe: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        candidate, probe, lambda *_, **__: judge_breaks() if probe == "probe_layers" else next(judge_breaks())
+    )
+    with emulated_with({}) as chip, caplog.at_level(logging.WARNING):
+        certificate = qualify_here(chip, WrongLoss("llama"), WHOLE)
+    assert certificate.verdict == "infer"
+    assert certificate.first_departure is not None
+    assert "a mistake of the probing" in caplog.text
+
+
+@pytest.mark.parametrize(("probe", "open_to"), [("probe_choices", "infer"), ("probe_clipping", "train")])
+def test_a_part_that_cannot_be_probed_leaves_open_what_it_is_asked_for(
+    probe: str, open_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidate, probe, lambda *_, **__: next(judge_breaks()))
+    with emulated_with({}) as chip:
+        certificate = qualify_here(chip, SUBJECT, WHOLE)
+    assert certificate.verdict == "inconclusive"
+    assert [one.rules_out for one in certificate.probes if one.outcome == "inconclusive"] == [open_to]

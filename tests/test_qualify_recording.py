@@ -4,18 +4,25 @@ go."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from small_models import CONFIGS, SmallSubject, opened
+from torch import nn
 from torch._ops import OpOverload
 
-from beringia.chips.chip import Chip
+from beringia.chips.chip import Chip, ChipFault
 from beringia.chips.emulated import device
 from beringia.model import IGNORED
+from beringia.qualify.candidate import _told_of_running
+from beringia.qualify.evidence import Probed
 from beringia.qualify.recording import WATCHED_STEPS, Recorder, Recording, left_out_later
+from beringia.qualify.subject import Batch, ModuleSubject
 from beringia.qualify.trace import TraceExtent, Tracer
 
 SUBJECT = SmallSubject("llama")
@@ -127,6 +134,62 @@ def test_a_pass_that_is_finite_only_once_does_not_repeat_itself(
         losing(False)
     assert "outputs/0" not in differing
     assert "gradient/0/lm_head.weight" in differing and not any("#" in name for name in differing)
+
+
+# ---- a sample alone and in a batch
+
+OUTPUTS: dict[str, tuple[Callable[[nn.Module, Batch], torch.Tensor], bool | None]] = {
+    "of each sample": (lambda model, batch: model(batch["x"]), True),
+    "with a scalar beside them": (lambda model, batch: model(batch["x"]) * batch["scale"], True),
+    "with a table beside them": (lambda model, batch: model(batch["x"]) + batch["table"].sum(0), True),
+    "that know the batch": (lambda model, batch: model(batch["x"]) + len(batch["x"]), False),
+    "without a dimension": (lambda model, batch: model(batch["x"]).mean(), None),
+    "of time before samples": (lambda model, batch: model(batch["x"]).transpose(0, 1), None),
+    "of some tokens": (lambda model, batch: model(batch["x"])[batch["mask"]], None),
+    "of all samples whatever the batch": (lambda model, batch: model(batch["x"]).expand(8, -1, -1).clone(), None),
+    "normalised over the batch": (lambda model, batch: nn.BatchNorm1d(4)(model(batch["x"])[:, 0]), None),
+}
+
+
+def given_batch(number: int) -> Batch:
+    generator = torch.Generator().manual_seed(number)
+    x, mask = torch.randn(8, 6, 16, generator=generator), torch.zeros(8, 6, dtype=torch.bool)
+    return {"x": x, "mask": mask.fill_diagonal_(True), "scale": torch.tensor(0.5), "table": torch.ones(3, 4)}
+
+
+def module_subject(outputs: Callable[[nn.Module, Batch], torch.Tensor]) -> ModuleSubject:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(16, 4)
+
+    return ModuleSubject("mine", make, given_batch, lambda model, batch: outputs(model, batch).square().mean(), outputs)
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_whether_a_sample_alone_has_the_same_bits_is_told_or_that_it_could_not_be_tried(case: str) -> None:
+    outputs, same = OUTPUTS[case]
+    with opened("cpu") as chip:
+        found = Recorder(module_subject(outputs), chip, torch.float32)._batch_invariant()
+    assert found is same
+    words = {
+        True: "has the same bits as in a batch",
+        False: "has other bits than in a batch",
+        None: "could not be tried",
+    }
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(batches=1, steps=1))
+    told, _ = _told_of_running(Recording(batch_invariant=found, seconds={"trace": 1.0}), bundle)
+    assert isinstance(told, Probed) and told.result.summary == f"a sample alone {words[same]}"
+
+
+def test_a_fault_of_the_chip_meanwhile_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(model: nn.Module, batch: Batch) -> torch.Tensor:
+        raise RuntimeError("the device is gone")
+
+    with opened("cpu") as chip:
+        fault = ChipFault("X1", "device-lost", "gone")
+        monkeypatch.setattr(type(chip), "classify", lambda chip, error: fault)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            Recorder(module_subject(lost), chip, torch.float32)._batch_invariant()
 
 
 def test_of_many_layers_a_few_are_watched_later_among_them_the_first_and_the_last() -> None:

@@ -14,24 +14,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import SmallSubject, opened
 from torch import nn
+from torch.nn import functional as F
 from wrong_kernels import emulated_with
 
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.errors import InputError, Refusal
 from beringia.model import Decoder
-from beringia.qualify.bundle import read_bundle
+from beringia.qualify.bundle import error_key, read_bundle
 from beringia.qualify.candidate import beside_reference
 from beringia.qualify.effects import DRAW_ALLOWED, RoundingNoise, judge_trace
 from beringia.qualify.issue import issue
+from beringia.qualify.operators.check import WRONG_FORM
 from beringia.qualify.qualification import qualify_here
 from beringia.qualify.recording import Recorder
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.rounded_float64 import RoundedFloat64
-from beringia.qualify.sound_reference import USED_AT_MOST, Reference, capped, keeping_its_bounds
+from beringia.qualify.sound_reference import USED_AT_MOST, Reference, capped, check_operators, keeping_its_bounds
 from beringia.qualify.subject import Batch, ModuleSubject
 from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer
-from beringia.records.certificate import Certificate
+from beringia.records.certificate import Certificate, Measure, OperatorCheck
 from beringia.records.signature import read_signed
 
 SUBJECT = SmallSubject("llama")
@@ -100,6 +102,82 @@ def test_a_cpu_that_is_wrong_past_a_length_is_no_reference_although_no_batch_and
     assert not (tmp_path / "x.bundle").exists()
 
 
+def struck_in(chip: Chip, words: str, path: Path, strike: Callable[[bool], None]) -> None:
+    """A bundle of a chip that a fault strikes while it says so."""
+
+    def say(text: str) -> None:
+        strike(text.startswith(words))
+
+    make_bundle(SUBJECT, chip, torch.bfloat16, path, plan=PLAN, limit_bytes=0, say=say)
+
+
+@pytest.mark.parametrize(("words", "beside"), [("noise, draw", "its own trace"), ("noise, draw 2", "the median draw")])
+def test_a_chip_whose_draws_alone_are_struck_is_no_reference_for_bounds_are_made_of_them(
+    words: str, beside: str, tmp_path: Path
+) -> None:
+    factor = [1.0]
+
+    def silu(x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x) * factor[0]
+
+    def strike(now: bool) -> None:
+        factor[0] = 1.5 if now else 1.0
+
+    with (
+        emulated_with({torch.ops.aten.silu.default: silu}) as chip,
+        pytest.raises(Refusal, match=f"times that of {beside}"),
+    ):
+        struck_in(chip, words, tmp_path / "x.bundle", strike)
+    assert not (tmp_path / "x.bundle").exists()
+
+
+def test_a_cpu_whose_loss_alone_is_wrong_is_no_reference_although_no_gradient_shows_it(tmp_path: Path) -> None:
+    library = torch.library.Library("aten", "IMPL")
+
+    def loss(
+        x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignored: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        counted = target != ignored
+        picked = -x.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1) * counted
+        count = counted.sum().to(x.dtype)
+        right = (picked, picked.sum() / count, picked.sum())[reduction]
+        return right * (1.0 if x.dtype == torch.float64 else 1.1), count
+
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch's, that a kernel is replaced
+        library.impl("nll_loss_forward", loss, "CPU")
+    try:
+        with pytest.raises(Refusal, match="the loss differs from float64's"):
+            record(Cpu(), tmp_path / "x.bundle")
+    finally:
+        library._destroy()
+    assert not (tmp_path / "x.bundle").exists()
+
+
+def checked(used: float, *names: str) -> OperatorCheck:
+    measures = tuple(Measure(name=name, value=used, bound=1.0, reason="a test") for name in names)
+    return OperatorCheck(
+        position=0,
+        module="m",
+        operator="aten.mm.default",
+        direction="forward",
+        ordinal=0,
+        shapes=(),
+        dtype="bfloat16",
+        basis="",
+        error=0.1,
+        measures=measures,
+    )
+
+
+@given(st.floats(0.0, USED_AT_MOST))
+def test_a_bound_is_loosened_for_a_reference_that_used_more_and_only_in_how_far_numbers_are_off(used: float) -> None:
+    check = checked(1.0, "worst element", "root mean square error", "signed error", "small numbers lost")
+    beside = beside_reference(check, {error_key("m", "aten.mm.default", "forward", 0): (0.1, used)})
+    *errors, lost = (measure.bound for measure in beside.measures)
+    assert lost == 1.0
+    assert all(1.0 <= bound <= USED_AT_MOST and bound >= used for bound in errors)
+
+
 @pytest.mark.slow
 def test_a_chip_whose_angles_are_wrong_past_a_length_is_no_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +228,30 @@ def test_a_sound_cpu_is_a_reference(tmp_path: Path, family: str, dtype: torch.dt
 
 
 @pytest.mark.slow
+def test_the_call_that_no_effect_excuses_is_named_and_not_an_earlier_one_that_effects_may_excuse() -> None:
+    def wrong(module: str, measure: Measure) -> OperatorCheck:
+        return OperatorCheck(
+            module=module,
+            operator="aten.mm.default",
+            direction="forward",
+            ordinal=0,
+            position=0,
+            shapes=(),
+            dtype="bfloat16",
+            basis="",
+            error=None,
+            measures=(measure,),
+        )
+
+    mild = wrong("first", Measure(name="worst element", value=2.0, bound=1.0, reason="a rounding"))
+    grave = wrong("second", Measure(name=WRONG_FORM, value=1.0, bound=0.5, reason="[2] where torch gives [3]"))
+    with opened("cpu") as chip:
+        reference = Reference(chip, SUBJECT, torch.bfloat16, Tracer(SUBJECT, PLAN).in_float64()[1])
+        check_operators(reference, [mild])
+        with pytest.raises(Refusal, match=r"second: .* is \[2\] where torch gives \[3\]"):
+            check_operators(reference, [mild, grave])
+
+
 def test_a_harmless_wrong_call_of_the_reference_excuses_no_more_of_a_candidate_than_the_limit(tmp_path: Path) -> None:
     with silu_times(1.01):
         record(Cpu(), tmp_path / "x.bundle")

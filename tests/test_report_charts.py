@@ -109,6 +109,7 @@ def test_numbers_are_written_with_the_digits_that_mean_something() -> None:
     assert significant(12_345.6) == "12,300"
     assert significant(2.4e-6, 2) == "2.4 × 10⁻⁶"
     assert significant(9.9999) == "10.0"
+    assert significant(5e-324) == "4.94 × 10⁻³²⁴" and significant(-1.7976931348623157e308) == "−1.80 × 10³⁰⁸"
     assert significant(None) == "not finite"
     assert significant(-0.5) == "−0.500"
 

@@ -1,34 +1,38 @@
 """The campaign's first stage: every chip is qualified, so that one that must not train costs minutes, not a run.
 
 Writes `certificates/<label>.json` with its page and JUnit report into the run directory, and one event a chip. A chip
-that has its certificate already (the campaign was interrupted) is not asked again, unless it was qualified for a recipe
-that the run has begun anew from. Does nothing where the recipe lets chips train without certificates.
+that a campaign has qualified already (it was interrupted) is not asked again, unless the recipe asks something else of
+it now (another chip under its label, another model, more ranks), or it has another identity (another driver, another
+torch). Does nothing where the recipe lets chips train without certificates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from beringia.errors import InputError, RecipeError
+from beringia.data import choose_tokenizer
+from beringia.errors import BeringiaError, InputError, RecipeError
 from beringia.history.log import read_events
 from beringia.qualify.hardware.collective_cases import MOST_RANKS
-from beringia.qualify.qualification import Request, qualify, reference_for
+from beringia.qualify.qualification import Request, describe, qualify, reference_for
 from beringia.records.certificate import Certificate
 from beringia.records.command_line import command_line
-from beringia.records.events import AnyEvent, Qualified, RecipeChanged
-from beringia.records.inputs import weights_of
+from beringia.records.events import AnyEvent, Qualified
+from beringia.records.files import sha256_of_file
+from beringia.records.inputs import look_at_inputs, placed, weights_of
+from beringia.records.model_source import configuration_hash, other_vocabulary
 from beringia.records.recipe import Recipe
+from beringia.records.record import canonical_hash
 from beringia.records.run_directory import RunDirectory
 from beringia.records.signature import load_or_create_key, public_key_of, read_signed, sign, write_signed
 from beringia.report.certificate import write_certificate_page, write_junit
+from beringia.supervise.beginning import with_own_model
 from beringia.supervise.chip_command import chip_command
 from beringia.supervise.run_files import recorded_inputs, taking_run
-
-_ASKED = {"seed", "model.preset", "model.path", "train.compute", "data.sequence_length"}
-"""Keys of the recipe that say what a chip is qualified for: see `request_for`."""
 
 _LENGTHS_TIMES = 4
 """Attention is tried up to so many times the run's sequences: it will not see longer ones."""
@@ -47,10 +51,12 @@ def qualify_chips(
     if _missing(recipe, run):
         _trusted_key(recipe, run)
     with taking_run(recipe, recipe_text, run, on_event) as taken:
-        for label in _missing(taken.recipe, run):
-            say(f"{label}: qualification")
-            found = qualify_chip(taken.recipe, run, label, _named(label, say))
-            taken.log.append(found, epoch=taken.lock.epoch, chip=label)
+        missing, tried = _missing(taken.recipe, run), _asked_before(run)
+        for label in taken.recipe.train.prefer:
+            if label in missing or (label in tried and _is_another_chip(taken.recipe, run, label)):
+                say(f"{label}: qualification")
+                found = qualify_chip(taken.recipe, run, label, _named(label, say))
+                taken.log.append(found, epoch=taken.lock.epoch, chip=label)
 
 
 def _missing(recipe: Recipe, run: RunDirectory) -> list[str]:
@@ -63,25 +69,54 @@ def _missing(recipe: Recipe, run: RunDirectory) -> list[str]:
 def _outdated(recipe: Recipe, run: RunDirectory) -> set[str]:
     """Chips that a campaign in this directory has qualified for something else than the recipe asks now. Certificates
     that somebody put there are not among them: whether they fit is seen when the chip is opened."""
-    qualified, outdated = set[str](), set[str]()
-    for event in read_events(run.events):
-        if isinstance(event, Qualified) and event.chip is not None:
-            qualified.add(event.chip)
-            outdated.discard(event.chip)
-        elif isinstance(event, RecipeChanged) and event.anew and _ASKED.intersection(event.changes):
-            outdated |= qualified
-    path = recipe.model.path
-    weights = weights_of(path, recorded_inputs(run)) if path is not None and qualified else None
-    if weights is not None:
-        outdated |= {label for label in qualified if _weights_tried(run, label) not in (None, weights)}
-    return outdated
+    asked = _asked_before(run)
+    if not any(asked.values()):
+        return set()
+    # The caller's recipe may be as the user wrote it: what its paths hold is compared.
+    whole = with_own_model(placed(recipe, look_at_inputs(recipe, recorded_inputs(run))), run)
+    now = {label: _asked_now(whole, run, label) for label in recipe.train.prefer if asked.get(label) is not None}
+    return {label for label, one in now.items() if one not in (None, asked[label])}
 
 
-def _weights_tried(run: RunDirectory, label: str) -> str | None:
+def _asked_before(run: RunDirectory) -> dict[str, str | None]:
+    """What each chip was last qualified for, by label."""
+    told = (event for event in read_events(run.events) if isinstance(event, Qualified))
+    return {event.chip: event.asked for event in told if event.chip is not None}
+
+
+def _asked_now(recipe: Recipe, run: RunDirectory, label: str) -> str | None:
+    """None where what the recipe names cannot be looked at: that is told where it is needed."""
     try:
-        return read_signed(run.certificates / f"{label}.json", Certificate).record.weight_files
-    except InputError:  # damaged, or gone: told where it is asked for
+        return asked_of(recipe, run, request_for(recipe, run, label))
+    except InputError:
         return None
+
+
+def asked_of(recipe: Recipe, run: RunDirectory, request: Request) -> str:
+    """Hash of all that the evidence depends on, files by what they hold. How the chip's machine is reached is not among
+    it, nor what the chip is: that is seen when it is opened."""
+    preset, path = recipe.model.preset, recipe.model.path
+    faults = request.faults
+    order = request.order("candidate", Path()).model_dump(mode="json")
+    order |= {
+        "model": configuration_hash(preset, path, request.vocabulary_size),
+        "weights": None if path is None else weights_of(path, recorded_inputs(run)),
+        "faults": sha256_of_file(Path(faults)) if faults is not None and Path(faults).is_file() else faults,
+        "ranks": request.ranks_tried if request.collectives else 1,
+    }
+    return canonical_hash(order)
+
+
+def _is_another_chip(recipe: Recipe, run: RunDirectory, label: str) -> bool:
+    """Whether its certificate is for another identity than it has now. Not where either cannot be read: a certificate
+    that is damaged, and a chip that cannot be opened, are told where they are needed."""
+    try:
+        tried = read_signed(run.certificates / f"{label}.json", Certificate).record
+        request = replace(request_for(recipe, run, label), patience_seconds=recipe.supervise.start_seconds)
+        found = describe(request, run.root / "qualify")
+    except BeringiaError:
+        return False
+    return found.identity.hash != tried.identity_hash
 
 
 def _named(label: str, say: Callable[[str], None]) -> Callable[[str], None]:
@@ -116,20 +151,24 @@ def qualify_chip(
     write_junit(certificate, run.certificates / f"{label}.xml")
     # Last: it is what says that the chip has been qualified.
     write_signed(run.certificates / f"{label}.json", signed)
-    return _event(certificate, run, label)
+    return _event(certificate, run, label, asked_of(recipe, run, request))
 
 
 def request_for(recipe: Recipe, run: RunDirectory, label: str) -> Request:
     """What the recipe asks of a chip, as a request to qualify it."""
     section = recipe.chips[label]
-    model = recipe.model.preset or recipe.model.path
+    preset = recipe.model.preset
+    model = preset or recipe.model.path
     assert model is not None
+    # A preset gets the vocabulary of the run's tokenizer; a directory has the one that it has.
+    vocabulary = None if preset is None else choose_tokenizer(recipe.data, recipe.model).vocabulary_size
     compute = recipe.train.compute
     return Request(
         chip=section.use,
         model=model,
         faults=section.faults,
         seed=recipe.seed,
+        vocabulary_size=other_vocabulary(preset, vocabulary),
         compute_dtype=None if compute == "auto" else compute,
         run_tokens=recipe.data.sequence_length,
         longest=max(2056, _LENGTHS_TIMES * recipe.data.sequence_length),
@@ -139,7 +178,7 @@ def request_for(recipe: Recipe, run: RunDirectory, label: str) -> Request:
     )
 
 
-def _event(certificate: Certificate, run: RunDirectory, label: str) -> Qualified:
+def _event(certificate: Certificate, run: RunDirectory, label: str, asked: str | None = None) -> Qualified:
     first = certificate.first_wrong
     return Qualified(
         used=certificate.chip,
@@ -149,4 +188,5 @@ def _event(certificate: Certificate, run: RunDirectory, label: str) -> Qualified
         first_wrong=None if first is None else first.check.name,
         certificate=str(Path(run.certificates.name) / f"{label}.json"),
         seconds=certificate.seconds,
+        asked=asked,
     )

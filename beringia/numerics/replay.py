@@ -53,11 +53,13 @@ class Taps:
         self.calls: dict[str, list[Call]] = {name: [] for name in modules}
         self._modules = modules
         self._keep = keep
+        self._entered: dict[str, tuple[torch.Tensor, int]] = {}
+        """Inputs of the calls that run, kept before the module may write to them, and their versions."""
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Taps:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(_own_input))
+            self._handles.append(module.register_forward_pre_hook(self._enter(name)))
             self._handles.append(module.register_forward_hook(self._watch(name), with_kwargs=True))
         return self
 
@@ -72,24 +74,39 @@ class Taps:
             handle.remove()
         self._handles.clear()
 
+    def _enter(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            if inputs and isinstance(inputs[0], torch.Tensor):
+                self._entered[name] = self._kept(inputs[0]), inputs[0]._version
+            return _own_input(inputs)
+
+        return enter
+
     def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            first = inputs[0] if inputs else None
-            if not isinstance(first, torch.Tensor) or not isinstance(output, torch.Tensor) or _any_given(named):
+            first, entered = inputs[0] if inputs else None, self._entered.pop(name, None)
+            if entered is None or not isinstance(output, torch.Tensor) or _any_given(named):
                 return
-            call = Call((self._kept(first), *inputs[1:]), self._kept(output))
+            assert isinstance(first, torch.Tensor)
+            (given, version), shape = entered, output.shape
+            call = Call((given, *inputs[1:]), self._kept(output))
             self.calls[name].append(call)
 
             def note_input(gradient: torch.Tensor) -> None:
                 call.input_gradient = self._kept(gradient)
 
             def note_output(gradient: torch.Tensor) -> None:
-                call.output_gradient = self._kept(gradient)
+                if call.output_gradient is None:
+                    call.output_gradient = self._kept(gradient.reshape(shape))
 
-            if first.requires_grad:
+            written = first._version != version
+            if first.requires_grad and not written:  # or it is another tensor now
                 first.register_hook(note_input)  # type: ignore[no-untyped-call]  # untyped in torch
             if output.requires_grad:
                 output.register_hook(note_output)  # type: ignore[no-untyped-call]  # untyped in torch
+                base = _viewed(output, first, written)
+                if base is not None:  # where the next module writes to the view, autograd passes its hook by
+                    base.register_hook(note_output)  # type: ignore[no-untyped-call]  # untyped in torch
 
         return note
 
@@ -97,12 +114,21 @@ class Taps:
         return self._keep(tensor.detach())
 
 
-def _own_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _own_input(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     # An alias used by this module alone: its gradient is this module's share, where others read the same tensor too.
     first = inputs[0] if inputs else None
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         return inputs
     return (first.view_as(first), *inputs[1:])
+
+
+def _viewed(output: torch.Tensor, first: torch.Tensor, written: bool) -> torch.Tensor | None:
+    """The tensor that an output is another shape of, whose gradient is the output's as well. None where it is none, or
+    is the input, which others may read too: unless the module wrote to that."""
+    base = output._base
+    if base is None or base.numel() != output.numel() or not (base.is_contiguous() and output.is_contiguous()):
+        return None
+    return base if written or (base is not first and base is not first._base) else None
 
 
 def _any_given(named: Mapping[str, Any]) -> bool:
@@ -118,11 +144,11 @@ def run(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """Forward and backward: the output, and the gradients of `x` and of the tensors in `also` (None where unused).
 
-    `.grad` of no tensor changes.
+    `.grad` of no tensor changes, nor does `x`, which what is called may write to: it gets a copy.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        output = call(x)
+        output = call(x.clone())
         gradients = torch.autograd.grad(output, (x, *also), gradient.to(output.dtype), allow_unused=True)
     return output.detach(), gradients
 

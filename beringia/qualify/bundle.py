@@ -224,11 +224,12 @@ def origin_of(signed: Signed[BundleManifest]) -> BundleOrigin:
 def _read_signed(path: Path) -> Signed[BundleManifest]:
     content = _part(path, _MANIFEST)
     try:
-        document = json.loads(content)
-    except ValueError as error:
+        text = content.decode()
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a bundle, or it is damaged ({error}). Copy it again.") from None
     _check_format(path, document)
-    signed = parse_signed(content.decode(), BundleManifest, path)
+    signed = parse_signed(text, BundleManifest, path)
     verify(signed)
     _check_errors(path, signed.record)
     return signed
@@ -286,13 +287,27 @@ def _write_zip(path: Path, parts: Mapping[str, bytes]) -> None:
     sync_directory(path.parent)
 
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, RuntimeError, EOFError, OSError)
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    KeyError,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+    EOFError,
+    OSError,
+)
 """What reading a damaged archive raises, depending on where it is hit."""
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+"""Of compression: ours, and none. Others' decoders, which a damaged archive asks for, raise errors of their own."""
 
 
 def _part(path: Path, name: str) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+            if (method := archive.getinfo(name).compress_type) not in _METHODS:
+                raise zipfile.BadZipFile(f"{name} is compressed by method {method}")
             return archive.read(name)
     except FileNotFoundError:
         raise InputError(f"There is no bundle at {path}. Make one with `beringia reference`.") from None

@@ -62,7 +62,8 @@ def _moved(subject: Subject, draw: RoundingDraw) -> tuple[nn.Module, RoundingDra
 
 def _calls(subject: Subject, exact: nn.Module, routes: Routes) -> dict[str, list[Call]]:
     modules = {name: module for name, module in exact.named_modules() if name}
-    with Taps(modules, lambda tensor: tensor) as taps, subject.forcing_routes(exact, routes):
+    # Copies: a module may write to its input, which another one's output or input is, too.
+    with Taps(modules, torch.clone) as taps, subject.forcing_routes(exact, routes):
         subject.loss(exact, on_device(subject.batch(0), _CPU)).backward()  # type: ignore[no-untyped-call]  # untyped in torch
     return taps.calls
 
@@ -117,8 +118,12 @@ def _results(subject: Subject, model: nn.Module, name: str, call: Call, routes: 
 
 
 def _there(value: object, device: torch.device, dtype: torch.dtype) -> object:
-    """A further input: numbers are the router's weights, which are never narrower than float32."""
-    return changed(value, lambda one: one.detach().to(device, precise(dtype) if one.is_floating_point() else one.dtype))
+    """A further input, copied: numbers are the router's weights, which are never narrower than float32."""
+
+    def there(one: torch.Tensor) -> torch.Tensor:
+        return one.detach().to(device, precise(dtype) if one.is_floating_point() else one.dtype, copy=True)
+
+    return changed(value, there)
 
 
 def _used(found: torch.Tensor, exact: torch.Tensor, draws: list[torch.Tensor], dtype: torch.dtype) -> float:

@@ -93,8 +93,8 @@ class RoundingNoise:
     rounds_once: bool = False
     """Whether the rounding of results is nearly all of a sound chip's error: in 16-bit dtypes."""
     tipped: Mapping[Cell, float] = field(default_factory=dict)
-    """Distances of the reference chip's trace in groups where it alone is farther than its draws allow a chip: there it
-    counts as one of them (`sound_reference.keeping_its_bounds`)."""
+    """Distances of the reference chip's trace in groups where it is farther than all its draws: there it counts as one
+    of them (`sound_reference.keeping_its_bounds`)."""
     tipped_loss: float = 0.0
     """As `tipped`, of the batches' losses: the farther end of their mean difference's interval, in nats."""
     tipped_training: float = 0.0
@@ -175,6 +175,13 @@ def judge_sketches(noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
     return [*of_groups, *_judge_overall(far, floors, smallest)]
 
 
+def judge_served(noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
+    """What is served, of a chip that cannot train."""
+    exact = {name: sketch for name, sketch in noise.exact.sketches.items() if _RULES_OUT[cell_of(name)[0]] == "infer"}
+    own = {cell: distance for cell, distance in noise.own.items() if _RULES_OUT[cell[0]] == "infer"}
+    return judge_sketches(replace(noise, exact=replace(noise.exact, sketches=exact), own=own), found)
+
+
 def judge_outputs(noise: RoundingNoise, outputs: Mapping[str, torch.Tensor]) -> ProbeResult:
     """Sketches of outputs alone (`outputs/0`, ...) with the same floor: for software that infers and does not train."""
     exact = {name: sketch for name, sketch in noise.exact.sketches.items() if cell_of(name)[0] == "outputs"}
@@ -200,7 +207,8 @@ def _floor(
 ) -> Floor:
     """From the reference's own distances by batch and the draws'; `tipped`: how far it was where it tipped over."""
     of_draws = [far for one in drawn for far in one.values()]
-    tells = not tipped and (len(own) >= MEDIAN_BATCHES or max(of_draws) <= EVEN_DRAWS * min(of_draws))
+    even = len(own) >= MEDIAN_BATCHES or max(of_draws) <= EVEN_DRAWS * min(of_draws)
+    tells = even and tipped <= DRAW_ALLOWED * max(of_draws)
     return Floor(
         max(_rms(of_draws), _rms(list(own.values()))),
         max(tipped, *of_draws),

@@ -88,6 +88,8 @@ class QualifyOrder(Record):
     samples: int = 4
     tokens: int = 64
     layers: int | None = None
+    vocabulary_size: int | None = Field(default=None, exclude_if=lambda size: size is None)
+    """Of a preset that is tried with another one than its own."""
     compute_dtype: str | None = None
     """None: the chip's own."""
     bundle: str = ""

@@ -18,16 +18,16 @@ BYTES_BESIDE = 2**30
 r2-micro with 1.9 million parameters and 1.0 GB (`benchmarks/qualify_time.py`)."""
 
 
-def parameters_of(source: str) -> int:
+def parameters_of(source: str, vocabulary_size: int | None = None) -> int:
     """How many a model has, by its configuration alone. Raises what reading that raises."""
     with torch.device("meta"):
-        decoder = Decoder(config_of(source))
+        decoder = Decoder(config_of(source, vocabulary_size))
     return sum(parameter.numel() for parameter in decoder.parameters())
 
 
-def check_fits(source: str, layers: int | None) -> None:
+def check_fits(source: str, layers: int | None, vocabulary_size: int | None = None) -> None:
     """Raise ModelError where the machine's memory is too small, saying how much is missing and how many layers fit."""
-    config = config_of(source)
+    config = config_of(source, vocabulary_size)
     with torch.device("meta"):
         decoder = Decoder(config)
     inside = sum(parameter.numel() for parameter in decoder.layers.parameters())

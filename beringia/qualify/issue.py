@@ -22,7 +22,7 @@ class Issued:
 
 def issue(certificate: Certificate, directory: Path, key: Path | None = None, *, dtype_asked: bool = False) -> Issued:
     """Sign a certificate and write it; its name is that of chip and model, with what it is for where that is not what
-    is asked by default: some of the layers, another seed, a dtype that was named."""
+    is asked by default: some of the layers, another vocabulary, another seed, a dtype that was named."""
     stem = _stem(certificate, dtype_asked)
     signed = sign(certificate, load_or_create_key(key))
     write_signed(directory / f"{stem}.json", signed)
@@ -33,6 +33,8 @@ def issue(certificate: Certificate, directory: Path, key: Path | None = None, *,
 def _stem(certificate: Certificate, dtype_asked: bool) -> str:
     words = [certificate.chip, certificate.model.name]
     words += [] if certificate.layers is None else [f"layers-{certificate.layers}"]
+    size = certificate.model.vocabulary_size
+    words += [] if size is None else [f"vocabulary-{size}"]
     words += [f"seed-{certificate.seed}"] if certificate.seed else []
     words += [certificate.compute_dtype] if dtype_asked else []
     return "-".join(words).replace(":", "-").replace("/", "-").replace("@", "-")

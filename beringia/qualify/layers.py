@@ -20,6 +20,7 @@ from torch import nn
 
 from beringia.chips.chip import Chip
 from beringia.numerics.metrics import rounding_floor
+from beringia.numerics.replay import run
 from beringia.qualify.effects import EFFECT_ALLOWED, minus
 from beringia.qualify.subject import Routes, Subject
 from beringia.qualify.trace import Change, moved_by_rounding
@@ -71,15 +72,17 @@ def _run(
     """Output and gradients of one layer, on the CPU in float64."""
     layer = model.get_submodule(name)
     device = next(layer.parameters()).device
-    x_BTD = traffic.input_BTD.to(device, dtype).requires_grad_()
-    with subject.forcing_routes(model, routes):
-        output_BTD = subject.call_layer(model, layer, x_BTD)
     parameters = dict(layer.named_parameters())
-    gradient_BTD = traffic.gradient_BTD.to(device, output_BTD.dtype)
-    gradients = torch.autograd.grad(output_BTD, (x_BTD, *parameters.values()), gradient_BTD, allow_unused=True)
+    with subject.forcing_routes(model, routes):
+        output_BTD, gradients = run(
+            lambda x_BTD: subject.call_layer(model, layer, x_BTD),
+            traffic.input_BTD.to(device, dtype),
+            traffic.gradient_BTD.to(device),
+            parameters.values(),
+        )
     named = zip(("input", *parameters), gradients, strict=True)
     found = {f"gradient of {part}": gradient for part, gradient in named if gradient is not None}
-    return {part: tensor.detach().cpu().double() for part, tensor in ({"output": output_BTD} | found).items()}
+    return {part: tensor.cpu().double() for part, tensor in ({"output": output_BTD} | found).items()}
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from beringia.qualify.candidate import Extent, probe_candidate
 from beringia.qualify.effects import power_of
 from beringia.qualify.evidence import Opened, QualifyOrder, Unrepeatable
 from beringia.qualify.far_chip import FarChip
-from beringia.qualify.hardware.collectives import DEVICES
+from beringia.qualify.hardware.collective_cases import COLLECTIVES
+from beringia.qualify.hardware.collectives import DEVICES, NEEDED
 from beringia.qualify.hardware.collectives_work import CollectivesOrder, collectives_at
 from beringia.qualify.locate import first_wrong, locate
 from beringia.qualify.probing import Evidence, gather
@@ -58,6 +59,8 @@ class Request:
     faults: str | None = None
     seed: int = 0
     layers: int | None = None
+    vocabulary_size: int | None = None
+    """Of a preset that is trained with another one than its own; None: its own."""
     compute_dtype: str | None = None
     batches: int = 6
     steps: int = 6
@@ -101,6 +104,7 @@ class Request:
             samples=self.samples,
             tokens=self.tokens,
             layers=self.layers,
+            vocabulary_size=self.vocabulary_size,
             compute_dtype=self.compute_dtype,
             bundle=str(bundle),
             batches=self.batches,
@@ -212,16 +216,23 @@ def qualify_here(chip: Chip, subject: Subject, plan: TraceExtent = PLAN, say: Sa
     return _certificate(request, signed, evidence, evidence.probes, time.perf_counter() - began)
 
 
+def describe(request: Request, directory: Path) -> Opened:
+    """Which chip the request's is, opened in a process of its own; logs go to `directory`. Raises what opening it
+    raises."""
+    directory.mkdir(parents=True, exist_ok=True)
+    far = FarChip.of(request.command, directory, request.patience_seconds)
+    described = far.gather(far.sent(request.order("describe", Path())))
+    assert described.opened is not None
+    return described.opened
+
+
 def reference_for(request: Request, directory: Path, say: Say = lambda text: None) -> Path:
     """A bundle of the CPU, in the dtype that the candidate computes in; made in `directory` unless it lies there, made
     for the same request and the same weights."""
     directory.mkdir(parents=True, exist_ok=True)
     dtype = request.compute_dtype
     if dtype is None:
-        far = FarChip.of(request.command, directory, request.patience_seconds)
-        described = far.gather(far.sent(request.order("describe", Path())))
-        assert described.opened is not None
-        dtype = described.opened.compute_dtype
+        dtype = describe(request, directory).compute_dtype
     order = request.order("reference", Path()).model_copy(update={"chip": REFERENCE, "compute_dtype": dtype})
     weights = None if request.model in PRESETS else weights_of(request.model)
     bundle = directory / f"reference-{dtype}-{canonical_hash([order.model_dump(mode='json'), weights])[:16]}.bundle"
@@ -263,6 +274,8 @@ def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Re
         "samples": manifest.samples,
         "tokens": manifest.tokens,
         "layers": manifest.layers,
+        # A directory has the vocabulary that it has: one of another size is seen as another configuration below.
+        "vocabulary_size": manifest.model.vocabulary_size if request.model in PRESETS else None,
         "compute_dtype": manifest.compute_dtype,
         "batches": manifest.batches,
         "steps": manifest.steps,
@@ -271,7 +284,9 @@ def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Re
     }
     _check_given(request, same, bundle)
     request = replace(request, **same)  # type: ignore[arg-type]  # fields of the same names and types
-    own = DecoderSubject(request.model, request.seed, layers=request.layers).fingerprint()
+    own = DecoderSubject(
+        request.model, request.seed, layers=request.layers, vocabulary_size=request.vocabulary_size
+    ).fingerprint()
     if (own.configuration, own.weights) != (manifest.model.configuration, manifest.model.weights):
         what = "weights" if own.configuration == manifest.model.configuration else "configuration"
         raise InputError(
@@ -281,7 +296,7 @@ def _as_recorded(request: Request, manifest: BundleManifest, bundle: Path) -> Re
     return request
 
 
-_FLAGS = {"compute_dtype": "--dtype"}
+_FLAGS = {"compute_dtype": "--dtype", "vocabulary_size": "--vocabulary"}
 """Of the command line, where they are not called as the field is."""
 
 
@@ -333,6 +348,7 @@ def _certificate(
     power = power_of(manifest.batches)
     located = located_in(evidence)
     judgement = judge(probes, located, power, evidence.departure)
+    not_reached = _not_reached(manifest, probes)
     return Certificate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         beringia=__version__,
@@ -355,21 +371,31 @@ def _certificate(
         first_wrong=located,
         first_departure=evidence.departure,
         extent=manifest.extent,
-        scenarios=tuple(manifest.scenarios),
-        untried=(*manifest.untried, *_untried_collectives(request, probes)),
+        scenarios=tuple(scenario for scenario in manifest.scenarios if scenario not in not_reached),
+        untried=(*not_reached, *manifest.untried, *_untried_collectives(request, probes)),
         probes=tuple(probes),
         operators=_worth_keeping(evidence.checks),
         seconds=seconds,
     )
 
 
+def _not_reached(manifest: BundleManifest, probes: list[ProbeResult]) -> tuple[str, ...]:
+    """Scenarios of the bundle that the chip, which lacks an operator or raised something, was not tried in."""
+    subjects = {probe.subject for probe in probes if probe.probe == "lockstep"}
+    trained = any(subject.startswith("accumulated ") for subject in subjects)
+    return tuple(one for one in manifest.scenarios if not trained and f"serve {one}" not in subjects)
+
+
 def _untried_collectives(request: Request, probes: list[ProbeResult]) -> tuple[str, ...]:
     """A clause, for who reads a certificate."""
-    found = {probe.subject for probe in probes if probe.probe == "collectives"}
-    if not found - {DEVICES}:
+    found = {probe.subject: probe.outcome for probe in probes if probe.probe == "collectives"}
+    # One that was refused is told, or an open question: nothing was tried of it.
+    tried = {subject.split(",")[0] for subject, outcome in found.items() if outcome in ("passed", "failed")}
+    if not tried & set(COLLECTIVES):
         return ("collectives",)
     more = "" if DEVICES in found else "more than "
-    return (f"collectives on {more}{request.ranks_tried} ranks",)
+    refused = () if NEEDED in tried else (f"collectives that add up over ranks ({NEEDED}), which the chip refuses",)
+    return (*refused, f"collectives on {more}{request.ranks_tried} ranks")
 
 
 def located_in(evidence: Evidence) -> Located | None:

@@ -48,10 +48,13 @@ class Recording:
     """What was seen on one chip."""
 
     checks: list[OperatorCheck] = field(default_factory=list)
-    """In the order of execution; the first refused operator is the last of them."""
+    """In the order of execution; of a pass with an operator that is refused, nothing comes after it."""
     not_judged: dict[str, str] = field(default_factory=dict)
     """Operators without a float64 form, and why."""
     trace: Trace | None = None
+    """Where the chip has every operator."""
+    served: Trace | None = None
+    """Where it lacks one of training: what it serves."""
     unrepeatable: tuple[str, ...] = ()
     """Sketches that had other bits the second time."""
     raised: Exception | None = None
@@ -59,7 +62,8 @@ class Recording:
     first_unrepeatable: Place | None = None
     """The first operator that gave other bits from the same arguments; looked for where no call was wrong."""
     batch_invariant: bool | None = None
-    """Whether a sample's outputs have the same bits alone and in a batch; None before that was tried."""
+    """Whether a sample's outputs have the same bits alone and in a batch; None where that was not, or cannot be,
+    tried."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By part."""
 
@@ -91,14 +95,16 @@ class Recorder:
     def _record(self, tracer: Tracer, routes: ChosenRoutes) -> None:
         found = self._recording
         with self._timed("operators"):
-            complete = (
-                self._watch_training()
-                # The short ones, for the loss of ignored targets: the layers, which know nothing of them, were watched.
-                and self._watch_unlike(tracer.unlike[-1:], left_out=self._layers)
-                and self._watch_decoding()
-            )
-            served = self._watch_serving(tracer, routes, lambda step: step.watched) if complete else None
+            # The short ones, for the loss of ignored targets: the layers, which know nothing of them, were watched.
+            trains = self._watch_training() and self._watch_unlike(tracer.unlike[-1:], left_out=self._layers)
+            decodes = self._watch_decoding()
+            served = self._watch_serving(tracer, routes, lambda step: step.watched) if decodes else None
         if served is None:
+            return
+        if not trains:
+            found.served = tracer.served_on_chip(
+                self._chip, self._dtype, routes, begin_step=self.begin_step, served=served
+            )
             return
         with self._timed("trace"):
             found.trace = tracer.on_chip(self._chip, self._dtype, routes, begin_step=self.begin_step, served=served)
@@ -294,15 +300,24 @@ class Recorder:
         names = dict.fromkeys(name.removesuffix(NOT_FINITE) for name in again)
         return tuple(name for name in names if not _same(again, first.sketches, name))
 
-    def _batch_invariant(self) -> bool:
-        """Whether the first sample of a batch gives the same bits alone."""
+    def _batch_invariant(self) -> bool | None:
+        """Whether the first sample of a batch gives the same bits alone; None where the model takes no sample alone,
+        or its outputs are not one for each sample."""
         model, batch = self._model(), self._batch(0)
-        alone = {name: tensor[:1] for name, tensor in batch.items()}
-        with torch.no_grad():
-            self.begin_step()
-            together = self._subject.outputs(model, batch)[:1].cpu()
-            self.begin_step()
-            return torch.equal(_bits(together), _bits(self._subject.outputs(model, alone).cpu()))
+        try:
+            with torch.no_grad():
+                self.begin_step()
+                together = self._subject.outputs(model, batch)
+                alone = _first_sample(batch, together)
+                if alone is None:
+                    return None
+                self.begin_step()
+                own, together = self._subject.outputs(model, alone).cpu(), together[:1].cpu()
+        except REFUSALS as error:
+            if self._chip.classify(error) is not None:
+                raise
+            return None
+        return torch.equal(_bits(together), _bits(own)) if own.shape == together.shape else None
 
     def _first_unrepeatable(self) -> Place | None:
         """Two runs of a step from the same state: the first call whose results differ while its arguments do not."""
@@ -340,6 +355,16 @@ class Recorder:
 
     def _timed(self, part: str) -> _Timer:
         return _Timer(self._recording.seconds, part)
+
+
+def _first_sample(batch: Batch, outputs: torch.Tensor) -> Batch | None:
+    """A batch of the first sample: of tensors with a row for each output, the first row, and all others as they are.
+    None where there are no such tensors."""
+    if not outputs.dim():
+        return None
+    by_sample = {name for name, tensor in batch.items() if tensor.dim() and len(tensor) == len(outputs)}
+    alone = {name: tensor[:1] if name in by_sample else tensor for name, tensor in batch.items()}
+    return alone if by_sample else None
 
 
 def left_out_later(layers: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ draws of the CPU take their place, which judge any reference but the CPU itself.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -78,6 +79,20 @@ TIPPED_AT_MOST = 2.0
 """Times what its draws allow a chip, in groups where the reference's own trace tipped over and nothing else is wrong
 with it. In float16, where a second moment that rounds to zero makes a step of any size, a sound CPU had 1.3 in one
 group of one model; from twice a sound chip's error on it may be harm."""
+EVEN_AT_MOST = 3.0
+"""How many times as far as the median draw one may be, in the median over what is alike (gradients, ways of serving).
+On sound chips it is at most 1.62, in updates, which a handful of weights decide."""
+BESIDE_TRACE_AT_MOST = {True: 8.0, False: 100.0}
+"""How many times as far as the reference's own trace its draws may be, in the same median; True: in dtypes in which
+results round more often than sums. On sound chips at most 3.6; where sums round as often, draws are moved by what
+adding up one term after another costs, which grows with their length and which chips stay far below."""
+BESIDE_CPU_AT_MOST = 2.0
+"""How many times as far as the draws of this machine's CPU, in the same median."""
+FEWEST_ALIKE = 4
+"""Distances whose median says something; a step of decoding is one alone."""
+LOSS_AT_MOST = 10.0
+"""Times how far sound draws are, in root mean square, that a loss may be from float64's: of few draws of one number,
+where a wrong operator asks for it."""
 _ADVICE = (
     "No bundle was written: record on a chip or a machine that is sound, and give `beringia qualify` this one to learn "
     "what else is wrong with it"
@@ -135,9 +150,9 @@ def raising_nothing(reference: Reference) -> Iterator[None]:
 def check_operators(reference: Reference, checks: Sequence[OperatorCheck]) -> None:
     """Raise Refusal for a call of the reference that no effect excuses: an operator that is missing, other integers, a
     result of another form than torch's; where no effect is judged, one beyond `USED_AT_MOST`."""
-    wrong = [one for one in checks if one.used > 1.0]
-    if any(_is_grave(one, reference.dtype) for one in wrong):
-        raise Refusal(f"{reference.name} is not sound: {_wrong_call(wrong[0])}. {_ADVICE}.")
+    grave = next((one for one in checks if one.used > 1.0 and _is_grave(one, reference.dtype)), None)
+    if grave is not None:
+        raise Refusal(f"{reference.name} is not sound: {_wrong_call(grave)}. {_ADVICE}.")
 
 
 def check_effects(
@@ -150,7 +165,10 @@ def check_effects(
     if not _is_finite(recording.trace) or not _are_finite(noise):
         _refuse_without_numbers(reference, wrong)
     layer = next((one for one in _layers(reference, traffic) if one.outcome == "failed"), None)
-    harm = _beside_draws(noise, recording.trace) + _beside_the_cpu(reference, noise.exact, recording.trace)
+    of_the_cpu = _noise_of_the_cpu(reference, noise.exact)
+    harm = _beside_draws(noise, recording.trace)
+    judged = [] if of_the_cpu is None else judge_trace(of_the_cpu, recording.trace)
+    harm += [one for one in judged if one.outcome == "failed"]
     if wrong is not None or layer is not None:
         harm += _first_pass_beside_others(reference, noise.exact, recording.trace)
     harm += _scenarios_beside_others(reference, noise, recording.trace)
@@ -159,11 +177,12 @@ def check_effects(
     if harm:
         first = f"{_wrong_call(wrong)}, and " if wrong is not None else f"{layer.summary}, and " if layer else ""
         raise Refusal(f"{reference.name} is not sound: {first}{harm[0].summary}. {_ADVICE}.")
+    _check_draws(reference, noise, of_the_cpu)
 
 
 def _refuse_without_numbers(reference: Reference, wrong: OperatorCheck | None) -> NoReturn:
     """Whose fault it is that the reference has none: the dtype's, where float64's results rounded to it have none."""
-    if not _is_finite(next(_sound_draws(reference))):
+    if not _is_finite(_first_batch(next(_sound_draws(reference)))):
         raise InputError(
             f"{reference.name} cannot be recorded: in that dtype the model overflows, also where every operator gives "
             "float64's result, rounded. Give a dtype with more exponent bits (bfloat16, float32), or a model whose "
@@ -175,21 +194,70 @@ def _refuse_without_numbers(reference: Reference, wrong: OperatorCheck | None) -
     )
 
 
+def _check_draws(reference: Reference, noise: RoundingNoise, of_the_cpu: RoundingNoise | None) -> None:
+    """Raise Refusal for draws that a fault struck and the trace not, or another draw not: bounds are made of them."""
+    for number, one in enumerate(noise.drawn):
+        _refuse_far_draws(reference, one, _median_draw(noise), EVEN_AT_MOST, f"draw {number + 1}", "the median draw")
+    most = BESIDE_TRACE_AT_MOST[_rounds_once(reference.dtype)]
+    _refuse_far_draws(reference, _median_draw(noise), noise.own, most, "its draws", "its own trace")
+    if of_the_cpu is not None:
+        draws = _median_draw(noise), _median_draw(of_the_cpu)
+        _refuse_far_draws(reference, *draws, BESIDE_CPU_AT_MOST, "its draws", "those of this machine's CPU")
+
+
+def _median_draw(noise: RoundingNoise) -> dict[Cell, float]:
+    return {cell: statistics.median(one[cell] for one in noise.drawn) for cell in noise.own}
+
+
+def _refuse_far_draws(
+    reference: Reference, draw: Mapping[Cell, float], other: Mapping[Cell, float], most: float, *words: str
+) -> None:
+    times: dict[str, list[float]] = defaultdict(list)
+    for cell, far in draw.items():
+        if other[cell] > 0.0:
+            times[cell[0]].append(far / other[cell])
+    for kind, found in times.items():
+        median = statistics.median(found)
+        if len(found) >= FEWEST_ALIKE and not median <= most:
+            what, beside = words
+            raise Refusal(
+                f"{reference.name} is not sound: the distance from float64 of {what}, which bounds are made of, is "
+                f"{median:.3g} times that of {beside} in {_KINDS[kind]}, and {most:g} times is the most. {_ADVICE}."
+            )
+
+
+_KINDS = {
+    "outputs": "outputs",
+    "decode": "a step of decoding",
+    "serve": "serving",
+    "gradient": "gradients",
+    "accumulated": "gradients over unlike batches",
+    "update": "updates",
+}
+
+
 def capped(noise: RoundingNoise) -> RoundingNoise:
     """With the reference's own distances no larger than what its draws allow a chip: where its trace alone tipped over,
     or a fault struck it alone, no bound becomes wider for that."""
-    farthest: dict[tuple[str, str], float] = {}
-    for one in noise.drawn:
-        for (kind, name, _), far in one.items():
-            farthest[kind, name] = max(far, farthest.get((kind, name), 0.0))
+    farthest = _farthest(noise)
     own = {cell: min(far, DRAW_ALLOWED * farthest[cell[:2]]) for cell, far in noise.own.items()}
     return replace(noise, own=own)
 
 
+def _farthest(noise: RoundingNoise) -> dict[Group, float]:
+    """Of all draws, by group."""
+    farthest: dict[Group, float] = {}
+    for one in noise.drawn:
+        for (kind, name, _), far in one.items():
+            farthest[kind, name] = max(far, farthest.get((kind, name), 0.0))
+    return farthest
+
+
 def keeping_its_bounds(reference: Reference, noise: RoundingNoise, trace: Trace) -> RoundingNoise:
     """The noise that a bundle has, with bounds that the reference's own trace keeps: a chip with its very bits must not
-    be refused. Where the trace is farther than its draws allow a chip, in a single batch, an update or the losses, it
-    counts as one draw more; raises Refusal beyond `TIPPED_AT_MOST`."""
+    be refused, nor one that rounds nearly as it does. Where the trace is farther than all draws, in a single batch or
+    an update, or than they allow a chip in the losses, it counts as one draw more; raises Refusal where it is more than
+    `TIPPED_AT_MOST` times as far as they allow."""
     bounded = replace(capped(noise), rounds_once=_rounds_once(reference.dtype))
     *of_groups, loss, training = judge_trace(bounded, trace)
     groups = zip(bounded.floors(), of_groups, strict=False)  # all groups together come last
@@ -198,9 +266,10 @@ def keeping_its_bounds(reference: Reference, noise: RoundingNoise, trace: Trace)
     far = next((one for one in beyond if max(part.used for part in one.measures) > TIPPED_AT_MOST), None)
     if far is not None:
         raise Refusal(f"{reference.name} is not sound: {far.summary}. {_ADVICE}.")
+    farthest = _farthest(noise)
     return replace(
         bounded,
-        tipped={cell: own for cell, own in noise.own.items() if cell[:2] in tipped},
+        tipped={cell: own for cell, own in noise.own.items() if cell[:2] in tipped or own > farthest[cell[:2]]},
         tipped_loss=_value(loss) if loss in beyond else 0.0,
         tipped_training=_value(training) if training in beyond else 0.0,
     )
@@ -254,21 +323,32 @@ def _beside_draws(noise: RoundingNoise, trace: Trace) -> list[ProbeResult]:
     ]
 
 
-def _beside_the_cpu(reference: Reference, exact: Trace, found: Trace) -> list[ProbeResult]:
-    """All that a trace says, judged as a candidate's is beside this machine's CPU, where the reference is another chip:
+def _noise_of_the_cpu(reference: Reference, exact: Trace) -> RoundingNoise | None:
+    """That of this machine's CPU, where the reference is another chip, which is judged beside it as a candidate is:
     what is wrong in no operator and in no layer, as a loss may be, is in all that the reference draws."""
     if reference.chip.device.type == "cpu":
-        return []
+        return None
     tracer = Tracer(reference.subject, reference.plan)
     of = Cpu(), reference.dtype, reference.routes
     noise = RoundingNoise.of(exact, tracer.on_chip(*of, begin_step=lambda: None), _drawn(reference, tracer))
-    noise = replace(noise, rounds_once=_rounds_once(reference.dtype))
-    return [one for one in judge_trace(noise, found) if one.outcome == "failed"]
+    return replace(noise, rounds_once=_rounds_once(reference.dtype))
 
 
 def _first_pass_beside_others(reference: Reference, exact: Trace, found: Trace) -> list[ProbeResult]:
-    """Groups of the first pass that are farther off than draws that are not the reference's."""
-    return _beyond(_sound_draws(reference), _first_batch(exact), _first_batch(found))
+    """Groups of the first pass, and its loss, that are farther off than draws that are not the reference's."""
+    draws = list(_sound_draws(reference))
+    of_groups = _beyond(map(_first_batch, draws), _first_batch(exact), _first_batch(found))
+    return of_groups + _loss_beyond(draws, exact, found)
+
+
+def _loss_beyond(draws: Sequence[Trace], exact: Trace, found: Trace) -> list[ProbeResult]:
+    off, *of_draws = (float(abs(one.losses_K[0] - exact.losses_K[0])) for one in (found, *draws))
+    spread = math.sqrt(sum(one * one for one in of_draws) / len(of_draws))
+    bound = LOSS_AT_MOST * max(spread, UNIT_ROUNDOFF[torch.float32] * float(exact.losses_K[0].abs()), 1e-30)
+    if off <= bound:
+        return []
+    summary = f"the loss differs from float64's by {off:.3g}, {off / bound:.3g} times what rounding explains"
+    return [ProbeResult(probe="lockstep", subject="loss", outcome="failed", rules_out="train", summary=summary)]
 
 
 def _scenarios_beside_others(reference: Reference, noise: RoundingNoise, found: Trace) -> list[ProbeResult]:
@@ -323,7 +403,7 @@ def _beyond(draws: Iterator[Trace], exact: Trace, found: Trace) -> list[ProbeRes
 
 def _sound_draws(reference: Reference) -> Iterator[Trace]:
     tracer = Tracer(reference.subject, TraceExtent(batches=1, steps=0, scenarios=False))
-    return map(_first_batch, _drawn(reference, tracer, reference.drawing))
+    return _drawn(reference, tracer, reference.drawing)
 
 
 def _sound_scenarios(reference: Reference) -> Iterator[Trace]:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from beringia.data import Tokenizer, check_vocabulary, load_tokenizer, make_task
+from beringia.data.alphabet import TOKENS
 from beringia.model import (
     IGNORED,
     PRESETS,
@@ -38,7 +39,7 @@ from beringia.qualify import engine_serving, unlike_batches
 from beringia.qualify import serving as ways_of_serving
 from beringia.qualify.serving import LARGE_PARAMETERS, Around, Serving, Step
 from beringia.records.certificate import ModelFingerprint
-from beringia.records.model_source import configuration_hash
+from beringia.records.model_source import configuration_hash, other_vocabulary
 
 Batch = Mapping[str, torch.Tensor]
 """Tensors on the CPU, by name."""
@@ -167,6 +168,8 @@ class DecoderSubject(Subject):
     layers: int | None = None
     """Only so many of its layers; None: all."""
     run_tokens: int | None = None
+    vocabulary_size: int | None = None
+    """Of a preset that a run trains with another one than its own; None: its own."""
 
     @property
     def name(self) -> str:  # type: ignore[override]  # a property where the base has a plain attribute
@@ -174,7 +177,7 @@ class DecoderSubject(Subject):
         return Path(self.source).name
 
     def build(self) -> Decoder:
-        return load_model(self.source, seed=self.seed, layers=self.layers)
+        return load_model(self.source, seed=self.seed, layers=self.layers, vocabulary_size=self.vocabulary_size)
 
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         assert isinstance(model, Decoder)
@@ -280,9 +283,10 @@ class DecoderSubject(Subject):
         preset = self.source if self.source in PRESETS else None
         return ModelFingerprint(
             name=self.name,
-            configuration=configuration_hash(preset, None if preset else self.source),
+            configuration=configuration_hash(preset, None if preset else self.source, self.vocabulary_size),
             weights=hash_state(model.state_dict(), {"layers": self.layers}),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            vocabulary_size=other_vocabulary(preset, self.vocabulary_size),
         )
 
     @contextmanager
@@ -318,8 +322,13 @@ class DecoderSubject(Subject):
     def _row(self, number: int) -> list[int]:
         """T + 1 tokens: solved sums for a preset, text for a model that has read some."""
         if self.source in PRESETS:
-            return _sums(self.seed, number, self.tokens + 1)
+            return self._spread(_sums(self.seed, number, self.tokens + 1))
         return _text(_tokenizer(self.source, _written_at(self.source)), number, self.tokens + 1)
+
+    def _spread(self, row: list[int]) -> list[int]:
+        """The tokens of a task over all of another vocabulary: none is beyond it, and its last rows are read, too."""
+        size = other_vocabulary(self.source, self.vocabulary_size)
+        return row if size is None else [token * size // len(TOKENS) for token in row]
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,26 @@ class Tracer:
             )
         return trace
 
+    def served_on_chip(
+        self,
+        chip: Chip,
+        dtype: torch.dtype,
+        routes: ChosenRoutes,
+        *,
+        begin_step: Callable[[], None],
+        served: dict[str, torch.Tensor],
+    ) -> Trace:
+        """Of a trace what no training is needed for: outputs, decoding, and `served`, which `serve` gave; no losses."""
+        model = self._subject.place(self._subject.build(), chip.device, dtype)
+        sketches = dict(served)
+        for number in range(self._plan.batches):
+            begin_step()
+            sketches |= sketches_of(
+                f"outputs/{number}", "outputs", self._outputs(model, number, routes.batches[number])
+            )
+        begin_step()
+        return Trace(sketches | self._decode(model), torch.zeros(0), torch.zeros(0))
+
     def serve(
         self, model: nn.Module, routes: ChosenRoutes, around: Callable[[Step], Around] = nothing_around
     ) -> dict[str, torch.Tensor]:
@@ -277,9 +297,7 @@ class Tracer:
             losses.append(loss)
             chosen.append(own)
         begin_step()
-        with torch.no_grad():
-            batch = on_device(self._batches[0], _device(model))
-            sketches |= sketches_of("decode", "decode", self._subject.decode(model, batch))
+        sketches |= self._decode(model)
         if served is None or routes is None:
             served, chosen_servings = self._serve(model, routes, begin_step, at_once=at_once)
         else:
@@ -294,6 +312,11 @@ class Tracer:
             ),
             ChosenRoutes(tuple(chosen), tuple(chosen_steps), chosen_servings, chosen_unlike),
         )
+
+    def _decode(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            batch = on_device(self._batches[0], _device(model))
+            return sketches_of("decode", "decode", self._subject.decode(model, batch))
 
     def _serve(
         self, model: nn.Module, routes: ChosenRoutes | None, begin_step: Callable[[], None], *, at_once: bool

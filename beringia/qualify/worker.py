@@ -37,7 +37,7 @@ def work(document: dict[str, Any], far_end: FarEnd) -> Ended:
     keep_few_kernels()
     order = QualifyOrder.model_validate(document, strict=False)
     if order.task == "reference" and order.chip == "cpu":
-        _settle_threads(parameters_of(order.model))
+        _settle_threads(parameters_of(order.model, order.vocabulary_size))
     _work(order, far_end.channel.line)
     return Ended(why="done")
 
@@ -59,9 +59,15 @@ def _work(order: QualifyOrder, write: Write) -> None:
     write(Opened(name=chip.name, identity=chip.identity, compute_dtype=str(dtype).removeprefix("torch.")))
     if order.task == "describe":
         return
-    check_fits(order.model, order.layers)
+    check_fits(order.model, order.layers, order.vocabulary_size)
     subject = DecoderSubject(
-        order.model, order.seed, order.samples, order.tokens, order.layers, run_tokens=order.run_tokens
+        order.model,
+        order.seed,
+        order.samples,
+        order.tokens,
+        order.layers,
+        run_tokens=order.run_tokens,
+        vocabulary_size=order.vocabulary_size,
     )
     if order.task == "reference":
         _make_reference(order, subject, chip, dtype, write)

@@ -11,9 +11,9 @@ without them, and what it does not say is not compared.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from beringia.records.identity import ChipIdentity
 from beringia.records.record import Record
@@ -55,8 +55,13 @@ class Measure(Record):
 
     @property
     def used(self) -> float:
-        """Share of the bound; above 1 it is broken. Infinite where the value is no finite number."""
-        return math.inf if self.value is None or not math.isfinite(self.value) else abs(self.value) / self.bound
+        """Share of the bound; above 1 it is broken. Infinite where the value is no finite number, and where only 0 is
+        allowed and it is another."""
+        if self.value is None or not math.isfinite(self.value):
+            return math.inf
+        if self.bound == 0:
+            return 0.0 if self.value == 0 else math.inf
+        return abs(self.value) / self.bound
 
 
 class ProbeResult(Record):
@@ -150,6 +155,11 @@ class Departure(Record):
     """How much of what rounding explains; None: more than any multiple."""
 
 
+def _says_nothing(value: object) -> bool:
+    """Of a field that came later: left out where it is empty, so that what was signed before still verifies."""
+    return not value
+
+
 class ModelFingerprint(Record):
     """Which model the evidence is about."""
 
@@ -160,11 +170,8 @@ class ModelFingerprint(Record):
     weights: str
     """Hash of names, shapes and values of all weights."""
     parameters: int
-
-
-def _says_nothing(value: object) -> bool:
-    """Of a field that came later: left out where it is empty, so that what was signed before still verifies."""
-    return not value
+    vocabulary_size: int | None = Field(default=None, gt=0, exclude_if=_says_nothing)
+    """Tokens of a preset that was tried with another vocabulary than its own; None: its own, or a directory's."""
 
 
 class BundleOrigin(Record):
@@ -218,6 +225,14 @@ class Certificate(Record):
     untried: tuple[str, ...] = Field(default=(), exclude_if=_says_nothing)
     """What people do with such a model, and was not tried."""
 
+    @model_validator(mode="after")
+    def _has_what_its_schema_had(self) -> Self:
+        """What the serializer leaves out is in no signature: whoever set it altered the certificate."""
+        added = [name for name in _SINCE_2 if getattr(self, name) is not None]
+        if self.schema_version <= 1 and added:
+            raise ValueError(f"schema {self.schema_version} has no {' and no '.join(added)}, so nobody signed that")
+        return self
+
     @model_serializer(mode="wrap")
     def _as_its_schema_has_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A signature is over the fields that its schema had."""
@@ -228,7 +243,9 @@ class Certificate(Record):
     def scope(self) -> str:
         """What it is for, beside the chip: `r2-nano, 2 of its layers, in bfloat16`."""
         part = "" if self.layers is None else f", {self.layers} of its layers"
-        return f"{self.model.name}{part}, in {self.compute_dtype}"
+        size = self.model.vocabulary_size
+        tokens = "" if size is None else f" with {size} tokens"
+        return f"{self.model.name}{tokens}{part}, in {self.compute_dtype}"
 
     @property
     def tried(self) -> tuple[str, ...]:

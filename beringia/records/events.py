@@ -91,6 +91,8 @@ class ChipOpened(Event):
     ranks: int
     compute_dtype: str
     sharding: Literal["none", "ddp", "fsdp2"]
+    vocabulary_size: int | None = None
+    """Of a preset, as the run's tokenizer has it; null where the model is a directory, which has its own."""
 
 
 class StepDone(Event):
@@ -353,6 +355,8 @@ class Qualified(Event):
     certificate: str
     """Relative to the run directory."""
     seconds: float
+    asked: str | None = None
+    """Hash of what the recipe asked of the chip; null where that was not noted."""
 
 
 class Unqualified(Event):

@@ -23,9 +23,10 @@ def significant(value: float | None, digits: int = 3) -> str:
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    # As text: the largest float, rounded up, is none any more, and ten to the smallest one's exponent is 0.
+    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+    exponent = int(power)
     if exponent < -4 or exponent > 6:
-        mantissa = f"{value / 10.0**exponent:.{digits - 1}f}"
         return f"{mantissa} × {power_of_ten(exponent)}".replace("-", "−")
     return f"{round(value, digits - 1 - exponent):,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
 

@@ -1,12 +1,12 @@
 """Whether a chip may train: what the run directory's certificates say of the chip that a worker has opened.
 
 A certificate counts when its signature holds (by a key that the recipe trusts, where it names any), its chip identity
-is the opened chip's, it is about the dtype that the chip computes in, its model's configuration is the recipe's, and it
-is about all layers. Where the recipe names a model directory, it must be about those files of weights, as they were
-when the run began: outliers of trained weights are what it was tried with. Steps change weights, so those of later
-steps are not compared; nor are a preset's, which are drawn: another seed's are as good evidence. Of several the newest
-that decides counts: a later `unfit` overrules an earlier `train`, a later `inconclusive` only where a probe of it ruled
-training out.
+is the opened chip's, it is about the dtype that the chip computes in, its model's configuration is the recipe's (of a
+preset with the vocabulary that the run's tokenizer gives it), and it is about all layers. Where the recipe names a
+model directory, it must be about those files of weights, as they were when the run began: outliers of trained weights
+are what it was tried with. Steps change weights, so those of later steps are not compared; nor are a preset's, which
+are drawn: another seed's are as good evidence. Of several the newest that decides counts: a later `unfit` overrules an
+earlier `train`, a later `inconclusive` only where a probe of it ruled training out.
 
 Reads files; decides nothing about the run (`decide.py` does) and imports no torch.
 """
@@ -20,8 +20,8 @@ from beringia.errors import InputError, ModelError, Refusal
 from beringia.records.certificate import Certificate, Verdict
 from beringia.records.events import ChipOpened, Fallback, Unqualified
 from beringia.records.inputs import weights_of
-from beringia.records.model_source import configuration_hash
-from beringia.records.recipe import Recipe
+from beringia.records.model_source import OWN_SIZES, configuration_hash, layers_of
+from beringia.records.recipe import ModelSection, Recipe
 from beringia.records.run_directory import RunDirectory
 from beringia.records.signature import read_signed, verify
 from beringia.supervise.run_files import recorded_inputs
@@ -51,7 +51,7 @@ class _Evidence:
 def _evidence(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> _Evidence:
     model = recipe.model
     try:
-        configuration = configuration_hash(model.preset, model.path)
+        configuration = configuration_hash(model.preset, model.path, opened.vocabulary_size)
     except ModelError as problem:
         return _Evidence(None, f"no certificate can be compared with the model. {problem}".rstrip("."))
     weights = None if model.path is None else weights_of(model.path, recorded_inputs(run))
@@ -64,7 +64,7 @@ def _evidence(opened: ChipOpened, recipe: Recipe, run: RunDirectory) -> _Evidenc
         except (InputError, Refusal) as problem:
             others.append(f"{path.name} does not count: {str(problem).rstrip('.')}")
             continue
-        why_not = _mismatch(signed.record, opened, configuration, weights)
+        why_not = _mismatch(signed.record, opened, model, configuration, weights)
         if why_not is None:
             fitting.append((path.name, signed.record))
         else:
@@ -85,7 +85,9 @@ def _about(label: str | None, recipe: Recipe, run: RunDirectory) -> list[Path]:
     return sorted(path for path in run.certificates.glob("*.json") if path.name not in others)
 
 
-def _mismatch(certificate: Certificate, opened: ChipOpened, configuration: str, weights: str | None) -> str | None:
+def _mismatch(
+    certificate: Certificate, opened: ChipOpened, model: ModelSection, configuration: str, weights: str | None
+) -> str | None:
     """Why a valid certificate says nothing about this chip or model."""
     if certificate.identity_hash != opened.identity_hash:
         changed = certificate.identity.differences(opened.identity)
@@ -96,13 +98,25 @@ def _mismatch(certificate: Certificate, opened: ChipOpened, configuration: str, 
     if certificate.compute_dtype != opened.compute_dtype:
         return f"is for computing in {certificate.compute_dtype}, and the run computes in {opened.compute_dtype}"
     if certificate.model.configuration != configuration:
-        return f"is for another model, {certificate.model.name}"
-    if certificate.layers is not None:
+        return _other_model(certificate, opened, model)
+    if certificate.layers not in (None, layers_of(model.preset, model.path)):
         return f"is for {certificate.layers} of the model's layers, and the run trains all of them"
     tried = certificate.weight_files
     if tried is not None and weights is not None and tried != weights:
         return f"is for other weights of {certificate.model.name} ({tried[:12]}, here {weights[:12]})"
     return None
+
+
+def _other_model(certificate: Certificate, opened: ChipOpened, model: ModelSection) -> str:
+    """What the certificate is for; of the same preset it is the vocabulary that differs."""
+    tried, own = certificate.model, OWN_SIZES.get(model.preset or "")
+    if own is None or tried.configuration != configuration_hash(model.preset, None, tried.vocabulary_size):
+        return f"is for another model, {tried.name}"
+    there, here = (size or own.vocabulary for size in (tried.vocabulary_size, opened.vocabulary_size))
+    return (
+        f"is for {tried.name} with a vocabulary of {there}, and the run trains it with one of {here} (qualify it with "
+        f"`beringia qualify {opened.asked} --model {model.preset} --vocabulary {here}`)"
+    )
 
 
 def _newest(fitting: list[tuple[str, Certificate]]) -> _Evidence:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from beringia.checkpoint.store import CheckpointStore
 from beringia.chips.chip import Chip
 from beringia.data import Stream, Tokenizer, check_vocabulary, choose_tokenizer, open_stream
-from beringia.errors import CheckpointDamaged, RunError
+from beringia.errors import CheckpointDamaged, DataError, RunError
 from beringia.model import load_model
 from beringia.processes.ranks import Ranks
 from beringia.records.events import (
@@ -159,10 +159,21 @@ class Session:
                 ranks=self.ranks.count,
                 compute_dtype=str(self.compute_dtype).removeprefix("torch."),
                 sharding="none" if self.ranks.count == 1 else self.chip.capabilities.sharding,
+                vocabulary_size=self._vocabulary_size(),
             )
         )
         if used != section.use:
             self._fall_back("chip", section.use, used, "the first accelerator that is here, else the CPU")
+
+    def _vocabulary_size(self) -> int | None:
+        """Of a preset, which gets its tokenizer's: a certificate is for a size. Where the tokenizer cannot be read, no
+        size is known; that is told when the data is opened."""
+        if self.recipe.model.preset is None:
+            return None
+        try:
+            return choose_tokenizer(self.recipe.data, self.recipe.model).vocabulary_size
+        except DataError:
+            return None
 
     def _wait_for_go(self) -> None:
         # One of the ranks reads the line that all of them wait for.

@@ -16,7 +16,7 @@ from beringia.chips.chip import Chip
 from beringia.chips.open import open_chip
 from beringia.processes.far_end import FarEnd
 from beringia.processes.protocol import Ended
-from beringia.qualify.refusals import first_line
+from beringia.qualify.refusals import REFUSALS, first_line
 from beringia.records.record import Record
 
 ROWS, COLUMNS = 64, 8
@@ -81,7 +81,7 @@ def read(chip: Chip, case: str) -> IndexReport:
     try:
         found = READS[operator](table, index).cpu()
         chip.synchronize()
-    except (RuntimeError, IndexError) as error:
+    except REFUSALS as error:
         return IndexReport(case=case, state="raised", text=first_line(error))
     numbers = " ".join(f"{number:.6g}" for number in found[-1:].flatten().tolist()[:4])
     return IndexReport(case=case, state="numbers", text=numbers)

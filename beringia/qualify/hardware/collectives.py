@@ -25,13 +25,22 @@ from beringia.processes.patience import POLL_SECONDS, Patience
 from beringia.processes.protocol import Line
 from beringia.processes.words import last_lines
 from beringia.qualify.hardware.bandwidth import SUBJECT
-from beringia.qualify.hardware.collective_cases import COLLECTIVES, MOST_RANKS, SUMS, CaseReport, RankOrder
+from beringia.qualify.hardware.collective_cases import (
+    COLLECTIVES,
+    MOST_RANKS,
+    SUMS,
+    CaseReport,
+    Collective,
+    RankOrder,
+)
 from beringia.qualify.hardware.measures import none_allowed
 from beringia.qualify.hardware.rank_work import ABSENT, ABSENT_SECONDS
 from beringia.records.certificate import Measure, ProbeResult
 
 DEVICES = "devices"
 """Subject of what is said where there are fewer than were asked for."""
+NEEDED: Collective = "all-reduce"
+"""What no training on several ranks does without."""
 RANK_WORK = "beringia.qualify.hardware.rank_work"
 _LONGEST_WORDS = 200
 
@@ -110,7 +119,7 @@ def judge(ends: list[RankEnd], time_out_seconds: float, seconds: float) -> list[
     )
     results = [_of_subject(subject, ends) for subject in subjects]
     return [
-        *results,
+        *_with_open_question(results),
         *_of_absent(ends, time_out_seconds),
         *_of_bandwidth(ends),
         _of_processes(ends, time_out_seconds, seconds),
@@ -201,6 +210,20 @@ def _of_subject(subject: str, ends: list[RankEnd]) -> ProbeResult:
         f"{len(rows)} cases on {len(ends)} ranks, each made twice, were right {kind} and repeated.",
         measures=measures,
     )
+
+
+def _with_open_question(results: list[ProbeResult]) -> list[ProbeResult]:
+    """One collective refused in one dtype is told. Where no all-reduce can be made in any, gradients were added up
+    nowhere, and whether it can be trained on several devices is open."""
+    sums = [result for result in results if result.subject.startswith(f"{NEEDED},")]
+    if not sums or any(result.outcome != "told" for result in sums):
+        return results
+    return [_opened(result) if result in sums else result for result in results]
+
+
+def _opened(result: ProbeResult) -> ProbeResult:
+    words = f"{result.summary} No {NEEDED} was carried out, so whether training adds up right over ranks is open."
+    return result.model_copy(update={"outcome": "inconclusive", "rules_out": "train", "summary": words})
 
 
 def _measures(subject: str, rows: dict[str, list[CaseReport]], reports: list[CaseReport]) -> tuple[Measure, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF
-from beringia.qualify.operators.float64 import Attention, NotKnown, evaluate, in_own_dtypes
+from beringia.qualify.operators.float64 import Attention, NotKnown, evaluate, in_own_dtypes, to_wide
 from beringia.qualify.operators.watch import Call, changed, tensors_in
 
 ELEMENTARY_ULPS = 8.0
@@ -56,13 +56,13 @@ class Operation:
     @cached_property
     def args(self) -> tuple[Any, ...]:
         """Arguments in float64."""
-        wide: tuple[Any, ...] = changed(self.call.args, _wide)
+        wide: tuple[Any, ...] = changed(self.call.args, to_wide)
         return wide
 
     @cached_property
     def kwargs(self) -> dict[str, Any]:
         """Arguments given by name, likewise."""
-        wide: dict[str, Any] = changed(dict(self.call.kwargs), _wide)
+        wide: dict[str, Any] = changed(dict(self.call.kwargs), to_wide)
         return wide
 
     @property
@@ -93,11 +93,22 @@ class Operation:
         assert isinstance(tensor, torch.Tensor)
         return tensor
 
+    @cached_property
+    def most_hits(self) -> int:
+        """For operators that add rows up by index, see `_most_hits`; asked for several times, and long to find."""
+        return _most_hits(self)
+
     @property
     def storing(self) -> float:
-        """Unit roundoff of the first floating result."""
-        first = next((tensor for tensor in self.call.results if tensor.is_floating_point()), None)
-        return 0.0 if first is None else UNIT_ROUNDOFF.get(first.dtype, 2.0**-3)
+        """Unit roundoff of the first floating result; of a complex one, that of its parts."""
+        first = next((tensor for tensor in self.call.results if _computed(tensor)), None)
+        return 0.0 if first is None else UNIT_ROUNDOFF.get(first.dtype.to_real(), 2.0**-3)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether it reads or gives complex numbers."""
+        given = tensors_in((self.call.args, dict(self.call.kwargs)))
+        return any(tensor.is_complex() for tensor in (*given, *self.exact))
 
 
 @dataclass(frozen=True)
@@ -119,9 +130,15 @@ class Bound:
 
 
 def bound_of(call: Call, exact: tuple[torch.Tensor, ...]) -> Bound:
-    """The bound of a call whose float64 results are given."""
+    """The bound of a call whose float64 results are given. Raises NotKnown for complex numbers in an operator whose
+    rule knows nothing of them."""
     operation = Operation(call, exact)
     name = operation.name
+    if operation.is_complex:
+        if name not in _OF_COMPLEX:
+            raise NotKnown("how exact it is with complex numbers is not known")
+        if name in _ELEMENTARY_OF_COMPLEX:
+            return Bound(_elementary(operation), "an elementary function of complex numbers", 1, True)
     if name in _MOVES or (name in _CASTS and not _narrows(call)):
         return Bound([torch.zeros(()) for _ in exact], "moves numbers: every bit", 1, False)
     if name in _CASTS:
@@ -142,18 +159,19 @@ def bound_of(call: Call, exact: tuple[torch.Tensor, ...]) -> Bound:
 def _narrows(call: Call) -> bool:
     source = next(tensors_in(call.args[1:] if call.func.overloadpacket.__name__ == "copy_" else call.args), None)
     target = call.results[0]
-    return source is not None and source.dtype != target.dtype and target.dtype in _FEWER_BITS
+    return source is not None and source.dtype != target.dtype and target.dtype.to_real() in _FEWER_BITS
 
 
 _FEWER_BITS = {dtype for dtype in UNIT_ROUNDOFF if dtype != torch.float64}
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _computed(tensor: torch.Tensor) -> bool:
+    """Whether it has numbers that are rounded: real or complex ones."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.nan_to_num(0.0, 0.0, 0.0) if tensor.is_floating_point() else tensor
+    return tensor.nan_to_num(0.0, 0.0, 0.0) if _computed(tensor) else tensor
 
 
 def _magnitude(value: Any, kind: str) -> Any:
@@ -161,8 +179,8 @@ def _magnitude(value: Any, kind: str) -> Any:
     if isinstance(value, list | tuple):
         return type(value)([_magnitude(item, kind) for item in value])
     if isinstance(value, torch.Tensor):
-        return value.abs() if value.is_floating_point() else value
-    if "number" not in kind or not isinstance(value, int | float) or value == 0:
+        return value.abs() if _computed(value) else value
+    if "number" not in kind or not isinstance(value, int | float | complex) or value == 0:
         return value
     # Below the smallest normal number it is stored no more exactly than that one.
     return max(abs(value), torch.finfo(torch.float32).smallest_normal)
@@ -248,7 +266,7 @@ def _added_by_index(operation: Operation) -> Bound:
     noise = []
     for square, count, exact in zip(squares, counts, operation.exact, strict=True):
         additions = (count - 1.0).clamp_min(0.0)
-        noise.append(operation.storing * (additions * (square / 6.0 + exact.square() / 9.0)).sqrt())
+        noise.append(operation.storing * (additions * (square / 6.0 + exact.abs().square() / 9.0)).sqrt())
     allowed = [inside + RANDOM_WALK * one for inside, one in zip(_walked(operation), noise, strict=True)]
     basis = "a rounding a term, as a random walk, in the dtype of the result"
     return Bound(allowed, basis, terms_of(operation), True, noise=tuple(noise))
@@ -271,11 +289,11 @@ def _squares_and_counts(operation: Operation) -> tuple[tuple[torch.Tensor, ...],
 
 
 def _square(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.square() if tensor.is_floating_point() else tensor
+    return tensor.abs().square() if _computed(tensor) else tensor
 
 
 def _one_each(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(tensor) if tensor.is_floating_point() else tensor
+    return torch.ones_like(tensor.real) if _computed(tensor) else tensor
 
 
 def _norm(operation: Operation) -> Allowed:
@@ -365,7 +383,7 @@ def _attention(attention: Attention, operation: Operation) -> Bound:
     make = attention.forward_allowed if attention.grad_BHTV is None else attention.gradients_allowed
     allowed = list(make(storing, computing))
     basis = "two products and a softmax, weights stored between them"
-    stored = attention.stored(operation.call.results[0].dtype)
+    stored = attention.stored(attention.dtypes[0])
     of_storing = attention.storing_noise(operation.storing)
     return Bound(allowed, basis, attention.k_BHSD.shape[-2], True, stored, attention.noise(), of_storing)
 
@@ -375,13 +393,13 @@ def _measured(operation: Operation) -> Allowed:
     results = in_own_dtypes(operation.call, "cpu")
     allowed = []
     for index, exact in enumerate(operation.exact):
-        if not exact.is_floating_point() or exact.numel() == 0 or index >= len(results):
+        if not _computed(exact) or exact.numel() == 0 or index >= len(results):
             allowed.append(torch.zeros(()))
             continue
         # Equal infinities have a difference that is no number.
         finite = results[index].isfinite() & exact.isfinite()
-        error = torch.where(finite, results[index].double() - exact, 0.0).abs().amax()
-        scale = torch.where(finite, exact, 0.0).square().mean().sqrt()
+        error = torch.where(finite, results[index].to(exact.dtype) - exact, 0.0).abs().amax()
+        scale = torch.where(finite, exact, 0.0).abs().square().mean().sqrt()
         allowed.append(MEASURED_ALLOWED * error + ELEMENTARY_ULPS * 2.0 * _F32 * (scale + exact.abs()))
     return allowed
 
@@ -434,19 +452,22 @@ def terms_of(operation: Operation) -> int:
         return int(args[0].shape[0])
     if name == "cumsum":
         return int(args[0].shape[args[1]]) if args[0].dim() else 1
-    return _most_hits(operation)
+    return operation.most_hits
 
 
 def _most_hits(operation: Operation) -> int:
-    """For operators that add rows up by index: how often the commonest index occurs."""
-    indices = [
-        tensor
-        for tensor in tensors_in((operation.call.args, dict(operation.call.kwargs)))
-        if not tensor.is_floating_point()
-    ]
-    if not indices or indices[0].numel() == 0:
-        return 2
-    return int(indices[0].flatten().bincount().max()) + 1
+    """For operators that add rows up by index: how many numbers meet in one place at most, with the one that lies
+    there. The operator says so itself, applied to ones, however it names places: by truth values, from the end, by
+    several tensors together."""
+    declared = [argument.name for argument in operation.call.func._schema.arguments]
+    args = tuple(_ADDING.get(name, value) for name, value in zip(declared, operation.call.args, strict=False))
+    kwargs = {name: _ADDING.get(name, value) for name, value in operation.call.kwargs.items() if name != "alpha"}
+    counts = evaluate(operation.call.func, changed(args, _one_each), changed(kwargs, _one_each))
+    return max((int(one.max()) for one in counts if one.is_floating_point() and one.numel()), default=1)
+
+
+_ADDING: dict[str, Any] = {"reduce": "sum", "scale_grad_by_freq": False}
+"""Arguments with which such an operator adds what it would divide or multiply."""
 
 
 def _one(operation: Operation) -> int:
@@ -470,7 +491,7 @@ _MOVES = _names(
     tril neg abs fill zero zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full arange
     sign topk sort max min amax amin argmax argmin constant_pad_nd flip roll repeat split_with_sizes_copy relu
     clamp clamp_min clamp_max eq ne lt le gt ge isnan isfinite bitwise_and bitwise_or bitwise_not bitwise_xor
-    logical_and logical_or logical_not scatter unsafe_view _unsafe_view reshape_copy expand_copy floor ceil
+    logical_and logical_or logical_not complex scatter unsafe_view _unsafe_view reshape_copy expand_copy floor ceil
     trunc round argsort one_hot nonzero masked_select repeat_interleave unique bincount threshold_backward
     """
 )
@@ -517,6 +538,23 @@ _PRODUCTS = _names(
     mm bmm addmm baddbmm mv addmv dot vdot addbmm
     """
 )
+_ELEMENTARY_OF_COMPLEX = _names(
+    """
+    abs angle sgn polar exp reciprocal div true_divide
+    """
+)
+"""What is a move of real numbers, or a rounding, is a root, an arc or several products of complex ones."""
+_OF_COMPLEX = (
+    (_MOVES - _names("sign topk sort max min amax amin argmax argmin relu threshold_backward"))
+    | _CASTS
+    | _ADDED_UP
+    | _BY_INDEX
+    | _PRODUCTS
+    | _ELEMENTARY_OF_COMPLEX
+    | _names("add sub rsub addcmul mul square linalg_vector_norm _conj_physical conj_physical")
+    | _names("_fft_c2c _fft_r2c _fft_c2r")
+)
+"""Operators whose rules hold for complex numbers: relative to their magnitudes, in each part."""
 
 _RULES: tuple[tuple[frozenset[str], Rule, str, Callable[[Operation], int]], ...] = (
     (_ARITHMETIC, _arithmetic, "a few roundings, relative to the numbers that meet", _one),

@@ -32,8 +32,9 @@ from beringia.qualify.operators.bounds import (
     may_overflow,
     one_sided,
 )
-from beringia.qualify.operators.float64 import NotKnown, in_float64
+from beringia.qualify.operators.float64 import NotKnown, in_float64, to_wide
 from beringia.qualify.operators.form import dtypes_due, wrong_form
+from beringia.qualify.operators.named_places import are_indices, lying_there, outside, result_of_places
 from beringia.qualify.operators.parts import in_parts
 from beringia.qualify.operators.watch import Call, RefusedCall, tensors_in
 from beringia.records.certificate import Measure, OperatorCheck
@@ -56,9 +57,7 @@ WRONG_INTEGERS = "other integers"
 _SMALLEST = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
 """The spacing of numbers below the smallest normal one where operators compute."""
 _BASIS_SMALL = "subnormal results that became zero; a chip that keeps them loses none"
-
-_TIES = frozenset({"argsort", "max", "min", "argmax", "argmin"})
-"""Operators that name places: of equal numbers any may be named, so these are not compared."""
+_PAIRS = "; complex numbers as pairs of reals: of an element the last index is the part"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def check(call: Call) -> OperatorCheck | None:
     measures, worst, error = _largest(judged)
     if not measures:
         return None
-    first = next((result for result in call.results if result.is_floating_point()), call.results[0])
+    first = next((one for one in call.results if one.is_floating_point() or one.is_complex()), call.results[0])
     return OperatorCheck(
         **_place(call),
         shapes=tuple(tuple(tensor.shape) for tensor in tensors_in((call.args, dict(call.kwargs)))),
@@ -126,30 +125,60 @@ def check(call: Call) -> OperatorCheck | None:
 def _judge(call: Call) -> tuple[list[Judged], str]:
     """Each result of the call judged, and what their bound is made of."""
     exact = in_float64(call)
-    dtypes, apart = _dtypes(call)
+    dtypes, apart = _dtypes(call, exact)
     wrong = wrong_form(call, exact, dtypes)
-    of_form = [] if wrong is None else [_of_another_form(wrong.words)]
+    judged: list[Judged | None] = [] if wrong is None else [_of_another_form(wrong.words)]
     if wrong is not None and not wrong.has_numbers:
-        return of_form, f"results have torch's shapes, dtypes and layouts{apart}"
-    if call.func.overloadpacket.__name__ in ("topk", "sort") and len(exact) == 2:
-        exact = (exact[0], exact[0])
+        return [_of_another_form(wrong.words)], f"results have torch's shapes, dtypes and layouts{apart}"
     bound = bound_of(call, exact)
-    results = _named_places(call)
+    results, references, of_places = _with_places_read(call, exact)
     inside = bound.inner, bound.storing_noise, bound.noise
-    judged = [
+    judged += [of_places] + [
         judge_tensor(found, reference, allowed, bound, inner, noise, partial(may_overflow, call, exact, place))
         for place, (found, reference, allowed, inner, *noise) in enumerate(
-            zip_longest(results[: len(exact)], exact, bound.allowed, *(one[: len(exact)] for one in inside))
+            zip_longest(results, references, bound.allowed, *(one[: len(exact)] for one in inside))
         )
-        if found is not None and allowed is not None and _comparable(call, found, reference)
+        if found is not None and reference is not None and allowed is not None and _comparable(found, reference)
     ]
-    return of_form + [one for one in judged if one is not None], bound.basis + apart
+    apart += _PAIRS if any(one.is_complex() for one in exact) else ""
+    return [one for one in judged if one is not None], bound.basis + apart
 
 
-def _dtypes(call: Call) -> tuple[list[torch.dtype], str]:
+def _with_places_read(
+    call: Call, exact: tuple[torch.Tensor, ...]
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor], Judged | None]:
+    """Results and float64's, in both the numbers that lie there in place of the indices that an operator names; None
+    for what are no indices, which its form says. And what there is to say of indices that point at nothing."""
+    results: list[torch.Tensor | None] = list(call.results[: len(exact)])
+    references, place = list(exact), result_of_places(call, exact)
+    if place is None:
+        return results, references, None
+    found, due = call.results[place], exact[place]
+    if not are_indices(found, due.shape):
+        results[place] = None
+        return results, references, None
+    beyond, named = outside(call, found), lying_there(call, due)
+    results[place], references[place] = torch.where(beyond, named, lying_there(call, found)), to_wide(named)
+    return results, references, _pointing_at_nothing(found, due, beyond) if bool(beyond.any()) else None
+
+
+def _pointing_at_nothing(found: torch.Tensor, exact: torch.Tensor, beyond: torch.Tensor) -> Judged:
+    element = _largest_in(beyond)
+    here, there = float(found[element]), float(exact[element])
+    measure = Measure(
+        name=WRONG_INTEGERS,
+        value=float(beyond.sum()),
+        bound=0.5,
+        unit="elements",
+        reason="an index is one of an element that there is",
+    )
+    return (measure,), _Worst(element, here, there, abs(here - there), 0.5), None
+
+
+def _dtypes(call: Call, exact: tuple[torch.Tensor, ...]) -> tuple[list[torch.dtype], str]:
     """Those that its results should have, and what is told where that is not known."""
     try:
-        return dtypes_due(call), ""
+        return dtypes_due(call, exact), ""
     except NotKnown as reason:
         return [], f"; whether its dtype is right is not known here ({reason})"
 
@@ -187,26 +216,9 @@ def wrong_form_words(check: OperatorCheck) -> str:
     return next((measure.reason for measure in check.measures if measure.name == WRONG_FORM), "")
 
 
-def _named_places(call: Call) -> tuple[torch.Tensor, ...]:
-    """The results, with the values in place of the indices that an operator names beside them: the indices must lead
-    to the values (of equal ones any may be named)."""
-    if call.func.overloadpacket.__name__ not in ("topk", "sort") or len(call.results) != 2:
-        return call.results
-    dim = _argument(call, "dim", -1)
-    source = call.args[0]
-    return call.results[0], source.gather(dim, call.results[1].clamp(0, source.shape[dim] - 1))
-
-
-def _argument(call: Call, name: str, default: Any) -> Any:
-    names = [argument.name for argument in call.func._schema.arguments]
-    return dict(zip(names, call.args, strict=False)).get(name, call.kwargs.get(name, default))
-
-
-def _comparable(call: Call, found: torch.Tensor, reference: torch.Tensor) -> bool:
-    # Of another shape may be what an operator keeps for its backward pass; all else was judged by its form.
-    if found.shape != reference.shape or found.numel() == 0:
-        return False
-    return found.is_floating_point() or call.func.overloadpacket.__name__ not in _TIES
+def _comparable(found: torch.Tensor, reference: torch.Tensor) -> bool:
+    # Of another form may be what an operator keeps for its backward pass; all else was judged by that.
+    return (found.shape, found.layout) == (reference.shape, reference.layout) and found.numel() > 0
 
 
 def judge_tensor(
@@ -227,6 +239,10 @@ def judge_tensor(
     """
     if found.shape != exact.shape:
         return _of_another_form(f"{list(found.shape)} where float64 has {list(exact.shape)}")
+    if found.is_complex() and exact.is_complex():
+        return _judge_complex(found, exact, allowed, bound, stored, noise, overflows)
+    if found.is_complex() or exact.is_complex():
+        return _of_another_form(f"{found.dtype} where float64 has {exact.dtype}")
     if not found.is_floating_point() or not exact.is_floating_point():
         return _judge_integers(found, exact)
     narrow = exact.to(found.dtype)
@@ -265,6 +281,30 @@ def judge_tensor(
     small = _small(wide, exact, rounded, found.dtype, inner)
     measures += [small] if small is not None else []
     return tuple(measures), struck or worst, error / size if size else error
+
+
+def _judge_complex(
+    found: torch.Tensor,
+    exact: torch.Tensor,
+    allowed: torch.Tensor,
+    bound: Bound,
+    stored: torch.Tensor | None,
+    noise: Sequence[torch.Tensor | None],
+    overflows: Callable[[], torch.Tensor | None],
+) -> Judged | None:
+    """As pairs of reals, each part allowed what the number is."""
+
+    def of_both(one: torch.Tensor | None) -> torch.Tensor | None:
+        return None if one is None else one.expand(exact.shape).unsqueeze(-1).expand(*exact.shape, 2)
+
+    of_each = allowed.expand(exact.shape).unsqueeze(-1).expand(*exact.shape, 2)
+    pairs = None if stored is None else _pairs(stored)
+    own = [of_both(one) for one in noise]
+    return judge_tensor(_pairs(found), _pairs(exact), of_each, bound, pairs, own, lambda: of_both(overflows()))
+
+
+def _pairs(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj())
 
 
 def _as_rounded(
@@ -330,8 +370,8 @@ def _with_storage(allowed: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype
 
 
 def _storing(dtype: torch.dtype, rounds: bool) -> float:
-    """What storing in a dtype may change, relative to the number."""
-    return rounding_floor(dtype) if rounds and dtype != torch.float64 else 0.0
+    """What storing in a dtype, also one of 8 bits, may change, relative to the number."""
+    return torch.finfo(dtype).eps if rounds and dtype != torch.float64 else 0.0
 
 
 def _worst_of(difference: torch.Tensor, wide: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> _Worst:
@@ -430,8 +470,8 @@ def _judge_integers(found: torch.Tensor, exact: torch.Tensor) -> Judged:
     worst = None
     if count:
         element = _largest_in(differ)
-        values = float(found[element]), float(exact[element])
-        worst = _Worst(element, *values, abs(values[0] - values[1]), 0.5)
+        here, there = float(found[element]), float(exact[element])
+        worst = _Worst(element, _finite(here), _finite(there), abs(here - there), 0.5)
     measure = Measure(name=WRONG_INTEGERS, value=count, bound=0.5, unit="elements", reason="integers are exact")
     return (measure,), worst, None
 

@@ -42,7 +42,8 @@ def in_float64(call: Call) -> tuple[torch.Tensor, ...]:
 
 
 def evaluate(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-    """An operator with everything that is floating made float64: what it wrote in place, then what it returned."""
+    """An operator with everything that is floating made float64 (complex: complex128): what it wrote in place, then
+    what it returned."""
     writes = written_arguments(func)
     wide_args = tuple(_wide(value, copy=place in writes) for place, value in enumerate(args))
     wide_kwargs = {name: _wide(value, copy=name in writes) for name, value in kwargs.items()}
@@ -79,13 +80,22 @@ def _written_first(written: list[Any], result: Any) -> tuple[torch.Tensor, ...]:
     return (*first, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in first)))
 
 
+def to_wide(tensor: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
+    """In float64, or of complex numbers in pairs of it; what has neither as it is."""
+    return tensor.to(_wide_dtype(tensor.dtype), copy=copy)
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return _WIDE if dtype.is_floating_point else torch.complex128 if dtype.is_complex else dtype
+
+
 def _wide(value: Any, *, copy: bool) -> Any:
     """In float64 on the CPU, a copy where it will be written; dtypes become float64, devices the CPU."""
     if isinstance(value, torch.dtype):
-        return _WIDE if value.is_floating_point else value
+        return _wide_dtype(value)
     if isinstance(value, torch.device):
         return torch.device("cpu")
-    return changed(value, lambda tensor: tensor.to(_WIDE if tensor.is_floating_point() else tensor.dtype, copy=copy))
+    return changed(value, lambda tensor: to_wide(tensor, copy=copy))
 
 
 def _has(func: OpOverload, name: str) -> bool:

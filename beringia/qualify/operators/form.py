@@ -33,12 +33,21 @@ def wrong_form(call: Call, exact: tuple[torch.Tensor, ...], dtypes: Sequence[tor
     if len(call.results) < len(due):
         return WrongForm(f"{len(call.results)} results where torch gives {len(due)}", has_numbers=False)
     for place, (found, one) in enumerate(zip(call.results, due, strict=False)):
-        dtype = one.dtype if not one.is_floating_point() else dtypes[place] if place < len(dtypes) else found.dtype
+        dtype = _due(found, one, dtypes[place] if place < len(dtypes) else None)
         here, there = _form(found.shape, found.dtype, found.layout), _form(one.shape, dtype, one.layout)
         if here != there:
             comparable = (found.shape, found.layout) == (one.shape, one.layout)
             return WrongForm(f"{here} where torch gives {there}", has_numbers=comparable)
     return None
+
+
+def _due(found: torch.Tensor, exact: torch.Tensor, known: torch.dtype | None) -> torch.dtype:
+    """The dtype that a result should have: float64's own where that is no real or complex number, and where it is, any
+    of its kind if none is known."""
+    if not (exact.is_floating_point() or exact.is_complex()):
+        return exact.dtype
+    alike = (found.is_floating_point(), found.is_complex()) == (exact.is_floating_point(), exact.is_complex())
+    return known or (found.dtype if alike else exact.dtype)
 
 
 def _form(shape: torch.Size, dtype: torch.dtype, layout: torch.layout) -> str:
@@ -57,10 +66,12 @@ def _own_results(call: Call, count: int) -> int:
 _KEEPS_FOR_BACKWARD = frozenset({"native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm"})
 
 
-def dtypes_due(call: Call) -> list[torch.dtype]:
+def dtypes_due(call: Call, exact: tuple[torch.Tensor, ...]) -> list[torch.dtype]:
     """Of the results that are the operator's own. Raises NotKnown where no device here has such a call."""
-    given = {tensor.dtype for tensor in tensors_in((call.args, dict(call.kwargs))) if tensor.is_floating_point()}
-    if len(given) == 1 and not _names_a_dtype(call):
+    tensors = list(tensors_in((call.args, dict(call.kwargs))))
+    given = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    real = not any(tensor.is_complex() for tensor in (*tensors, *exact))  # or some are of numbers, and some of pairs
+    if real and len(given) == 1 and not _names_a_dtype(call):
         return [*given] * len(call.results)
     attention = Attention.of(call)
     if attention is not None:

@@ -45,7 +45,9 @@ class Effect:
 
     @property
     def share(self) -> float | None:
-        """Of the bound."""
+        """Of the bound; None where no number is, as of a bound that allows 0 alone."""
+        if self.bound == 0:
+            return 0.0 if self.value == 0 else None
         return None if self.value is None else self.value / self.bound
 
     @property

@@ -178,9 +178,7 @@ class Shadow:
         assert isinstance(router, Router)
         return [judge_routes(DETECTOR, seen.site, router, *chosen)]
 
-    def _judge_batch(
-        self, first: Replayed, others: Iterator[Replayed], gathered: Iterator[Replayed]
-    ) -> list[Finding]:
+    def _judge_batch(self, first: Replayed, others: Iterator[Replayed], gathered: Iterator[Replayed]) -> list[Finding]:
         """A sample, and others where it leaves a doubt; of `gathered`, which is shared, none is weighed twice. Where
         there are no others, a small excess is one visit's evidence and no alarm."""
         visits = self._visits[first.site] = self._visits.get(first.site, -1) + 1
