@@ -13,7 +13,7 @@ from small_runs import beringia, events, of_kind, small_recipe, write_recipe
 
 from beringia.chips.open import open_chip
 from beringia.errors import RecipeError
-from beringia.records.certificate import Certificate, ModelFingerprint, ProbeResult
+from beringia.records.certificate import NO_COLLECTIVES, Certificate, ModelFingerprint, ProbeResult
 from beringia.records.events import ChipOpened, Fallback, Unqualified
 from beringia.records.identity import ChipIdentity
 from beringia.records.inputs import weights_of
@@ -62,6 +62,16 @@ def refusal(tmp_path: Path, *certificates: Certificate, of: ChipOpened | None = 
 
 def test_a_chip_with_a_certificate_to_train_this_model_is_let_train_without_a_word(tmp_path: Path) -> None:
     assert admission(opened(), recipe(), put(tmp_path, certificate())) is None
+
+
+def test_several_ranks_train_with_a_certificate_that_tried_collectives_and_with_no_other(tmp_path: Path) -> None:
+    several = opened().model_copy(update={"ranks": 8})
+    tried = put(tmp_path / "tried", certificate(untried=("collectives on more than 2 ranks",)))
+    assert admission(several, recipe(), tried) is None
+    without = put(tmp_path / "without", certificate(untried=(NO_COLLECTIVES,)))
+    assert admission(opened(), recipe(), without) is None
+    told = admission(several, recipe(), without)
+    assert told is not None and "without trying collectives, and the run has 8 ranks" in told.reason
 
 
 def test_the_note_of_an_identity_and_the_users_name_for_the_chip_do_not_matter(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from beringia.qualify.reference import make_bundle
 from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import TraceExtent
 from beringia.qualify.verdict import judge
-from beringia.records.certificate import Certificate, Located, OperatorCheck, ProbeResult
+from beringia.records.certificate import NO_COLLECTIVES, Certificate, Located, OperatorCheck, ProbeResult
 from beringia.records.identity import ChipIdentity
 from beringia.records.inputs import weights_of
 from beringia.records.record import canonical_hash
@@ -392,7 +392,7 @@ def _untried_collectives(request: Request, probes: list[ProbeResult]) -> tuple[s
     # One that was refused is told, or an open question: nothing was tried of it.
     tried = {subject.split(",")[0] for subject, outcome in found.items() if outcome in ("passed", "failed")}
     if not tried & set(COLLECTIVES):
-        return ("collectives",)
+        return (NO_COLLECTIVES,)
     more = "" if DEVICES in found else "more than "
     refused = () if NEEDED in tried else (f"collectives that add up over ranks ({NEEDED}), which the chip refuses",)
     return (*refused, f"collectives on {more}{request.ranks_tried} ranks")

@@ -20,6 +20,8 @@ from beringia.records.record import Record
 
 CERTIFICATE_SCHEMA = 2
 _SINCE_2 = ("layers", "weight_files", "bundle")
+NO_COLLECTIVES = "collectives"
+"""Among what was not tried, where none was."""
 
 Verdict = Literal["train", "infer", "unfit", "inconclusive"]
 """train: training and inference; infer: inference only; unfit: neither; inconclusive: too little evidence."""

@@ -2,11 +2,12 @@
 
 A certificate counts when its signature holds (by a key that the recipe trusts, where it names any), its chip identity
 is the opened chip's, it is about the dtype that the chip computes in, its model's configuration is the recipe's (of a
-preset with the vocabulary that the run's tokenizer gives it), and it is about all layers. Where the recipe names a
-model directory, it must be about those files of weights, as they were when the run began: outliers of trained weights
-are what it was tried with. Steps change weights, so those of later steps are not compared; nor are a preset's, which
-are drawn: another seed's are as good evidence. Of several the newest that decides counts: a later `unfit` overrules an
-earlier `train`, a later `inconclusive` only where a probe of it ruled training out.
+preset with the vocabulary that the run's tokenizer gives it), it is about all layers, and, for several ranks, about
+collectives. Where the recipe names a model directory, it must be about those files of weights, as they were when the
+run began: outliers of trained weights are what it was tried with. Steps change weights, so those of later steps are not
+compared; nor are a preset's, which are drawn: another seed's are as good evidence. Of several the newest that decides
+counts: a later `unfit` overrules an earlier `train`, a later `inconclusive` only where a probe of it ruled training
+out.
 
 Reads files; decides nothing about the run (`decide.py` does) and imports no torch.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beringia.errors import InputError, ModelError, Refusal
-from beringia.records.certificate import Certificate, Verdict
+from beringia.records.certificate import NO_COLLECTIVES, Certificate, Verdict
 from beringia.records.events import ChipOpened, Fallback, Unqualified
 from beringia.records.inputs import weights_of
 from beringia.records.model_source import OWN_SIZES, configuration_hash, layers_of
@@ -101,6 +102,11 @@ def _mismatch(
         return _other_model(certificate, opened, model)
     if certificate.layers not in (None, layers_of(model.preset, model.path)):
         return f"is for {certificate.layers} of the model's layers, and the run trains all of them"
+    if opened.ranks > 1 and NO_COLLECTIVES in certificate.untried:
+        return (
+            f"was made without trying collectives, and the run has {opened.ranks} ranks (qualify it where so many "
+            "devices are, with `--ranks`)"
+        )
     tried = certificate.weight_files
     if tried is not None and weights is not None and tried != weights:
         return f"is for other weights of {certificate.model.name} ({tried[:12]}, here {weights[:12]})"
