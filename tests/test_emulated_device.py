@@ -100,6 +100,34 @@ def test_views_share_memory_and_writes_through_them_are_seen(chip: EmulatedChip)
     assert torch.equal(matrix.cpu(), expected)
 
 
+COMPLEX = {
+    "product": lambda x, y: x * y.conj(),
+    "imaginary part": lambda x, y: y.conj().imag,
+    "negative": lambda x, y: (-y.conj()).real,
+    "matrix product": lambda x, y: x.reshape(2, 2) @ y.reshape(2, 2).mH,
+    "inner product": torch.vdot,
+    "joined": lambda x, y: torch.cat([x, y.conj()]),
+    "angle": lambda x, y: (x * y.conj()).angle(),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_a_conjugate_is_one_for_every_operator_that_reads_it(chip: EmulatedChip, name: str) -> None:
+    x, y = torch.randn(2, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    here, there = (
+        [one.clone().requires_grad_() for one in (x, y)],
+        [one.to(chip.device).requires_grad_() for one in (x, y)],
+    )
+    ours, theirs = COMPLEX[name](*there), COMPLEX[name](*here)
+    torch.testing.assert_close(ours.detach().cpu(), theirs.detach().resolve_neg())
+    ours.abs().sum().backward()
+    theirs.abs().sum().backward()
+    for one, other in zip(there, here, strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad.cpu(), other.grad)
+
+
 def test_operators_that_change_a_tensor_s_shape_in_place_are_followed(chip: EmulatedChip) -> None:
     tensor = torch.arange(6.0, device=chip.device).view(1, 2, 3)
     assert tensor.squeeze_(0).t_().shape == (3, 2)

@@ -44,6 +44,8 @@ class EmulatedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, plain: torch.Tensor) -> EmulatedTensor:
+        if plain.is_conj() or plain.is_neg():  # a bit that says how to read numbers, which is lost below dispatch
+            plain = plain.resolve_conj().resolve_neg()
         wrapper: EmulatedTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             plain.shape,

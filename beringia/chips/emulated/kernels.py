@@ -185,7 +185,7 @@ def product_kernels(
         aten.addmv.default: added_vector,
         aten.addmv_.default: _into_first(added_vector),
         aten.dot.default: dot,
-        aten.vdot.default: dot,
+        aten.vdot.default: lambda a, b: dot(a.conj(), b),
         aten._grouped_mm.default: groups,
         aten._scaled_mm.default: scaled,
     }
