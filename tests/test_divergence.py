@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,8 +61,9 @@ def test_whatever_makes_a_training_diverge_is_found_on_the_cpu_as_well(
 ) -> None:
     asked = recipe(chip, learning_rate=rate, weight_decay=decay, clip=clip, warmup_steps=2)
     made = trainer(chip, share=None, asked=asked)
-    if step_beyond_judging(made) is not None:
-        assert divergence(made, nothing) is not None
+    with closing(made.chip):
+        if step_beyond_judging(made) is not None:
+            assert divergence(made, nothing) is not None
 
 
 @contextmanager
