@@ -112,9 +112,12 @@ def test_a_loss_far_worse_than_guessing_is_beyond_judging_and_a_bad_one_is_not()
     assert beyond_judging(made, good | {GRADIENT: math.inf}) is not None
 
 
+QUIET = trainer(share=None)
+
+
 def answers_of_ranks(owns: list[Divergence | None], monkeypatch: pytest.MonkeyPatch) -> list[Divergence | None]:
     """What each rank is told where these are the ranks' own findings."""
-    made = trainer(share=None)
+    made = QUIET
     told: list[torch.Tensor] = []
 
     def answers() -> list[Divergence | None]:
@@ -132,7 +135,7 @@ def answers_of_ranks(owns: list[Divergence | None], monkeypatch: pytest.MonkeyPa
 
 @given(st.lists(st.none() | st.sampled_from([50.0, 1e9, math.inf, math.nan]), min_size=1, max_size=4))
 def test_all_ranks_are_told_the_same_so_that_they_do_the_same(losses: list[float | None]) -> None:
-    limit = _limits(trainer(share=None))["loss"]
+    limit = _limits(QUIET)["loss"]
     with pytest.MonkeyPatch.context() as monkeypatch:
         owns = [None if loss is None else Divergence("loss", loss, limit) for loss in losses]
         answers = answers_of_ranks(owns, monkeypatch)

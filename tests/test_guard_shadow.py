@@ -242,6 +242,7 @@ def test_what_exceeds_its_bound_by_little_alarms_when_other_samples_agree() -> N
     assert alarm_at(10.0 * factor, only) is not None
 
 
+@pytest.mark.slow
 def test_a_small_excess_of_the_only_sample_is_evidence_and_an_alarm_once_it_has_come_often() -> None:
     def visits_until_an_alarm(factor: float, most: int) -> int | None:
         made = trainer(dtype=torch.float32, asked=recipe(batch=1))

@@ -508,6 +508,7 @@ def test_a_byte_that_is_not_as_it_was_is_refused_or_changes_nothing(bare: Path, 
     assert _flipped(bare, int(place * (bare.stat().st_size - 1)), flipped) in ("refused", "as before")
 
 
+@pytest.mark.slow
 def test_no_byte_of_the_archive_s_own_headers_makes_it_crash(bare: Path) -> None:
     content = bare.read_bytes()
     second = content.find(b"PK\x03\x04", 4)

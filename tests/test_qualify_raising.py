@@ -52,9 +52,13 @@ ERRORS = [
     IndexError("index 7 is out of bounds"),
     ValueError("workspace of -1 bytes"),
 ]
+OF_EACH_KIND = [
+    pytest.param(error, id=type(error).__name__, marks=[pytest.mark.slow] if number else [])
+    for number, error in enumerate(ERRORS)
+]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", OF_EACH_KIND)
 def test_what_a_chip_raises_in_a_pass_that_is_not_watched_is_a_finding(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -67,6 +71,7 @@ def test_what_a_chip_raises_in_a_pass_that_is_not_watched_is_a_finding(
     assert "Traceback" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_operator_that_was_wrong_before_is_named() -> None:
     def wrong_then_raising(x: torch.Tensor) -> torch.Tensor:
         return raising_past(100, ERRORS[0])(x) * 1.2
@@ -77,6 +82,7 @@ def test_an_operator_that_was_wrong_before_is_named() -> None:
     assert certificate.first_wrong is not None and certificate.first_wrong.check.operator == "aten.silu.default"
 
 
+@pytest.mark.slow
 def test_places_past_the_end_that_raise_elsewhere_are_a_finding_with_the_operator_that_gave_them() -> None:
     with emulated_with({SORT: wrong_order}) as chip:
         certificate = qualify_here(chip, SmallSubject("deepseek_v3"), PLAN)
@@ -84,7 +90,7 @@ def test_places_past_the_end_that_raise_elsewhere_are_a_finding_with_the_operato
     assert certificate.first_wrong is not None and certificate.first_wrong.check.operator == "aten.sort.stable"
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", OF_EACH_KIND)
 def test_a_chip_that_raises_is_no_reference(error: Exception, tmp_path: Path) -> None:
     path = tmp_path / "x.bundle"
     words = rf"not sound: it raised {type(error).__name__}: .* No bundle was written"
@@ -139,6 +145,7 @@ def test_a_chip_without_an_operator_of_training_is_unfit_where_what_it_serves_is
     assert certificate.verdict == "unfit"
 
 
+@pytest.mark.slow
 def test_no_way_of_serving_counts_as_tried_where_a_pass_raised_something() -> None:
     with emulated_with({SILU: raising_past(100, ERRORS[0])}) as chip:
         certificate = qualify_here(chip, SUBJECT, PLAN)
@@ -151,7 +158,9 @@ def judge_breaks(*_: object, **__: object) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("probe", ["first_departure", "probe_layers", "replay"])
+@pytest.mark.parametrize(
+    "probe", ["first_departure", *(pytest.param(one, marks=pytest.mark.slow) for one in ("probe_layers", "replay"))]
+)
 def test_a_part_that_cannot_be_probed_by_itself_changes_no_verdict(
     probe: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -111,7 +111,10 @@ def struck_in(chip: Chip, words: str, path: Path, strike: Callable[[bool], None]
     make_bundle(SUBJECT, chip, torch.bfloat16, path, plan=PLAN, limit_bytes=0, say=say)
 
 
-@pytest.mark.parametrize(("words", "beside"), [("noise, draw", "its own trace"), ("noise, draw 2", "the median draw")])
+@pytest.mark.parametrize(
+    ("words", "beside"),
+    [("noise, draw", "its own trace"), pytest.param("noise, draw 2", "the median draw", marks=pytest.mark.slow)],
+)
 def test_a_chip_whose_draws_alone_are_struck_is_no_reference_for_bounds_are_made_of_them(
     words: str, beside: str, tmp_path: Path
 ) -> None:
