@@ -21,7 +21,7 @@ from beringia.records.certificate import Certificate
 from beringia.records.identity import ChipIdentity
 from beringia.records.recipe import Recipe, parse_recipe
 from beringia.records.run_directory import RunDirectory
-from beringia.records.signature import sign, write_signed
+from beringia.records.signature import read_signed, sign, write_signed
 
 KEY = Ed25519PrivateKey.generate()
 
@@ -33,6 +33,7 @@ class Chips:
         self.asked: list[Request] = []
         self.identity: ChipIdentity | None = IDENTITY
         """None: it cannot be opened."""
+        self.opened: list[str] = []
 
     def qualify(self, request: Request, *others: Any) -> Certificate:
         self.asked.append(request)
@@ -42,6 +43,7 @@ class Chips:
     def describe(self, request: Request, directory: Path) -> Opened:
         if self.identity is None:
             raise ChipUnavailable("There is no such chip.")
+        self.opened.append(request.chip)
         return Opened(name=request.chip, identity=self.identity, compute_dtype="bfloat16")
 
 
@@ -150,6 +152,32 @@ def test_a_certificate_that_somebody_put_there_is_never_replaced(chips: Chips, t
     for use in ("emulated:h800", "emulated:mi300x"):
         campaign(run, recipe(chips={"first": {"use": use}}))
     assert not chips.asked
+
+
+def test_a_certificate_that_somebody_put_in_place_of_the_campaigns_is_never_replaced(
+    chips: Chips, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    campaign(run, recipe())
+    theirs = sign(certificate(IDENTITY.model_copy(update={"sku": "MI300X"})), KEY)
+    write_signed(run.certificates / "first.json", theirs)
+    for asked in (recipe(), recipe(seed=9)):
+        campaign(run, asked)
+    assert len(chips.asked) == 1
+    assert read_signed(run.certificates / "first.json", Certificate).record == theirs.record
+
+
+def test_of_several_chips_only_the_one_that_trains_next_is_opened_to_see_which_it_is(
+    chips: Chips, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    two = recipe(
+        chips={"first": {"use": "emulated:h800"}, "second": {"use": "emulated:mi300x"}},
+        train={"prefer": ["first", "second"]},
+    )
+    for _ in range(2):
+        campaign(run, two)
+    assert chips.opened == ["emulated:h800"]
 
 
 def test_an_event_from_before_it_was_noted_what_was_asked_leaves_the_certificate_alone(

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import opened
+from torch._ops import OpOverload
 from torch.nn import functional as F
 
+from beringia.chips.emulated import device
 from beringia.chips.open import open_chip
 from beringia.qualify.lengths import Heads, probe_lengths, rows_compared
 from beringia.records.certificate import OperatorCheck, ProbeResult
@@ -46,6 +48,36 @@ def test_the_cpu_itself_is_judged_too() -> None:
     for result, check in probe_lengths(chip, BF16, HEADS, (520,), seed=3, begin_step=lambda: None):
         assert result.outcome == "passed" and check is None
     chip.close()
+
+
+ATTENTION = torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_fused_attention_overrideable_backward.default
+
+
+@pytest.mark.parametrize(
+    ("missing", "found"),
+    [
+        (ATTENTION, [("forward", "failed", "infer")]),
+        (ATTENTION_BACKWARD, [("forward", "passed", "neither"), ("backward", "failed", "train")]),
+    ],
+    ids=["forward", "backward"],
+)
+def test_attention_that_a_chip_does_not_have_is_a_finding_of_that_direction_alone(
+    missing: OpOverload, found: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(func: OpOverload, kernel: device.Kernel) -> device.Kernel:
+        def raising(*_: object, **__: object) -> None:
+            raise NotImplementedError("no kernel for 520 tokens")
+
+        return raising if func is missing else kernel
+
+    with opened("emulated:h800") as chip:
+        monkeypatch.setattr(device._state, "interposers", (*device._state.interposers, without))
+        device._state.handlers.clear()
+        results = [result for result, _ in probe_lengths(chip, BF16, HEADS, (520,), seed=3)]
+    device._state.handlers.clear()
+    assert [(one.subject.split(", ")[1], one.outcome, one.rules_out) for one in results] == found
+    assert "raised NotImplementedError: no kernel for 520 tokens" in results[-1].summary
 
 
 def test_a_mask_that_is_ignored_past_512_is_wrong_from_there_and_right_before(tmp_path: Path) -> None:

@@ -912,3 +912,29 @@ def test_attention_with_any_scale_is_judged_alike(scale: float) -> None:
     calls = calls_of(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale).sum().backward())
     judgements = [found for call in calls if (found := check(call)) is not None]
     assert all(measure.used <= 1.0 for found in judgements for measure in found.measures)
+
+
+TRUTHS = torch.tensor([[True, False, True], [False, False, True]])
+OF_TRUTHS = {
+    "product": lambda: TRUTHS * ~TRUTHS,
+    "finite": lambda: (torch.ones(2, 3) / TRUTHS).isfinite(),
+    "written": lambda: TRUTHS.clone().index_put_((torch.tensor([0]),), torch.tensor(True)),
+    "any": lambda: TRUTHS.any(1),
+}
+
+
+@pytest.mark.parametrize("name", OF_TRUTHS)
+def test_truths_are_compared_exactly(name: str) -> None:
+    judged: list[OperatorCheck] = []
+
+    def take(call: Call) -> None:
+        for results in (call.results, tuple(~one if one.dtype == torch.bool else one for one in call.results)):
+            found = check(replace(call, results=results))
+            assert found is not None
+            judged.append(found)
+
+    with Watch(nn.Identity(), torch.device("cpu"), take):
+        OF_TRUTHS[name]()
+    of_truths = [one for one in judged if any("integers" in measure.name for measure in one.measures)]
+    assert of_truths and {one.used > 1.0 for one in of_truths} == {False, True}
+    assert not any(one.used > 1.0 for one in judged[::2])

@@ -18,6 +18,7 @@ from beringia.errors import Refusal
 from beringia.qualify import candidate
 from beringia.qualify.qualification import qualify_here
 from beringia.qualify.reference import make_bundle
+from beringia.qualify.refusals import NotJudged
 from beringia.qualify.subject import Batch
 from beringia.qualify.trace import TraceExtent
 
@@ -172,6 +173,13 @@ def test_a_part_that_cannot_be_probed_by_itself_changes_no_verdict(
     assert certificate.verdict == "infer"
     assert certificate.first_departure is not None
     assert "a mistake of the probing" in caplog.text
+
+
+@pytest.mark.parametrize("judge", ["judge_operators", "judge_trace", "doubt"])
+def test_where_the_judging_breaks_there_is_no_certificate(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidate, judge, lambda *_: next(judge_breaks()))
+    with emulated_with({}) as chip, pytest.raises(NotJudged, match="a mistake of the probing"):
+        qualify_here(chip, SUBJECT, PLAN)
 
 
 @pytest.mark.parametrize(("probe", "open_to"), [("probe_choices", "infer"), ("probe_clipping", "train")])

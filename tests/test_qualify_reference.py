@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,16 @@ from beringia.qualify.qualification import qualify_here
 from beringia.qualify.recording import Recorder
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.rounded_float64 import RoundedFloat64
-from beringia.qualify.sound_reference import USED_AT_MOST, Reference, capped, check_operators, keeping_its_bounds
+from beringia.qualify.sound_reference import (
+    USED_AT_MOST,
+    Reference,
+    _check_draws,
+    capped,
+    check_operators,
+    keeping_its_bounds,
+)
 from beringia.qualify.subject import Batch, ModuleSubject
-from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer
+from beringia.qualify.trace import ChosenRoutes, RoundingDraw, Trace, TraceExtent, Tracer, moved_by_rounding
 from beringia.records.certificate import Certificate, Measure, OperatorCheck
 from beringia.records.signature import read_signed
 
@@ -154,6 +162,33 @@ def test_a_cpu_whose_loss_alone_is_wrong_is_no_reference_although_no_gradient_sh
     finally:
         library._destroy()
     assert not (tmp_path / "x.bundle").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_draws_of_one_weight_which_are_all_of_one_number_may_be_uneven(dtype: torch.dtype) -> None:
+    def batch(seed: int, number: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(16, 1, generator=torch.Generator().manual_seed(100 * seed + number))}
+
+    def outputs(model: nn.Module, batch: Batch) -> torch.Tensor:
+        found: torch.Tensor = model(batch["x"].to(next(model.parameters()).dtype))
+        return found
+
+    for seed in range(12):
+        subject = ModuleSubject(
+            "one",
+            lambda: nn.Linear(1, 1, bias=False),
+            partial(batch, seed),
+            lambda model, batch: outputs(model, batch).double().square().mean(),
+            outputs,
+        )
+        tracer = Tracer(subject, TraceExtent(batches=6, steps=6))
+        exact, routes = tracer.in_float64()
+
+        def traced(change: RoundingDraw | None = None) -> Trace:
+            return tracer.on_chip(Cpu(), dtype, routes, begin_step=lambda: None, change=change)  # noqa: B023 (called here)
+
+        noise = RoundingNoise.of(exact, traced(), (traced(moved_by_rounding(number, dtype)) for number in range(4)))
+        _check_draws(Reference(Cpu(), subject, dtype, routes), noise, None)
 
 
 def checked(used: float, *names: str) -> OperatorCheck:

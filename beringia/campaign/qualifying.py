@@ -21,7 +21,7 @@ from beringia.qualify.hardware.collective_cases import MOST_RANKS
 from beringia.qualify.qualification import Request, describe, qualify, reference_for
 from beringia.records.certificate import Certificate
 from beringia.records.command_line import command_line
-from beringia.records.events import AnyEvent, Qualified
+from beringia.records.events import AnyEvent, ChipOpened, Qualified, RunFinished
 from beringia.records.files import sha256_of_file
 from beringia.records.inputs import look_at_inputs, placed, weights_of
 from beringia.records.model_source import configuration_hash, other_vocabulary
@@ -51,9 +51,10 @@ def qualify_chips(
     if _missing(recipe, run):
         _trusted_key(recipe, run)
     with taking_run(recipe, recipe_text, run, on_event) as taken:
-        missing, tried = _missing(taken.recipe, run), _asked_before(run)
+        missing, qualified, next_chip = _missing(taken.recipe, run), _qualified(run), _trains_next(taken.recipe, run)
         for label in taken.recipe.train.prefer:
-            if label in missing or (label in tried and _is_another_chip(taken.recipe, run, label)):
+            tried = qualified.get(label) if label == next_chip else None
+            if label in missing or (tried is not None and _is_another_chip(taken.recipe, run, label, tried)):
                 say(f"{label}: qualification")
                 found = qualify_chip(taken.recipe, run, label, _named(label, say))
                 taken.log.append(found, epoch=taken.lock.epoch, chip=label)
@@ -69,7 +70,7 @@ def _missing(recipe: Recipe, run: RunDirectory) -> list[str]:
 def _outdated(recipe: Recipe, run: RunDirectory) -> set[str]:
     """Chips that a campaign in this directory has qualified for something else than the recipe asks now. Certificates
     that somebody put there are not among them: whether they fit is seen when the chip is opened."""
-    asked = _asked_before(run)
+    asked = {label: event.asked for label, event in _qualified(run).items() if _is_its_own(run, label, event)}
     if not any(asked.values()):
         return set()
     # The caller's recipe may be as the user wrote it: what its paths hold is compared.
@@ -78,10 +79,22 @@ def _outdated(recipe: Recipe, run: RunDirectory) -> set[str]:
     return {label for label, one in now.items() if one not in (None, asked[label])}
 
 
-def _asked_before(run: RunDirectory) -> dict[str, str | None]:
-    """What each chip was last qualified for, by label."""
+def _qualified(run: RunDirectory) -> dict[str, Qualified]:
+    """What a campaign here found of each chip last, by label."""
     told = (event for event in read_events(run.events) if isinstance(event, Qualified))
-    return {event.chip: event.asked for event in told if event.chip is not None}
+    return {event.chip: event for event in told if event.chip is not None}
+
+
+def _trains_next(recipe: Recipe, run: RunDirectory) -> str | None:
+    """The chip that is opened anyway: others may be held by somebody else, or be hours away. None where the run is
+    finished."""
+    chip: str | None = recipe.train.prefer[0]
+    for event in read_events(run.events):
+        if isinstance(event, ChipOpened) and event.chip in recipe.train.prefer:
+            chip = event.chip
+        elif isinstance(event, RunFinished):
+            chip = None
+    return chip
 
 
 def _asked_now(recipe: Recipe, run: RunDirectory, label: str) -> str | None:
@@ -107,16 +120,27 @@ def asked_of(recipe: Recipe, run: RunDirectory, request: Request) -> str:
     return canonical_hash(order)
 
 
-def _is_another_chip(recipe: Recipe, run: RunDirectory, label: str) -> bool:
-    """Whether its certificate is for another identity than it has now. Not where either cannot be read: a certificate
-    that is damaged, and a chip that cannot be opened, are told where they are needed."""
+def _is_another_chip(recipe: Recipe, run: RunDirectory, label: str, tried: Qualified) -> bool:
+    """Whether the certificate that a campaign made of it is for another identity than it has now. Not where the chip
+    cannot be opened, which is told where it is needed."""
+    if not _is_its_own(run, label, tried):
+        return False
     try:
-        tried = read_signed(run.certificates / f"{label}.json", Certificate).record
         request = replace(request_for(recipe, run, label), patience_seconds=recipe.supervise.start_seconds)
         found = describe(request, run.root / "qualify")
     except BeringiaError:
         return False
     return found.identity.hash != tried.identity_hash
+
+
+def _is_its_own(run: RunDirectory, label: str, told: Qualified) -> bool:
+    """Whether the certificate is the one that a campaign told of, and not one that somebody has put in its place; nor
+    damaged, which is told where it is needed."""
+    try:
+        found = read_signed(run.certificates / f"{label}.json", Certificate).record
+    except BeringiaError:
+        return False
+    return (found.identity_hash, found.seconds) == (told.identity_hash, told.seconds)
 
 
 def _named(label: str, say: Callable[[str], None]) -> Callable[[str], None]:

@@ -30,7 +30,7 @@ from beringia.qualify.lengths import LENGTHS, Heads, probe_lengths
 from beringia.qualify.operators.check import RMS_ALLOWED, WRONG_FORM, has_wrong_integers, wrong_form_words
 from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.recording import Recorder, Recording
-from beringia.qualify.refusals import REFUSALS, raised_words
+from beringia.qualify.refusals import REFUSALS, judging, raised_words
 from beringia.qualify.sound_reference import USED_AT_MOST
 from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import Tracer
@@ -78,27 +78,34 @@ def _probed(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Ite
     recorder = Recorder(subject, chip, dtype)
     tracer = Tracer(subject, bundle.plan)
     recording = recorder.record(tracer, bundle.routes)
-    checks = [beside_reference(check, bundle.manifest.errors) for check in recording.checks]
+    with judging("operators were"):
+        checks = [beside_reference(check, bundle.manifest.errors) for check in recording.checks]
+        of_operators = judge_operators(checks, recording)
     for check in checks:
         yield Checked(check=check)
-    for result in judge_operators(checks, recording):
+    for result in of_operators:
         yield Probed(result=result)
     if recording.raised is not None:
         raise recording.raised
     nothing_named = False
     if recording.served is not None:
         yield Begun(probe="lockstep")
-        for result in judge_served(bundle.noise, recording.served):
+        with judging("what it serves was"):
+            served = judge_served(bundle.noise, recording.served)
+        for result in served:
             yield Probed(result=result)
     if recording.trace is not None:
-        effects = judge_trace(bundle.noise, recording.trace)
+        with judging("the trace was"):
+            effects = judge_trace(bundle.noise, recording.trace)
         yield from _lockstep(recording, effects)
         all_right = not any(check.used > 1.0 for check in checks)
         again = [*_look_again(recorder, checks, effects)]
         if all_right and not again:
             again = [*_look_where_it_failed(recorder, tracer, bundle, effects)]
         yield from again
-        for result in doubt(checks, effects):
+        with judging("what is nearly harmed was"):
+            doubts = list(doubt(checks, effects))
+        for result in doubts:
             yield Probed(result=result)
         nothing_named = all_right and not again
         if nothing_named:

@@ -26,6 +26,7 @@ from beringia.qualify.effects import EFFECT_ALLOWED
 from beringia.qualify.operators.bounds import TERMS_AT_WORST, TRUNCATION, Bound
 from beringia.qualify.operators.check import judge_tensor
 from beringia.qualify.operators.float64 import Attention
+from beringia.qualify.refusals import REFUSALS, raised_words
 from beringia.qualify.trace import moved_by_rounding
 from beringia.records.certificate import Direction, Measure, OperatorCheck, ProbeResult, Use
 
@@ -55,6 +56,9 @@ class _Pass:
     inputs: tuple[torch.Tensor, ...]
     grad: torch.Tensor
     results: dict[str, torch.Tensor]
+    """Of the backward pass none where it raised something, of the forward pass, too, where that did."""
+    raised: str = ""
+    """What, for a sentence that begins with the chip."""
 
 
 def probe_lengths(
@@ -94,11 +98,19 @@ def _on_chip(chip: Chip, dtype: torch.dtype, heads: Heads, length: int, rows: to
     grad[:, :, rows] = drawn(heads.values)[:, :, rows]
     # Copies: on the CPU the drawn tensors themselves would take part in autograd.
     q, k, v = (tensor.to(chip.device, copy=True).requires_grad_() for tensor in inputs)
-    output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    output.backward(grad.to(chip.device))  # type: ignore[no-untyped-call]  # untyped in torch
-    assert q.grad is not None and k.grad is not None and v.grad is not None
-    results = {"output": output, "query.gradient": q.grad, "key.gradient": k.grad, "value.gradient": v.grad}
-    return _Pass(inputs, grad, {name: tensor.detach().cpu() for name, tensor in results.items()})
+    results: dict[str, torch.Tensor] = {}
+    try:
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        results["output"] = output.detach().cpu()
+        output.backward(grad.to(chip.device))  # type: ignore[no-untyped-call]  # untyped in torch
+        assert q.grad is not None and k.grad is not None and v.grad is not None
+        gradients = {"query.gradient": q.grad, "key.gradient": k.grad, "value.gradient": v.grad}
+        results |= {name: tensor.detach().cpu() for name, tensor in gradients.items()}
+    except REFUSALS as error:  # the chip's own call, alone: a finding
+        if chip.classify(error) is not None:
+            raise
+        return _Pass(inputs, grad, results, raised_words(chip, error))
+    return _Pass(inputs, grad, results)
 
 
 def _judged(
@@ -127,11 +139,30 @@ def _judged(
         ),
     }
     for direction, named in parts.items():
+        if ("output" if direction == "forward" else "query.gradient") not in done.results:
+            yield _raised(direction, length, done.raised, began), None
+            return
         made = [
             _Part(name, _rows_of(name, done.results[name], rows), exact, floors[name], allowed, stored)
             for name, exact, allowed, stored in named
         ]
         yield _result(direction, length, made, bound, rows, began)
+
+
+def _raised(direction: Direction, length: int, what: str, began: float) -> ProbeResult:
+    subject = f"attention over {length} tokens, {direction}"
+    return ProbeResult(
+        probe="lengths",
+        subject=subject,
+        outcome="failed",
+        rules_out=_use(direction),
+        summary=f"{subject}: the chip {what}",
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _use(direction: Direction) -> Use:
+    return "infer" if direction == "forward" else "train"
 
 
 def _rows_of(name: str, result: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -229,12 +260,11 @@ def _result(
     effect = max(one.effect for one in compared)
     wrong, harmful = worst.used > 1.0, effect > EFFECT_ALLOWED
     where = f"wrong at position {worst.place[2]}" if wrong else "as in float64"
-    use: Use = "infer" if direction == "forward" else "train"
     result = ProbeResult(
         probe="lengths",
         subject=f"attention over {length} tokens, {direction}",
         outcome="failed" if wrong or harmful else "passed",
-        rules_out=use if harmful else "neither",
+        rules_out=_use(direction) if harmful else "neither",
         summary=f"attention over {length} tokens, {direction}: {worst.name} is {where}"
         + (f"; its effect is {effect:.3g} times what rounding explains" if wrong or harmful else ""),
         measures=(*worst.measures, _effect_measure(effect)),

@@ -221,7 +221,8 @@ def describe(request: Request, directory: Path) -> Opened:
     raises."""
     directory.mkdir(parents=True, exist_ok=True)
     far = FarChip.of(request.command, directory, request.patience_seconds)
-    described = far.gather(far.sent(request.order("describe", Path())))
+    order = request.order("describe", Path()).model_copy(update={"model": ""})  # which it is not asked for
+    described = far.gather(far.sent(order))
     assert described.opened is not None
     return described.opened
 

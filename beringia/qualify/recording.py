@@ -31,7 +31,7 @@ from beringia.qualify.operators.check import check, refused
 from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.operators.parts import num_entries, of_entries
 from beringia.qualify.operators.watch import Call, CallCounts, Place, Watch, tensors_in
-from beringia.qualify.refusals import REFUSALS
+from beringia.qualify.refusals import REFUSALS, judging
 from beringia.qualify.serving import Around, Step
 from beringia.qualify.subject import Batch, Subject, on_device
 from beringia.qualify.trace import CLIP, NOT_FINITE, ChosenRoutes, Trace, Tracer, make_optimizer
@@ -291,7 +291,9 @@ class Recorder:
         for name, tensor in _state(model, optimizer):
             now = tensor.cpu()
             if not torch.equal(_bits(before[name]), _bits(now)):
-                self._recording.checks.append(_changed_at_rest(name, before[name], now, self._counts.total()))
+                with judging(f"{name} at rest was"):
+                    changed = _changed_at_rest(name, before[name], now, self._counts.total())
+                self._recording.checks.append(changed)
 
     # Repeating
 

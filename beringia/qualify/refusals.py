@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from beringia.chips.chip import Chip
 
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError)
@@ -20,3 +23,16 @@ def raised_words(chip: Chip, error: BaseException) -> str:
     """For a sentence that begins with the chip: `raised IndexError: ...`, or the fault that the driver reported."""
     fault = chip.classify(error)
     return f"raised {first_line(error)}" if fault is None else f"reported {fault.code}: {fault.message}"
+
+
+class NotJudged(Exception):
+    """The judging broke: our fault, and no finding."""
+
+
+@contextmanager
+def judging(what: str) -> Iterator[None]:
+    """Inside, nothing is computed on the chip: what is raised is none of `REFUSALS`, whose it would be taken for."""
+    try:
+        yield
+    except REFUSALS as error:
+        raise NotJudged(f"{what} not judged: {first_line(error)}") from error

@@ -29,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -36,7 +37,7 @@ import torch
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.errors import InputError, Refusal
-from beringia.numerics.metrics import UNIT_ROUNDOFF
+from beringia.numerics.metrics import UNIT_ROUNDOFF, few
 from beringia.qualify.clipping import probe_clipping
 from beringia.qualify.effects import (
     DRAW_ALLOWED,
@@ -196,13 +197,15 @@ def _refuse_without_numbers(reference: Reference, wrong: OperatorCheck | None) -
 
 def _check_draws(reference: Reference, noise: RoundingNoise, of_the_cpu: RoundingNoise | None) -> None:
     """Raise Refusal for draws that a fault struck and the trace not, or another draw not: bounds are made of them."""
+    refuse = partial(_refuse_far_draws, reference, noise.numbers)
     for number, one in enumerate(noise.drawn):
-        _refuse_far_draws(reference, one, _median_draw(noise), EVEN_AT_MOST, f"draw {number + 1}", "the median draw")
+        beside = one, _median_draw(noise)
+        refuse(*beside, EVEN_AT_MOST, f"draw {number + 1}", "the median draw")
     most = BESIDE_TRACE_AT_MOST[_rounds_once(reference.dtype)]
-    _refuse_far_draws(reference, _median_draw(noise), noise.own, most, "its draws", "its own trace")
+    refuse(_median_draw(noise), noise.own, most, "its draws", "its own trace")
     if of_the_cpu is not None:
-        draws = _median_draw(noise), _median_draw(of_the_cpu)
-        _refuse_far_draws(reference, *draws, BESIDE_CPU_AT_MOST, "its draws", "those of this machine's CPU")
+        beside = _median_draw(noise), _median_draw(of_the_cpu)
+        refuse(*beside, BESIDE_CPU_AT_MOST, "its draws", "those of this machine's CPU")
 
 
 def _median_draw(noise: RoundingNoise) -> dict[Cell, float]:
@@ -210,19 +213,28 @@ def _median_draw(noise: RoundingNoise) -> dict[Cell, float]:
 
 
 def _refuse_far_draws(
-    reference: Reference, draw: Mapping[Cell, float], other: Mapping[Cell, float], most: float, *words: str
+    reference: Reference,
+    numbers: Mapping[Cell, float],
+    draw: Mapping[Cell, float],
+    other: Mapping[Cell, float],
+    most: float,
+    *words: str,
 ) -> None:
-    times: dict[str, list[float]] = defaultdict(list)
+    """`numbers`: of how many each distance is, as the noise has it."""
+    times: dict[str, dict[Cell, float]] = defaultdict(dict)
     for cell, far in draw.items():
         if other[cell] > 0.0:
-            times[cell[0]].append(far / other[cell])
+            times[cell[0]][cell] = far / other[cell]
     for kind, found in times.items():
-        median = statistics.median(found)
-        if len(found) >= FEWEST_ALIKE and not median <= most:
+        median = statistics.median(found.values())
+        # Distances of few numbers scatter, and those of a handful of weights do so together.
+        allowed = most * few(statistics.median(numbers[cell] for cell in found))
+        if len(found) >= FEWEST_ALIKE and not median <= allowed:
             what, beside = words
             raise Refusal(
                 f"{reference.name} is not sound: the distance from float64 of {what}, which bounds are made of, is "
-                f"{median:.3g} times that of {beside} in {_KINDS[kind]}, and {most:g} times is the most. {_ADVICE}."
+                f"{median:.3g} times that of {beside} in {_KINDS[kind]}, and {allowed:.3g} times is the most. "
+                f"{_ADVICE}."
             )
 
 

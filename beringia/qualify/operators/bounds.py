@@ -139,6 +139,8 @@ def bound_of(call: Call, exact: tuple[torch.Tensor, ...]) -> Bound:
             raise NotKnown("how exact it is with complex numbers is not known")
         if name in _ELEMENTARY_OF_COMPLEX:
             return Bound(_elementary(operation), "an elementary function of complex numbers", 1, True)
+    if not any(result.dtype.is_floating_point or result.dtype.is_complex for result in call.results):
+        return Bound([torch.zeros(()) for _ in exact], "integers are exact", 1, False)
     if name in _MOVES or (name in _CASTS and not _narrows(call)):
         return Bound([torch.zeros(()) for _ in exact], "moves numbers: every bit", 1, False)
     if name in _CASTS:

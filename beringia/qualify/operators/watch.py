@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from beringia.qualify.refusals import REFUSALS, first_line
+from beringia.qualify.refusals import REFUSALS, NotJudged, first_line
 from beringia.records.certificate import Direction
 
 _NOT_COMPUTED = (
@@ -76,10 +76,6 @@ class RefusedCall:
     func: OpOverload
     shapes: tuple[tuple[int, ...], ...]
     words: str
-
-
-class NotJudged(Exception):
-    """The judge broke over a call: our fault, and no finding."""
 
 
 def _of_the_judge(call: Call, error: Exception) -> Exception:
