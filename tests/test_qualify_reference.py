@@ -164,6 +164,13 @@ def test_a_cpu_whose_loss_alone_is_wrong_is_no_reference_although_no_gradient_sh
     assert not (tmp_path / "x.bundle").exists()
 
 
+def of_one_weight(seed: int) -> nn.Module:
+    """The same every time."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_draws_of_one_weight_which_are_all_of_one_number_may_be_uneven(dtype: torch.dtype) -> None:
     def batch(seed: int, number: int) -> dict[str, torch.Tensor]:
@@ -176,7 +183,7 @@ def test_draws_of_one_weight_which_are_all_of_one_number_may_be_uneven(dtype: to
     for seed in range(12):
         subject = ModuleSubject(
             "one",
-            lambda: nn.Linear(1, 1, bias=False),
+            partial(of_one_weight, seed),
             partial(batch, seed),
             lambda model, batch: outputs(model, batch).double().square().mean(),
             outputs,

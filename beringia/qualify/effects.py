@@ -226,7 +226,7 @@ _RULES_OUT: Mapping[str, Use] = {
     "accumulated": "train",
     "update": "train",
 }
-_WHAT = {
+WHAT = {
     "outputs": "outputs",
     "decode": "a step of decoding",
     "serve": "serving",
@@ -234,6 +234,7 @@ _WHAT = {
     "accumulated": "the gradient over unlike batches",
     "update": "the update after training steps",
 }
+"""What a kind of distance is of, for a sentence."""
 
 
 def cell_of(name: str) -> Cell:
@@ -288,7 +289,7 @@ def _judge_group(group: Group, far: Mapping[str, float], floor: Floor, smallest:
         subject=f"{kind} {name}".strip(),
         outcome="failed" if failed else "passed",
         rules_out=_RULES_OUT[kind],
-        summary=f"{_WHAT[kind]}{of} {'differs' if failed else 'is as far from float64 as rounding explains'}"
+        summary=f"{WHAT[kind]}{of} {'differs' if failed else 'is as far from float64 as rounding explains'}"
         + (f" from float64 by {_times(failed)} what rounding explains" if failed else ""),
         measures=tuple(measures),
     )

@@ -43,6 +43,7 @@ from beringia.qualify.effects import (
     DRAW_ALLOWED,
     EFFECT_ALLOWED,
     IN_THE_MEDIAN,
+    WHAT,
     Cell,
     Group,
     RoundingNoise,
@@ -233,19 +234,9 @@ def _refuse_far_draws(
             what, beside = words
             raise Refusal(
                 f"{reference.name} is not sound: the distance from float64 of {what}, which bounds are made of, is "
-                f"{median:.3g} times that of {beside} in {_KINDS[kind]}, and {allowed:.3g} times is the most. "
+                f"{median:.3g} times that of {beside} in {WHAT[kind]}, and {allowed:.3g} times is the most. "
                 f"{_ADVICE}."
             )
-
-
-_KINDS = {
-    "outputs": "outputs",
-    "decode": "a step of decoding",
-    "serve": "serving",
-    "gradient": "gradients",
-    "accumulated": "gradients over unlike batches",
-    "update": "updates",
-}
 
 
 def capped(noise: RoundingNoise) -> RoundingNoise:
