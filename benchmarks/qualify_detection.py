@@ -81,12 +81,12 @@ class World:
     """One model and its data: float64, the reference's noise, sound runs of chips."""
 
     def __init__(self, seed: int, reference: str = "cpu") -> None:
-        from beringia.qualify.bundle import error_key
         from beringia.qualify.effects import RoundingNoise
         from beringia.qualify.recording import Recorder
         from beringia.qualify.reference import DRAWS as REFERENCE_DRAWS
         from beringia.qualify.subject import DecoderSubject
         from beringia.qualify.trace import TraceExtent, Tracer, moved_by_rounding
+        from beringia.qualify.wrong_calls import error_key
 
         self.dtype = torch.bfloat16
         self.subject = DecoderSubject("r2-nano", seed=seed)
@@ -126,8 +126,8 @@ class Harm:
     def __init__(
         self, world: World, chip: Any, *, change: Callable[[str, torch.Tensor], torch.Tensor] | None, routes: Any
     ) -> None:
-        from beringia.qualify.subject import on_device
-        from beringia.qualify.trace import CLIP, make_optimizer
+        from beringia.qualify.subject import TRAINING, on_device
+        from beringia.qualify.trace import make_optimizer
 
         subject = world.subject
         self.routes: list[Any] = []
@@ -151,7 +151,7 @@ class Harm:
         for number in range(world.plan.steps):
             self._begin_step()
             self._loss(model, on_device(subject.batch(number), chip.device))[0].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._begin_step()
@@ -351,14 +351,16 @@ def _beyond_rounding(call: Any) -> bool:
 
 
 def qualified(world: World, chip: Any, *, also: Callable[[Any], None] | None = None) -> dict[str, Any]:
-    """What `beringia qualify` does in the chip's process, with what was found."""
-    from beringia.qualify.candidate import _look_again, beside_reference, heads_of, judge_operators
+    """What `beringia qualify` finds by watched operators, the trace and lengths: without its probes of arithmetic,
+    experts, layers and clipping, and without looking for a module. `qualify_foreign.py` has all of it."""
+    from beringia.qualify.candidate import heads_of, look_again
     from beringia.qualify.effects import judge_trace, power_of
-    from beringia.qualify.evidence import Checked, failure
+    from beringia.qualify.evidence import failure
     from beringia.qualify.lengths import LENGTHS, probe_lengths
     from beringia.qualify.locate import first_wrong, locate
     from beringia.qualify.recording import AT_REST, Recorder
     from beringia.qualify.verdict import judge
+    from beringia.qualify.wrong_calls import beside_reference, judge_operators
 
     began = time.perf_counter()
     recorder = Recorder(world.subject, chip, world.dtype, also=also)
@@ -370,7 +372,7 @@ def qualified(world: World, chip: Any, *, also: Callable[[Any], None] | None = N
     if recording.trace is not None:
         effects = judge_trace(world.noise, recording.trace)
         probes += effects
-        checks += [line.check for line in _look_again(recorder, checks, effects) if isinstance(line, Checked)]
+        checks += [found.check for found in look_again(recorder, world.errors, checks, effects)]
     heads, longest = heads_of(world.subject.build())
     lengths = tuple(length for length in LENGTHS if length <= longest)
     for result, check in probe_lengths(chip, world.dtype, heads, lengths, 0, begin_step=recorder.begin_step):

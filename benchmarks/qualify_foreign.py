@@ -57,8 +57,8 @@ KINDS = {
     "later": faults.LATER,
     "none": [],
 }
-REQUIRED = {"clear_verdict": 0.97, "moderate_not_accepted": 0.90, "place": 0.95, "harmless_refused": 0}
-REQUIRED_CLEAN = {"refused": 0, "inconclusive_at_most": 0.02, "qualifications": 250, "of_trained_models": 150}
+REQUIRED = {"clear_verdict": 0.97, "moderate_not_accepted": 0.90, "place": 0.95}
+REQUIRED_CLEAN = {"inconclusive_at_most": 0.02, "qualifications": 250, "of_trained_models": 150}
 _BREAKS = (RuntimeError, IndexError, ValueError)
 """What a faulty chip may raise where its harm is measured; and a CPU that is asked for a bundle."""
 _EXTENT = Extent(longest=0, memory_bytes=0, soak_seconds=0.0, speed=False)
@@ -78,7 +78,7 @@ class Workshop:
 
     def bundle(self, subject: Subject, dtype: str) -> Any:
         """Of the CPU as it is."""
-        path = self._bundles / f"{subject.name}-{dtype}.bundle"
+        path = self._bundles / f"{subject.name}-{_weights(subject)}-{dtype}.bundle"
         if not path.exists():
             make_bundle(subject, Cpu(), getattr(torch, dtype), path, plan=TraceExtent())
         return read_bundle(path)
@@ -86,10 +86,15 @@ class Workshop:
     def yardstick(self, model: str, dtype: str) -> Yardstick:
         """What harm is measured by; one is kept at a time, since float64's numbers are large."""
         if (model, dtype) not in self._yardsticks:
-            kept = self._bundles / f"{model}-{dtype}-sound.json"
-            made = Yardstick(self.subject(model), getattr(torch, dtype), kept)
+            subject = self.subject(model)
+            kept = self._bundles / f"{model}-{_weights(subject)}-{dtype}-sound.json"
+            made = Yardstick(subject, getattr(torch, dtype), kept)
             self._yardsticks = {(model, dtype): made}
         return self._yardsticks[model, dtype]
+
+
+def _weights(subject: Subject) -> str:
+    return subject.fingerprint().weights[:12]
 
 
 def qualified(chip: Chip, subject: Subject, bundle: Any) -> dict[str, Any]:
@@ -269,14 +274,13 @@ def summary_of_references(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def holds(planted: dict[str, Any], sound: dict[str, Any]) -> bool:
-    """Whether what must hold does."""
-    asked = {name: needed for name, needed in REQUIRED.items() if name in planted}
-    return (
-        all(planted[name]["rate"] >= needed for name, needed in asked.items())
-        and planted["harmless_not_refused"]["rate"] == 1.0
-        and sound["not_refused"]["rate"] == 1.0
-        and 1.0 - sound["decided"]["rate"] <= REQUIRED_CLEAN["inconclusive_at_most"]
-        and all(sound[name] >= REQUIRED_CLEAN[name] for name in ("qualifications", "of_trained_models"))
+    """Whether what must hold does, of the parts that were asked for."""
+    needed = [(planted[name], least) for name, least in REQUIRED.items()]
+    needed += [(planted["harmless_not_refused"], 1.0), (sound["not_refused"], 1.0)]
+    needed += [(sound["decided"], 1.0 - REQUIRED_CLEAN["inconclusive_at_most"])]
+    counts = [name for name in ("qualifications", "of_trained_models") if sound["qualifications"]]
+    return all(part["rate"] >= least for part, least in needed if part["of"]) and all(
+        sound[name] >= REQUIRED_CLEAN[name] for name in counts
     )
 
 

@@ -117,10 +117,12 @@ def certify(
     from beringia.chips.open import open_chip
     from beringia.errors import InputError
 
-    if against is not None:
+    of_a_bundle = {"against": against is not None, "trusted_keys": bool(trusted_keys), "seed": seed != 0}
+    if any(of_a_bundle.values()):
+        named = " and ".join(name for name, is_given in of_a_bundle.items() if is_given)
         raise InputError(
-            f"A bundle ({against}) was given for a Subject, which is compared with the CPU of this machine: leave "
-            "against out, or give the model as a preset or directory."
+            f"{named} was given for a Subject, which has a seed of its own and is compared with the CPU of this "
+            f"machine: leave {named} out, or give the model as a preset or directory."
         )
     if not isinstance(chip, str):
         return qualification.qualify_here(chip, model)

@@ -17,8 +17,8 @@ from beringia.model import Decoder, DecoderConfig, initialise
 from beringia.numerics.state_hash import hash_state
 from beringia.qualify.operators.check import check
 from beringia.qualify.operators.watch import Call, Watch
-from beringia.qualify.subject import DecoderSubject, on_device
-from beringia.qualify.trace import CLIP, make_optimizer
+from beringia.qualify.subject import TRAINING, DecoderSubject, on_device
+from beringia.qualify.trace import make_optimizer
 from beringia.records.certificate import ModelFingerprint, OperatorCheck
 
 # torch's autograd makes its queues at the first backward pass of a process and learns of no device later.
@@ -124,7 +124,7 @@ def watched(subject: DecoderSubject, chip: Chip, dtype: torch.dtype) -> list[Ope
     with Watch(model, chip.device, take) as watch:
         subject.loss(model, batch).backward()
         with watch.direction("optimizer"):
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            nn.utils.clip_grad_norm_(model.parameters(), TRAINING.clip)
             optimizer.step()
             subject.after_update(model)
         with watch.direction("decode"), torch.no_grad():

@@ -9,9 +9,15 @@ import pytest
 from small_models import SmallSubject, opened
 
 import beringia
+from beringia.chips.cpu import Cpu
 from beringia.chips.open import open_chip
+from beringia.data import write_tokenizer
 from beringia.errors import InputError
+from beringia.model import load_model, save_model
 from beringia.qualify import qualification
+from beringia.qualify.subject import DecoderSubject
+from beringia.qualify.trace import TraceExtent
+from beringia.records.inputs import weights_of
 
 FAULTY = {"faults": "wrong-attention-backward", "seed": 3}
 
@@ -51,9 +57,25 @@ def test_another_chip_s_identity_is_refused_with_what_differs() -> None:
             qualification._check_same(chip.name, chip.identity, other)
 
 
-def test_a_bundle_for_a_subject_is_refused() -> None:
-    with pytest.raises(InputError, match="leave against out"):
-        beringia.certify("cpu", SmallSubject("llama"), against="some.bundle")
+@pytest.mark.parametrize("given", [{"against": "some.bundle"}, {"seed": 3}, {"trusted_keys": ("a" * 64,)}])
+def test_what_a_subject_has_no_use_for_is_refused(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(InputError, match=f"leave {name} out"):
+        beringia.certify("cpu", SmallSubject("llama"), **given)
+
+
+def test_a_subject_s_certificate_names_the_weights_of_its_directory_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, beside = tmp_path / "models" / "mine", tmp_path / "mine"
+    for seed, place in enumerate((directory, beside)):
+        save_model(load_model("r2-nano", seed=seed), place)
+        write_tokenizer("digits", place)
+    monkeypatch.chdir(tmp_path)
+    plan = TraceExtent(batches=1, steps=1, scenarios=False)
+    certificate = qualification.qualify_here(Cpu(), DecoderSubject(str(directory)), plan)
+    assert certificate.weight_files == weights_of(str(directory)) != weights_of(str(beside))
+    assert qualification.qualify_here(Cpu(), SmallSubject("llama"), plan).weight_files is None
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from small_models import calls_of
 from torch.nn import functional as F
 
-from beringia.qualify.candidate import judge_operators
 from beringia.qualify.operators.check import WRONG_FORM, check, has_wrong_integers, wrong_form_words
 from beringia.qualify.operators.watch import Call
 from beringia.qualify.recording import Recording
+from beringia.qualify.wrong_calls import judge_operators
 from beringia.records.certificate import Measure, OperatorCheck
 
 MOST = torch.finfo(torch.float32).max

@@ -17,7 +17,7 @@ from waiting import Clock
 from wrong_kernels import emulated_with
 
 from beringia.chips.chip import Capabilities, Chip
-from beringia.chips.cpu import Cpu
+from beringia.chips.cpu import Cpu, taken_memory_bytes, total_memory_bytes
 from beringia.chips.datasheets import datasheet_of_device
 from beringia.chips.open import open_chip
 from beringia.errors import ChipUnavailable
@@ -72,7 +72,19 @@ def test_sound_memory_gives_back_what_was_written(chip: Chip, small_blocks: None
 
 def test_the_hosts_memory_is_not_filled() -> None:
     cpu = open_chip("cpu")
-    assert 0 < memory.default_limit(cpu) <= min(memory.HOST_LIMIT_BYTES, memory.free_host_bytes(cpu) / 4)
+    free = total_memory_bytes() - taken_memory_bytes()
+    assert 0 < memory.most_bytes(cpu) <= min(memory.HOST_LIMIT_BYTES, free / 4)
+
+
+def test_more_of_the_hosts_memory_than_a_share_is_not_taken_and_that_is_said(
+    chip: Chip, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "HOST_LIMIT_BYTES", LIMIT)
+    capacity, patterns = probe_memory(chip, limit_bytes=2**40)
+    assert "512 KiB with" in patterns.summary
+    assert "1024 GiB were asked for, and a larger share of the host's free memory is not tested" in capacity.summary
+    capacity, _ = probe_memory(chip, limit_bytes=LIMIT // 2)
+    assert "asked for" not in capacity.summary
 
 
 def test_every_word_of_a_pattern_follows_from_its_address_and_differs_from_its_neighbours() -> None:

@@ -13,9 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from wrong_kernels import emulated_with
 
+from beringia.chips.chip import ChipFault
 from beringia.chips.cpu import Cpu
-from beringia.errors import Refusal
+from beringia.errors import ChipUnavailable, Refusal
 from beringia.qualify import candidate
+from beringia.qualify.candidate import Extent
+from beringia.qualify.evidence import Probed
 from beringia.qualify.qualification import qualify_here
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.refusals import NotJudged
@@ -191,3 +194,59 @@ def test_a_part_that_cannot_be_probed_leaves_open_what_it_is_asked_for(
         certificate = qualify_here(chip, SUBJECT, WHOLE)
     assert certificate.verdict == "inconclusive"
     assert [one.rules_out for one in certificate.probes if one.outcome == "inconclusive"] == [open_to]
+
+
+HARDWARE = Extent(longest=0, memory_bytes=2**20, soak_seconds=0.1, speed=True)
+
+
+@pytest.mark.parametrize(
+    ("probe", "rules_out", "outcome"),
+    [
+        ("probe_speed", "neither", "told"),
+        ("probe_memory", "infer", "inconclusive"),
+        ("probe_soak", "train", "inconclusive"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 256 MiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 268435456 bytes."),
+        MemoryError(),
+        RuntimeError("no such kernel"),
+    ],
+    ids=["device memory", "host memory", "python's memory", "a mistake"],
+)
+def test_a_probe_of_the_hardware_that_breaks_leaves_open_what_it_is_asked_for(
+    probe: str, rules_out: str, outcome: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidate, probe, raising(error))
+    results = [fact.result for fact in candidate._hardware(Cpu(), HARDWARE) if isinstance(fact, Probed)]
+    (broken,) = [result for result in results if result.subject == "carried out"]
+    assert (broken.rules_out, broken.outcome) == (rules_out, outcome)
+    assert type(error).__name__ in broken.summary or "out-of-memory" in broken.summary
+
+
+def test_a_fault_of_the_chip_in_a_probe_of_the_hardware_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Cpu):
+        def classify(self, error: BaseException) -> ChipFault:
+            return ChipFault("507014", "persistent", str(error))
+
+    monkeypatch.setattr(candidate, "probe_speed", raising(RuntimeError("aicore timeout")))
+    with pytest.raises(RuntimeError, match="aicore timeout"):
+        list(candidate._hardware(Failing(), HARDWARE))
+
+
+def test_a_chip_that_multiplies_nothing_cannot_be_soaked_and_that_leaves_training_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(candidate, "matrix_load", raising(ChipUnavailable("multiplies no matrices")))
+    results = [fact.result for fact in candidate._hardware(Cpu(), HARDWARE) if isinstance(fact, Probed)]
+    assert [(one.outcome, one.rules_out) for one in results if one.probe == "soak"] == [("inconclusive", "train")]
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def probe(*arguments: object, **options: object) -> None:
+        raise error
+
+    return probe

@@ -15,32 +15,40 @@ import torch
 from small_models import CONFIGS, SmallSubject, opened
 from torch import nn
 from torch._ops import OpOverload
+from wrong_kernels import emulated_with
 
 from beringia.chips.chip import Chip, ChipFault
 from beringia.chips.emulated import device
 from beringia.model import IGNORED
+from beringia.qualify import recording
 from beringia.qualify.candidate import _told_of_running
 from beringia.qualify.evidence import Probed
 from beringia.qualify.recording import WATCHED_STEPS, Recorder, Recording, left_out_later
 from beringia.qualify.subject import Batch, ModuleSubject
-from beringia.qualify.trace import TraceExtent, Tracer
+from beringia.qualify.trace import TraceExtent, Tracer, make_optimizer
+from beringia.records.certificate import OperatorCheck
 
 SUBJECT = SmallSubject("llama")
 WRONG = 'kind = "wrong-backward"\nlength = 4\nstrength = 0.8\nsites = [1]\nfrom_step = 3'
 
 
+def as_found(check: OperatorCheck) -> OperatorCheck:
+    """Beside a reference of which nothing is known."""
+    return check
+
+
 def test_passes_are_watched_until_one_has_a_wrong_call(tmp_path: Path) -> None:
     with opened("emulated:h800", WRONG, tmp_path) as chip:
-        assert Recorder(SUBJECT, chip, torch.bfloat16).watch_again(2) == []
+        assert Recorder(SUBJECT, chip, torch.bfloat16).watch_again(2, as_found) == []
         recorder = Recorder(SUBJECT, chip, torch.bfloat16)
-        wrong = recorder.watch_again(6)
+        wrong = recorder.watch_again(6, as_found)
     assert wrong[0].module == "model.layers.1.self_attn" and wrong[0].direction == "backward"
     assert "attention" in wrong[0].operator and all(check.used > 1.0 for check in wrong)
 
 
 def test_a_sound_chip_is_watched_to_the_end_and_nothing_is_wrong() -> None:
     with opened("emulated:h800") as chip:
-        assert Recorder(SUBJECT, chip, torch.bfloat16).watch_again(2) == []
+        assert Recorder(SUBJECT, chip, torch.bfloat16).watch_again(2, as_found) == []
 
 
 def test_the_first_operator_that_does_not_repeat_itself_is_named_and_later_ones_are_not(tmp_path: Path) -> None:
@@ -223,3 +231,45 @@ def test_every_layer_is_watched_in_a_training_step_and_few_in_later_ones_and_in_
     first, later = (len(check.shapes) for check in checks if check.operator == "aten._fused_adamw_.default")
     of_a_layer = 5 * len([name for name, _ in SmallSubject("deep").build().model.layers[0].named_parameters()])
     assert first - later == 3 * of_a_layer, "weights, gradients, two moments and step of the layers that are left out"
+
+
+def test_lists_of_all_weights_and_of_each_group_of_the_optimizer_are_known_by_their_length() -> None:
+    model = SUBJECT.build()
+    optimizer = make_optimizer(model, fused=False)
+    names = [name for name, _ in model.named_parameters()]
+    vectors = [name for name, parameter in model.named_parameters() if parameter.ndim < 2]
+    later = ["model.layers.1"]
+    lists = recording._lists_of_weights(model, optimizer, later)
+    assert lists.keys() == {len(names), len(names) - len(vectors), len(vectors)}
+    for one in (names, vectors):
+        assert [one[place] for place in lists[len(one)]] == [
+            name for name in one if not name.startswith("model.layers.1.")
+        ]
+    assert recording._lists_of_weights(model, optimizer, []) == {}
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_an_update_that_is_wrong_for_norms_or_for_matrices_alone_is_found(ndim: int) -> None:
+    fused = torch.ops.aten._fused_adamw_.default
+
+    def wrong(weights: list[torch.Tensor], *rest: Any, **options: Any) -> None:
+        before = [weight.clone() for weight in weights]
+        fused(weights, *rest, **options)
+        for weight, old in zip(weights, before, strict=True):
+            if weight.ndim == ndim:
+                weight.add_(weight - old, alpha=0.1)
+
+    with emulated_with({fused: wrong}) as chip:
+        tracer = Tracer(SUBJECT, TraceExtent(batches=1, steps=1, scenarios=False))
+        found = Recorder(SUBJECT, chip, torch.bfloat16).record(tracer, tracer.in_float64()[1])
+    beyond = [check for check in found.checks if check.used > 1.0]
+    assert beyond and {check.operator for check in beyond} == {str(fused)}
+    assert all(len(check.shapes[0]) == ndim for check in beyond)
+
+
+def test_further_passes_are_judged_beside_the_reference(tmp_path: Path) -> None:
+    def never_wrong(check: OperatorCheck) -> OperatorCheck:
+        return check.model_copy(update={"measures": ()})
+
+    with opened("emulated:h800", WRONG, tmp_path) as chip:
+        assert Recorder(SUBJECT, chip, torch.bfloat16).watch_again(6, never_wrong) == []

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from small_models import SmallSubject, opened
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from wrong_kernels import emulated_with
 
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import Cpu
 from beringia.errors import InputError, Refusal
 from beringia.model import Decoder
-from beringia.qualify.bundle import error_key, read_bundle
-from beringia.qualify.candidate import beside_reference
+from beringia.qualify.bundle import read_bundle
 from beringia.qualify.effects import DRAW_ALLOWED, RoundingNoise, judge_trace
 from beringia.qualify.issue import issue
 from beringia.qualify.operators.check import WRONG_FORM
@@ -32,15 +32,16 @@ from beringia.qualify.recording import Recorder
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.rounded_float64 import RoundedFloat64
 from beringia.qualify.sound_reference import (
-    USED_AT_MOST,
     Reference,
     _check_draws,
+    _drawn,
     capped,
     check_operators,
     keeping_its_bounds,
 )
 from beringia.qualify.subject import Batch, ModuleSubject
 from beringia.qualify.trace import ChosenRoutes, RoundingDraw, Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.qualify.wrong_calls import USED_AT_MOST, beside_reference, beside_reference_again, error_key
 from beringia.records.certificate import Certificate, Measure, OperatorCheck
 from beringia.records.signature import read_signed
 
@@ -214,6 +215,15 @@ def checked(used: float, *names: str) -> OperatorCheck:
     )
 
 
+def test_what_is_computed_between_two_draws_is_not_drawn() -> None:
+    tracer = Tracer(SUBJECT, TraceExtent(batches=1, steps=0, scenarios=False))
+    reference = Reference(Cpu(), SUBJECT, torch.bfloat16, tracer.in_float64()[1])
+    draws = _drawn(reference, tracer, RoundedFloat64)
+    next(draws)
+    assert _get_current_dispatch_mode() is None
+    draws.close()
+
+
 @given(st.floats(0.0, USED_AT_MOST))
 def test_a_bound_is_loosened_for_a_reference_that_used_more_and_only_in_how_far_numbers_are_off(used: float) -> None:
     check = checked(1.0, "worst element", "root mean square error", "signed error", "small numbers lost")
@@ -221,6 +231,18 @@ def test_a_bound_is_loosened_for_a_reference_that_used_more_and_only_in_how_far_
     *errors, lost = (measure.bound for measure in beside.measures)
     assert lost == 1.0
     assert all(1.0 <= bound <= USED_AT_MOST and bound >= used for bound in errors)
+
+
+def test_a_call_of_a_further_pass_is_held_beside_the_worst_of_its_operator_in_its_module() -> None:
+    errors = {
+        error_key("m", "aten.mm.default", "forward", number): (0.1, used) for number, used in enumerate((0.2, 1.3, 0.9))
+    }
+    errors |= {error_key("m", "aten.mm.default", "backward", 0): (0.1, 1.5)}
+    errors |= {error_key("m.k", "aten.mm.default", "forward", 0): (0.1, 1.5)}
+    check = checked(1.37, "root mean square error").model_copy(update={"ordinal": 70})
+    assert beside_reference(check, errors).used == 1.37
+    assert beside_reference_again(check, errors).used == pytest.approx(1.37 / min(1.25 * 1.3, USED_AT_MOST))
+    assert beside_reference_again(check, {}).used == 1.37
 
 
 @pytest.mark.slow

@@ -377,7 +377,10 @@ def test_an_operator_that_is_wrong_only_in_long_prompts_is_named_once_they_fail(
         subjects = [result.subject for result in judge_trace(noise, recording.trace) if result.outcome == "failed"]
         assert subjects[0] == "serve a prompt of 597 tokens whole"
         trained = ["accumulated model.layers.0"]
-        wrong = [recorder.watch_where_it_failed(tracer, exact[1], failed) for failed in (subjects, trained)]
+        wrong = [
+            recorder.watch_where_it_failed(tracer, exact[1], failed, lambda check: check)
+            for failed in (subjects, trained)
+        ]
     device._state.handlers.clear()
     assert [{(check.operator, check.direction) for check in checks} for checks in wrong] == [
         {("aten.embedding.default", "decode")},

@@ -31,8 +31,8 @@ from beringia.model import Decoder
 from beringia.model.experts import MixtureOfExperts
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.qualify.serving import Serving, Step
-from beringia.qualify.subject import DecoderSubject, Routes, on_device
-from beringia.qualify.trace import CLIP, make_optimizer
+from beringia.qualify.subject import TRAINING, DecoderSubject, Routes, on_device
+from beringia.qualify.trace import make_optimizer
 
 SOUND = ("cpu", "emulated:exact", "emulated:h100", "emulated:a100", "emulated:mi300x", "emulated:ascend-910b")
 HARMLESS, CLEAR = 2.0, 4.0
@@ -159,7 +159,7 @@ class Measurement:
         losses = []
         for number in STEPS:
             losses.append(self._backward(model, self.subject.batch(number), 1.0))
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            nn.utils.clip_grad_norm_(model.parameters(), TRAINING.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.found["losses"] = torch.tensor(losses, dtype=torch.float64)

@@ -35,8 +35,8 @@ from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.qualify.effects import Cell, RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.operators.watch import Call, Place
-from beringia.qualify.sound_reference import USED_AT_MOST
 from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent
+from beringia.qualify.wrong_calls import USED_AT_MOST
 from beringia.records.certificate import BundleOrigin, ModelFingerprint
 from beringia.records.files import reporting_storage, sync_directory
 from beringia.records.identity import ChipIdentity
@@ -44,9 +44,10 @@ from beringia.records.record import Record, canonical_hash
 from beringia.records.signature import Signed, kind_of, parse_signed, sign, verify
 from beringia.version import __version__
 
-BUNDLE_SCHEMA = 4
+BUNDLE_SCHEMA = 5
 """Format 1 had sketches with other signs, which cannot be compared; format 2 was not signed, and had no servings and no
-unlike batches; format 3 had no serving by the engine."""
+unlike batches; format 3 had no serving by the engine; in format 4 training steps let norms
+and biases decay, which training does not."""
 DEFAULT_LIMIT_BYTES = 64 * 2**20
 """For the captured calls' arguments, before compression."""
 _MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
@@ -176,8 +177,6 @@ def read_bundle(path: Path, expected_hash: str | None = None) -> Bundle:
     sketches = {name.removeprefix("sketch."): tensor for name, tensor in tensors.items() if name.startswith("sketch.")}
     exact = Trace(sketches, tensors["losses_K"], tensors["losses_N"])
     numbers = dict(zip(draws[0], tensors["numbers"].tolist(), strict=True))
-    # Bundles of before these have none.
-    tipped, losses = tensors.get("tipped", torch.zeros(0)), tensors.get("tipped_losses", torch.zeros(2)).tolist()
     noise = RoundingNoise(
         exact,
         draws[0],
@@ -186,8 +185,8 @@ def read_bundle(path: Path, expected_hash: str | None = None) -> Bundle:
         tensors["losses_PN"],
         numbers,
         _rounds_once(manifest),
-        {cell: far for cell, far in zip(draws[0], tipped.tolist(), strict=False) if far},
-        *losses,
+        {cell: far for cell, far in zip(draws[0], tensors["tipped"].tolist(), strict=True) if far},
+        *tensors["tipped_losses"].tolist(),
     )
     calls = [_call(entry, tensors) for entry in manifest.calls]
     return Bundle(
@@ -265,11 +264,6 @@ def _check_errors(path: Path, manifest: BundleManifest) -> None:
 
 def _rounds_once(manifest: BundleManifest) -> bool:
     return UNIT_ROUNDOFF[getattr(torch, manifest.compute_dtype)] > UNIT_ROUNDOFF[torch.float32]
-
-
-def error_key(module: str, operator: str, direction: str, ordinal: int) -> str:
-    """By which the same call is found on another chip."""
-    return f"{module}|{operator}|{direction}|{ordinal}"
 
 
 # ---- the archive

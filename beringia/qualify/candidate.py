@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from beringia.chips.chip import Chip
+from beringia.errors import ChipUnavailable
 from beringia.model import Decoder
 from beringia.qualify.arithmetic.integers import probe_integers
 from beringia.qualify.arithmetic.multiply_add import probe_multiply_add
 from beringia.qualify.arithmetic.transfers import probe_transfers
-from beringia.qualify.bundle import Bundle, error_key
+from beringia.qualify.bundle import Bundle
 from beringia.qualify.capture import replay
 from beringia.qualify.choices import departed_choice, probe_choices
 from beringia.qualify.clipping import departed_clipping, probe_clipping
@@ -27,21 +28,21 @@ from beringia.qualify.hardware.soak import matrix_load, probe_soak
 from beringia.qualify.hardware.speed import probe_speed
 from beringia.qualify.layers import probe_layers
 from beringia.qualify.lengths import LENGTHS, Heads, probe_lengths
-from beringia.qualify.operators.check import RMS_ALLOWED, WRONG_FORM, has_wrong_integers, wrong_form_words
 from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.recording import Recorder, Recording
-from beringia.qualify.refusals import REFUSALS, judging, raised_words
-from beringia.qualify.sound_reference import USED_AT_MOST
+from beringia.qualify.refusals import REFUSALS, judging, raised_words, says_no_memory
 from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.trace import Tracer
-from beringia.records.certificate import Departure, Measure, OperatorCheck, ProbeResult, Use
+from beringia.qualify.wrong_calls import (
+    Errors,
+    beside_reference,
+    beside_reference_again,
+    judge_operators,
+    wrong_alone,
+)
+from beringia.records.certificate import Departure, OperatorCheck, ProbeResult, Use
 
 _LOG = logging.getLogger(__name__)
-REPLAY_ALLOWED = 4.0
-"""Shares of the bound on the root mean square error: a chip may make several operators of one that another chip has,
-and each of them rounds. Single elements say nothing then: where the parts cancel, their roundings stay."""
-_ERRORS = ("worst element", "root mean square error", "signed error")
-"""Measures of how far numbers are off."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _probed(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Ite
             effects = judge_trace(bundle.noise, recording.trace)
         yield from _lockstep(recording, effects)
         all_right = not any(check.used > 1.0 for check in checks)
-        again = [*_look_again(recorder, checks, effects)]
+        again: list[Fact] = [*look_again(recorder, bundle.manifest.errors, checks, effects)]
         if all_right and not again:
             again = [*_look_where_it_failed(recorder, tracer, bundle, effects)]
         yield from again
@@ -132,12 +133,13 @@ def _probed(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Ite
 
 def _open_where_it_raises(chip: Chip, probe: str, rules_out: Use, facts: Iterator[Fact]) -> Iterator[Fact]:
     """A probe of parts by themselves. After a trace in which the whole model raised nothing, what is raised here may be
-    the probing's own mistake: it leaves open what the probe says something of. A fault of the chip goes on."""
+    the probing's own mistake: it leaves open what the probe says something of. So does memory that the probe does not
+    get beside what the model took. Another fault of the chip goes on."""
     yield Begun(probe=probe)
     try:
         yield from facts
-    except REFUSALS as problem:
-        if chip.classify(problem) is not None:
+    except (*REFUSALS, MemoryError) as problem:
+        if chip.classify(problem) is not None and not says_no_memory(problem):
             raise
         _LOG.warning("%s: what was raised while probing %s", chip.name, probe, exc_info=problem)
         yield Probed(
@@ -159,65 +161,6 @@ def _choices(chip: Chip, subject: Subject, bundle: Bundle, nothing_named: bool) 
         if nothing_named and result.outcome == "failed":
             nothing_named = False
             yield Departed(departure=departed_choice(result))
-
-
-def beside_reference(check: OperatorCheck, errors: Mapping[str, tuple[float, float]]) -> OperatorCheck:
-    """With the reference's own error in the same call; a chip may be as far off as the reference is, up to what a sound
-    one can be (`USED_AT_MOST`), which no bundle exceeds that can be read."""
-    own = errors.get(error_key(check.module, check.operator, check.direction, check.ordinal))
-    if own is None:
-        return check
-    error, used = own
-    times = min(RMS_ALLOWED * used, USED_AT_MOST)
-    measures = check.measures if times <= 1.0 else tuple(_loosened(measure, times) for measure in check.measures)
-    return check.model_copy(update={"reference_error": error, "measures": measures})
-
-
-def _loosened(measure: Measure, times: float) -> Measure:
-    """Where it is of how far numbers are off: what the reference lost of small ones or made infinite, it says not."""
-    if measure.name not in _ERRORS:
-        return measure
-    reason = f"{measure.reason}; {times:.3g} times that, since the reference itself used so much of it"
-    return measure.model_copy(update={"bound": times * measure.bound, "reason": reason})
-
-
-def judge_operators(checks: list[OperatorCheck], recording: Recording) -> list[ProbeResult]:
-    """One result a direction. A wrong number in a call is told; what it does to the model is what rules a use out. An
-    operator that is missing, that names wrong integers, or whose result has another shape, dtype or layout than
-    torch's, rules out at once."""
-    results = []
-    for direction in ("forward", "decode", "backward", "optimizer"):
-        own = [check for check in checks if check.direction == direction]
-        beyond = [check for check in own if check.used > 1.0]
-        grave = [check for check in beyond if check.refused or has_wrong_integers(check) or wrong_form_words(check)]
-        use: Use = "infer" if direction in ("forward", "decode") else "train"
-        worst = max(own, key=lambda check: check.used, default=None)
-        results.append(
-            ProbeResult(
-                probe="operators",
-                subject=direction,
-                outcome="failed" if beyond else "passed" if own else "told",
-                rules_out=use if grave else "neither",
-                summary=_operators_sentence(direction, own, beyond),
-                measures=() if worst is None else worst.measures,
-                seconds=recording.seconds.get("operators", 0.0) if direction == "forward" else 0.0,
-            )
-        )
-    if recording.not_judged:
-        names = ", ".join(sorted(recording.not_judged))
-        results.append(_told("operators", "not judged", f"without a float64 form, so not judged alone: {names}"))
-    return results
-
-
-def _operators_sentence(direction: str, own: list[OperatorCheck], beyond: list[OperatorCheck]) -> str:
-    if not own:
-        return f"{direction}: no operator was seen"
-    if not beyond:
-        return f"{direction}: {len(own)} operator calls are as in float64"
-    first = beyond[0]
-    what = f"the chip does not have it ({first.refused})" if first.refused else f"{first.used:.3g} times its bound"
-    what = wrong_form_words(first) or what
-    return f"{direction}: {len(beyond)} of {len(own)} operator calls are wrong, first {first.name}: {what}"
 
 
 def _lockstep(recording: Recording, effects: Sequence[ProbeResult]) -> Iterator[Fact]:
@@ -248,10 +191,12 @@ PASSES_AGAIN = 6
 """Of a fault that strikes every third pass, one in eleven stays unseen in them."""
 
 
-def _look_again(recorder: Recorder, checks: list[OperatorCheck], effects: Sequence[ProbeResult]) -> Iterator[Fact]:
+def look_again(
+    recorder: Recorder, errors: Errors, checks: list[OperatorCheck], effects: Sequence[ProbeResult]
+) -> Iterator[Checked]:
     """Where the model is harmed and no watched call was wrong, the fault may come and go: watch further passes."""
     if any(effect.outcome == "failed" for effect in effects) and not any(check.used > 1.0 for check in checks):
-        for check in recorder.watch_again(PASSES_AGAIN):
+        for check in recorder.watch_again(PASSES_AGAIN, partial(beside_reference_again, errors=errors)):
             yield Checked(check=check)
 
 
@@ -261,7 +206,8 @@ def _look_where_it_failed(
     """Where a way of serving or a step over unlike batches is harmed and no watched call was wrong: a call may be wrong
     only in their shapes."""
     failed = [effect.subject for effect in effects if effect.outcome == "failed"]
-    for check in recorder.watch_where_it_failed(tracer, bundle.routes, failed):
+    judged = partial(beside_reference_again, errors=bundle.manifest.errors)
+    for check in recorder.watch_where_it_failed(tracer, bundle.routes, failed, judged):
         yield Checked(check=check)
 
 
@@ -331,7 +277,7 @@ def _replay(chip: Chip, bundle: Bundle) -> Iterator[Fact]:
             unjudged.add(call.place.operator)
             continue
         count += 1
-        if check is not None and _wrong_alone(check):
+        if check is not None and wrong_alone(check):
             beyond.append(check)
     yield Probed(
         result=ProbeResult(
@@ -368,14 +314,6 @@ def _replay(chip: Chip, bundle: Bundle) -> Iterator[Fact]:
         )
 
 
-def _wrong_alone(check: OperatorCheck) -> bool:
-    used = {measure.name: measure.used for measure in check.measures}
-    rms = used.pop("root mean square error", None)
-    if rms is None:  # an operator that moves numbers, or integers: every bit counts
-        return check.used > 1.0
-    return rms > REPLAY_ALLOWED or any(used.get(name, 0.0) > 1.0 for name in ("not finite on one side", WRONG_FORM))
-
-
 def _lengths(
     chip: Chip, subject: Subject, dtype: torch.dtype, extent: Extent, begin_step: Callable[[], None]
 ) -> Iterator[Fact]:
@@ -396,16 +334,29 @@ def heads_of(decoder: Decoder) -> tuple[Heads, int]:
 
 
 def _hardware(chip: Chip, extent: Extent) -> Iterator[Fact]:
-    parts: list[tuple[str, bool, Callable[[], list[ProbeResult]]]] = [
-        ("memory", extent.memory_bytes > 0, lambda: probe_memory(chip, limit_bytes=extent.memory_bytes)),
-        ("speed", extent.speed, lambda: probe_speed(chip)),
-        ("soak", extent.soak_seconds > 0, lambda: [probe_soak(matrix_load(chip, 0), extent.soak_seconds)]),
+    parts: list[tuple[str, Use, bool, Callable[[], list[ProbeResult]]]] = [
+        ("memory", "infer", extent.memory_bytes > 0, lambda: probe_memory(chip, limit_bytes=extent.memory_bytes)),
+        ("speed", "neither", extent.speed, lambda: probe_speed(chip)),
+        ("soak", "train", extent.soak_seconds > 0, lambda: [_soak(chip, extent.soak_seconds)]),
     ]
-    for probe, wanted, make in parts:
+    for probe, rules_out, wanted, make in parts:
         if wanted:
-            yield Begun(probe=probe)
-            for result in make():
-                yield Probed(result=result)
+            yield from _open_where_it_raises(chip, probe, rules_out, _made(make))
+
+
+def _made(make: Callable[[], list[ProbeResult]]) -> Iterator[Fact]:
+    for result in make():
+        yield Probed(result=result)
+
+
+def _soak(chip: Chip, seconds: float) -> ProbeResult:
+    try:
+        load = matrix_load(chip, 0)
+    except ChipUnavailable as lacking:
+        return ProbeResult(
+            probe="soak", subject="carried out", outcome="inconclusive", rules_out="train", summary=f"soak: {lacking}"
+        )
+    return probe_soak(load, seconds)
 
 
 def _told(probe: str, subject: str, summary: str) -> ProbeResult:

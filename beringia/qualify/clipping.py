@@ -17,8 +17,7 @@ from torch import nn
 from beringia.chips.chip import Chip
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.qualify.effects import EFFECT_ALLOWED, RoundingNoise, sizes
-from beringia.qualify.subject import Subject
-from beringia.qualify.trace import BETAS
+from beringia.qualify.subject import TRAINING, Subject
 from beringia.records.certificate import Departure, Measure, ProbeResult
 from beringia.train.clipping import EPSILON
 
@@ -60,7 +59,7 @@ def allowed(update: float, num_weights: int) -> float:
     """Relative error of a clipped gradient that does no harm, where rounding brings an update so far from float64's,
     relative to its size. A factor on one step's gradients moves AdamW's update by 1 - beta1 of it, which may be as much
     as any effect may; beside it the norm's own error, rounding added up at random over all squares in float32."""
-    return EFFECT_ALLOWED * update / (1.0 - BETAS[0]) + UNIT_ROUNDOFF[torch.float32] * math.sqrt(num_weights)
+    return EFFECT_ALLOWED * update / (1.0 - TRAINING.betas[0]) + UNIT_ROUNDOFF[torch.float32] * math.sqrt(num_weights)
 
 
 def relative_updates(noise: RoundingNoise) -> list[float]:

@@ -182,7 +182,8 @@ def qualify(
         assert evidence.opened is not None
         _check_same(request.chip, evidence.opened.identity, opened)
         probes = [*evidence.probes, *_in_processes_of_their_own(far, request, order, evidence, say)]
-    return _certificate(request, signed, evidence, probes, time.perf_counter() - began)
+    weights = None if request.model in PRESETS else weights_of(request.model)
+    return _certificate(request, signed, evidence, probes, weights, time.perf_counter() - began)
 
 
 def _check_same(name: str, found: ChipIdentity, wanted: ChipIdentity | None) -> None:
@@ -213,7 +214,8 @@ def qualify_here(chip: Chip, subject: Subject, plan: TraceExtent = PLAN, say: Sa
     for line in probe_candidate(chip, subject, bundle, Extent(0, 0, 0.0, False)):
         evidence.take(line)
     request = Request(chip.name, subject.name, seed=subject.seed)
-    return _certificate(request, signed, evidence, evidence.probes, time.perf_counter() - began)
+    weights = None if subject.directory is None else weights_of(subject.directory)
+    return _certificate(request, signed, evidence, evidence.probes, weights, time.perf_counter() - began)
 
 
 def describe(request: Request, directory: Path) -> Opened:
@@ -341,6 +343,7 @@ def _certificate(
     signed: Signed[BundleManifest],
     evidence: Evidence,
     probes: list[ProbeResult],
+    weights: str | None,
     seconds: float,
 ) -> Certificate:
     manifest = signed.record
@@ -362,7 +365,7 @@ def _certificate(
             update={"name": request.model if request.model in PRESETS else Path(request.model).name}
         ),
         layers=manifest.layers,
-        weight_files=None if request.model in PRESETS else weights_of(request.model),
+        weight_files=weights,
         compute_dtype=manifest.compute_dtype,
         seed=request.seed,
         verdict=judgement.verdict,

@@ -33,8 +33,8 @@ from beringia.qualify.operators.parts import num_entries, of_entries
 from beringia.qualify.operators.watch import Call, CallCounts, Place, Watch, tensors_in
 from beringia.qualify.refusals import REFUSALS, judging
 from beringia.qualify.serving import Around, Step
-from beringia.qualify.subject import Batch, Subject, on_device
-from beringia.qualify.trace import CLIP, NOT_FINITE, ChosenRoutes, Trace, Tracer, make_optimizer
+from beringia.qualify.subject import TRAINING, Batch, Subject, on_device
+from beringia.qualify.trace import NOT_FINITE, ChosenRoutes, Trace, Tracer, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
 
 WATCHED_STEPS = 2
@@ -60,7 +60,7 @@ class Recording:
     raised: Exception | None = None
     """What the chip raised in a pass that was not carried out to its end, where no watched operator is missing."""
     first_unrepeatable: Place | None = None
-    """The first operator that gave other bits from the same arguments; looked for where no call was wrong."""
+    """The first operator that gave other bits from the same arguments, where a pass made twice has other bits."""
     batch_invariant: bool | None = None
     """Whether a sample's outputs have the same bits alone and in a batch; None where that was not, or cannot be,
     tried."""
@@ -110,28 +110,34 @@ class Recorder:
             found.trace = tracer.on_chip(self._chip, self._dtype, routes, begin_step=self.begin_step, served=served)
         with self._timed("repeat"):
             found.unrepeatable = self._repeat(tracer, routes, found.trace)
-            if found.unrepeatable and not any(check.used > 1.0 for check in found.checks):
+            if found.unrepeatable:
                 found.first_unrepeatable = self._first_unrepeatable()
             found.batch_invariant = self._batch_invariant()
 
-    def watch_again(self, passes: int) -> list[OperatorCheck]:
+    def watch_again(self, passes: int, judged: Callable[[OperatorCheck], OperatorCheck]) -> list[OperatorCheck]:
         """Further passes of a training step, watched until one has a wrong call: for faults that come and go.
 
-        Returns the wrong calls, in the order of execution.
+        Returns the wrong calls as they are `judged` beside the reference's, in the order of execution.
         """
         for number in range(passes):
             seen = len(self._recording.checks)
             self._watch_step(self._take, number)
-            wrong = [check for check in self._recording.checks[seen:] if check.used > 1.0]
+            wrong = self._wrong_since(seen, judged)
             if wrong:
                 return wrong
         return []
 
-    def watch_where_it_failed(self, tracer: Tracer, routes: ChosenRoutes, failed: Sequence[str]) -> list[OperatorCheck]:
+    def watch_where_it_failed(
+        self,
+        tracer: Tracer,
+        routes: ChosenRoutes,
+        failed: Sequence[str],
+        judged: Callable[[OperatorCheck], OperatorCheck],
+    ) -> list[OperatorCheck]:
         """The first way of serving that failed, and the unlike batches where these did, watched as a whole: for what is
         wrong only in such shapes. `failed`: subjects of effects (`serve decoding 1 at 597`, `accumulated model.norm`).
 
-        Returns the wrong calls, in the order of execution.
+        Returns the wrong calls as they are `judged` beside the reference's, in the order of execution.
         """
         seen = len(self._recording.checks)
         serving = next((subject.removeprefix("serve ") for subject in failed if subject.startswith("serve ")), None)
@@ -139,7 +145,10 @@ class Recorder:
             self._watch_serving(tracer, routes, lambda step: step.scenario == serving)
         if any(subject.startswith("accumulated ") for subject in failed):
             self._watch_unlike(tracer.unlike, left_out_later(self._layers))
-        return [check for check in self._recording.checks[seen:] if check.used > 1.0]
+        return self._wrong_since(seen, judged)
+
+    def _wrong_since(self, seen: int, judged: Callable[[OperatorCheck], OperatorCheck]) -> list[OperatorCheck]:
+        return [check for check in map(judged, self._recording.checks[seen:]) if check.used > 1.0]
 
     # Watching
 
@@ -171,14 +180,14 @@ class Recorder:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, number: int, left_out: Sequence[str]
     ) -> bool:
         batch = self._batch(number)
-        names = [f"{name}." for name, _ in model.named_parameters()]
-        kept = [place for place, name in enumerate(names) if not name.startswith(tuple(f"{one}." for one in left_out))]
+        lists = _lists_of_weights(model, optimizer, left_out)
 
         def take(call: Call) -> None:
-            if num_entries(call) == len(names) > len(kept):  # of all weights, as an optimizer's: it is in no layer
-                self._judge(of_entries(call, kept))  # not handed on: the first step's was
-            else:
+            kept = lists.get(num_entries(call))
+            if kept is None:
                 self._take(call)
+            elif kept:
+                self._judge(of_entries(call, kept))  # not handed on: the first step's was
 
         return self._watched(model, take, lambda watch: self._training_step(watch, model, optimizer, batch), left_out)
 
@@ -187,7 +196,7 @@ class Recorder:
             loss = self._subject.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         with watch.direction("optimizer"):
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            nn.utils.clip_grad_norm_(model.parameters(), TRAINING.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self._subject.after_update(model)
@@ -389,6 +398,20 @@ class _Timer:
 
     def __exit__(self, *_: object) -> None:
         self._seconds[self._part] = self._seconds.get(self._part, 0.0) + time.perf_counter() - self._started
+
+
+def _lists_of_weights(
+    model: nn.Module, optimizer: torch.optim.Optimizer, left_out: Sequence[str]
+) -> dict[int, list[int]]:
+    """Of the lists that clipping and the optimizer take whole (all weights, or those of a group), by their length:
+    which entries are of layers that are not left out. Where two are as long, of the first: so many entries are
+    looked at, of these or others."""
+    names = {parameter: f"{name}." for name, parameter in model.named_parameters()}
+    lists = [[*names], *(group["params"] for group in optimizer.param_groups)]
+    outside = tuple(f"{one}." for one in left_out)
+    kept = [[place for place, one in enumerate(them) if not names[one].startswith(outside)] for them in lists]
+    pairs = [(len(them), places) for them, places in zip(lists, kept, strict=True) if len(them) > len(places)]
+    return dict(reversed(pairs))
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:

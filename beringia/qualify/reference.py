@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, error_key, write_bundle
+from beringia.qualify.bundle import DEFAULT_LIMIT_BYTES, write_bundle
 from beringia.qualify.capture import CallCapture
 from beringia.qualify.effects import RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.recording import Recorder, Recording
 from beringia.qualify.serving import scenarios
 from beringia.qualify.sound_reference import (
-    USED_AT_MOST,
     Reference,
     check_effects,
     check_has_numbers,
@@ -25,6 +24,7 @@ from beringia.qualify.sound_reference import (
 )
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.qualify.wrong_calls import USED_AT_MOST, error_key
 from beringia.records.signature import load_or_create_key
 
 DRAWS = 4

@@ -41,7 +41,6 @@ from beringia.numerics.metrics import UNIT_ROUNDOFF, few
 from beringia.qualify.clipping import probe_clipping
 from beringia.qualify.effects import (
     DRAW_ALLOWED,
-    EFFECT_ALLOWED,
     IN_THE_MEDIAN,
     WHAT,
     Cell,
@@ -55,12 +54,13 @@ from beringia.qualify.effects import (
 )
 from beringia.qualify.layers import Traffic, probe_layers
 from beringia.qualify.locate import first_wrong
-from beringia.qualify.operators.check import has_wrong_integers, wrong_form_words
+from beringia.qualify.operators.check import wrong_form_words
 from beringia.qualify.recording import Recording, left_out_later
 from beringia.qualify.refusals import REFUSALS, raised_words
 from beringia.qualify.rounded_float64 import RoundedFloat64
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import NOT_FINITE, ChosenRoutes, Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.qualify.wrong_calls import USED_AT_MOST, is_grave
 from beringia.records.certificate import OperatorCheck, ProbeResult
 
 SOUND_DRAWS = 3
@@ -68,11 +68,6 @@ SOUND_DRAWS = 3
 LAYER_DRAWS = 1
 """Of each layer where what it shows is looked at again: its tensors have thousands of elements, over which norms are
 even."""
-USED_AT_MOST = EFFECT_ALLOWED
-"""Share of its bound that a reference's call is taken to have used. A call at its bound is 1.25 times as far off as a
-sound chip's, and a sound chip's whole trace has effects of up to 0.8 (`docs/qualify.md`): with every call at its bound
-the effect is 1, and with every call at so many times its bound it is what a chip is refused for. A single call may be
-farther off without harm; a candidate is allowed nothing for that."""
 STANDS_OUT = 3.0
 """Times the relative distance from float64 of the farthest batch, from which on draws that are not the reference's are
 made of what is served and of unlike batches. On sound chips these are at most 2.2 times as far off (`docs/qualify.md`);
@@ -288,7 +283,7 @@ def _value(result: ProbeResult) -> float:
 def _is_grave(check: OperatorCheck, dtype: torch.dtype) -> bool:
     alone = check.direction == "optimizer" or not _rounds_once(dtype)
     too_far = alone and check.used > USED_AT_MOST
-    return bool(check.refused) or has_wrong_integers(check) or bool(wrong_form_words(check)) or too_far
+    return is_grave(check) or too_far
 
 
 def _rounds_once(dtype: torch.dtype) -> bool:
@@ -422,7 +417,8 @@ def _drawn(
     for seed in range(SOUND_DRAWS):
         change = moved_by_rounding(seed, reference.dtype)
         with drawing():
-            yield tracer.on_chip(Cpu(), reference.dtype, reference.routes, begin_step=lambda: None, change=change)
+            trace = tracer.on_chip(Cpu(), reference.dtype, reference.routes, begin_step=lambda: None, change=change)
+        yield trace  # after the context: what its receiver computes is not drawn
 
 
 def _first_batch(trace: Trace) -> Trace:

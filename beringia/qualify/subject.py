@@ -40,15 +40,16 @@ from beringia.qualify import serving as ways_of_serving
 from beringia.qualify.serving import LARGE_PARAMETERS, Around, Serving, Step
 from beringia.records.certificate import ModelFingerprint
 from beringia.records.model_source import configuration_hash, other_vocabulary
+from beringia.records.recipe import TrainSection
 
 Batch = Mapping[str, torch.Tensor]
 """Tensors on the CPU, by name."""
 Routes = Mapping[str, torch.Tensor]
 """The experts that a pass chose, M K, by layer."""
 
-MTP_WEIGHT = 0.1
-"""As in training recipes by default."""
-ROUTER_BIAS_SPEED = 1e-3
+TRAINING = TrainSection(prefer=("here",), steps=1, learning_rate=1e-3)
+"""What training steps are made with: as in recipes by default, but for the learning rate, which in a run's first steps
+has not risen to that."""
 _DIGITS = 10
 
 
@@ -69,6 +70,11 @@ class Subject(ABC):
     layers: int | None = None
     run_tokens: int | None = None
     """In a sample of the run that it is qualified for; None: no run is known."""
+
+    @property
+    def directory(self) -> str | None:
+        """The Hugging Face directory whose weights it has; None: those of none."""
+        return None
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -176,6 +182,10 @@ class DecoderSubject(Subject):
         """The preset, or the directory's last part."""
         return Path(self.source).name
 
+    @property
+    def directory(self) -> str | None:
+        return None if self.source in PRESETS else self.source
+
     def build(self) -> Decoder:
         return load_model(self.source, seed=self.seed, layers=self.layers, vocabulary_size=self.vocabulary_size)
 
@@ -194,9 +204,8 @@ class DecoderSubject(Subject):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         losses = model(batch["tokens"], batch["labels"])
         ahead = int((batch["labels"][:, 1:] != IGNORED).sum())
-        loss: torch.Tensor = losses.main_sum / max(1, self.targets_in(batch)) + MTP_WEIGHT * losses.mtp_sum / max(
-            1, ahead
-        )
+        main, mtp = losses.main_sum / max(1, self.targets_in(batch)), losses.mtp_sum / max(1, ahead)
+        loss: torch.Tensor = main + TRAINING.mtp_weight * mtp
         return loss
 
     def outputs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -276,7 +285,7 @@ class DecoderSubject(Subject):
         assert isinstance(model, Decoder)
         counts = model.expert_counts()
         if counts:
-            update_router_biases(model, counts, ROUTER_BIAS_SPEED)
+            update_router_biases(model, counts, TRAINING.router_bias_speed)
 
     def fingerprint(self) -> ModelFingerprint:
         model = self.build()

@@ -34,14 +34,10 @@ from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.numerics.replay import Taps
 from beringia.qualify.operators.watch import in_backward
 from beringia.qualify.serving import Around, Serving, Step
-from beringia.qualify.subject import Batch, Routes, Subject, nothing_around, on_device
+from beringia.qualify.subject import TRAINING, Batch, Routes, Subject, nothing_around, on_device
+from beringia.train import optimizer as training_optimizer
 
 WIDTH = 1024
-LEARNING_RATE = 1e-3
-CLIP = 1.0
-BETAS = (0.9, 0.98)
-
-
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 """Another parameter for each, by name."""
 
@@ -399,7 +395,7 @@ class Tracer:
             loss, own = self._backward(model, self._batches[number], None if routes is None else routes.steps[number])
             losses.append(loss)
             chosen.append(own)
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            nn.utils.clip_grad_norm_(model.parameters(), TRAINING.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         begin_step()
@@ -410,15 +406,8 @@ class Tracer:
 
 
 def make_optimizer(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW as training has it."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=LEARNING_RATE,
-        betas=BETAS,
-        weight_decay=0.01,
-        fused=fused,
-        foreach=None if fused else True,
-    )
+    """Training's own."""
+    return training_optimizer.make_optimizer(model.named_parameters(), TRAINING, fused=fused)
 
 
 def moved_by_rounding(seed: int, dtype: torch.dtype) -> RoundingDraw:

@@ -108,8 +108,9 @@ def _mismatch(
             "devices are, with `--ranks`)"
         )
     tried = certificate.weight_files
-    if tried is not None and weights is not None and tried != weights:
-        return f"is for other weights of {certificate.model.name} ({tried[:12]}, here {weights[:12]})"
+    if weights is not None and tried != weights:
+        there = "none that are named" if tried is None else tried[:12]
+        return f"is for other weights of {certificate.model.name} ({there}, here {weights[:12]})"
     return None
 
 

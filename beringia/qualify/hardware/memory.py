@@ -13,17 +13,17 @@ a CPU and of an emulated chip is the host's: only a share of what is free is tak
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from beringia.chips.chip import Chip
+from beringia.chips.cpu import taken_memory_bytes, total_memory_bytes
 from beringia.chips.datasheets import datasheet_of_device
 from beringia.qualify.hardware.measures import bytes_in_words, none_allowed
+from beringia.qualify.refusals import says_no_memory
 from beringia.records.certificate import ProbeResult
 from beringia.records.record import canonical_hash
 
@@ -69,39 +69,28 @@ class Found:
 def probe_memory(chip: Chip, *, limit_bytes: int | None = None) -> list[ProbeResult]:
     """How much memory there is beside what the chip says, and whether it holds patterns.
 
-    Takes at most `limit_bytes`: without it, all that a device gives, or a share of the host's free memory.
+    Takes at most `limit_bytes` and all that a device has, or a share of the host's free memory.
     """
     began = time.perf_counter()
-    wanted = default_limit(chip) if limit_bytes is None else limit_bytes
+    most = most_bytes(chip)
+    wanted = most if limit_bytes is None else min(limit_bytes, most)
     blocks, full = _take(chip, wanted)
     if not blocks:
         return [_nothing_taken(chip, wanted)]
     tested = sum(block.numel() for block in blocks) * _WORD_BYTES
-    capacity = _capacity(chip, tested, full)
+    capacity = _capacity(chip, tested, full, limit_bytes if wanted != limit_bytes else None)
     found = {pattern.name: _write_and_read(pattern, blocks) for pattern in patterns(blocks[0].numel())}
     sensitive = _finds_a_changed_bit(blocks)
     chip.synchronize()
     return [capacity, _verdict(found, tested, sensitive, time.perf_counter() - began)]
 
 
-def default_limit(chip: Chip) -> int:
+def most_bytes(chip: Chip) -> int:
     """All that a device has; of the host, a share of what is free."""
     if _is_host_memory(chip):
-        return int(min(HOST_SHARE * free_host_bytes(chip), HOST_LIMIT_BYTES))
+        free = max(0, total_memory_bytes() - taken_memory_bytes())
+        return int(min(HOST_SHARE * free, HOST_LIMIT_BYTES))
     return chip.memory().total_bytes
-
-
-def free_host_bytes(chip: Chip) -> int:
-    """What the machine, or this process's control group, has left."""
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    stated = chip.memory()
-    free = stated.total_bytes - stated.used_bytes
-    if meminfo.exists() and (match := re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)):
-        free = int(match.group(1)) * 1024
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text()))
-    return max(0, free)
 
 
 def patterns(words: int) -> list[Pattern]:
@@ -134,7 +123,7 @@ def _take(chip: Chip, limit_bytes: int) -> tuple[list[torch.Tensor], bool]:
             blocks.append(torch.empty(size, dtype=torch.int32, device=chip.device))
         chip.synchronize()
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error).lower():
+        if not says_no_memory(error):
             raise
         return blocks[:-_RESERVED_BLOCKS], True
     return blocks, False
@@ -191,7 +180,8 @@ def _finds_a_changed_bit(blocks: list[torch.Tensor]) -> bool:
     return _read(last, last.tile.to(blocks[-1].device), [(len(blocks) - 1, blocks[-1])]).wrong_bytes > 0
 
 
-def _capacity(chip: Chip, tested: int, full: bool) -> ProbeResult:
+def _capacity(chip: Chip, tested: int, full: bool, refused: int | None) -> ProbeResult:
+    """`refused`: what was asked for, where that was too much."""
     stated = chip.memory()
     parts = [f"The chip says that it has {bytes_in_words(stated.total_bytes)}"]
     sheet = datasheet_of_device(chip.identity.sku) if chip.identity.truth == "real" else None
@@ -206,6 +196,9 @@ def _capacity(chip: Chip, tested: int, full: bool) -> ProbeResult:
     else:
         host = ", as its numbers lie in the host's memory" if _is_host_memory(chip) else ""
         parts.append(f"{bytes_in_words(tested)} of it were taken{host}")
+    if refused is not None:
+        most = "a larger share of the host's free memory is not tested" if _is_host_memory(chip) else "it has no more"
+        parts.append(f"{bytes_in_words(refused)} were asked for, and {most}")
     return ProbeResult(probe="memory", subject="capacity", outcome="told", summary=f"{'; '.join(parts)}.")
 
 
