@@ -14,7 +14,7 @@ import torch
 
 from beringia.chips.chip import Chip
 from beringia.qualify.operators.check import check
-from beringia.qualify.operators.watch import Call, changed, tensors_in, written_values
+from beringia.qualify.operators.watch import Call, changed, results_of, tensors_in
 from beringia.records.certificate import OperatorCheck
 
 
@@ -73,9 +73,7 @@ def replay(call: Call, chip: Chip) -> OperatorCheck | None:
 
     args, kwargs = changed(call.args, there), changed(dict(call.kwargs), there)
     result = call.func(*args, **_on(kwargs, chip))
-    written = written_values(call.func, args, kwargs)
-    first = list(tensors_in(written))
-    results = [*first, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in first))]
+    results = results_of(call.func, args, kwargs, result)
     return check(Call(call.place, call.func, call.args, call.kwargs, tuple(tensor.cpu() for tensor in results)))
 
 

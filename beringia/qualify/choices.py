@@ -9,10 +9,10 @@ M tokens, K experts a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
+from scipy import stats
 from torch import nn
 
 from beringia.chips.chip import Chip
@@ -24,8 +24,9 @@ from beringia.records.certificate import Departure, Measure, ProbeResult
 _CPU = torch.device("cpu")
 ROUTER = "mlp.gate"
 """In a layer."""
-DEVIATIONS = 3.0
-"""Of a count of rare events: its standard deviation is the root of its mean."""
+FALSE_ALARMS = 1e-5
+"""Chance that of a sound chip's routers any is called wrong, were its counts of rare events (Poisson's) with the mean
+of the draw that has most, and one more, since none seen is not none."""
 
 
 def probe_choices(
@@ -43,7 +44,13 @@ def probe_choices(
         for seed in range(DRAWS):
             with moved(plain, name, moved_by_rounding(seed, dtype)):
                 drawn.append(_others(_chosen(subject, plain, name, traffic[name], dtype), exact_MK))
-        yield _judged(name, _others(_chosen(subject, here, name, traffic[name], dtype), exact_MK), drawn, len(exact_MK))
+        yield _judged(
+            name,
+            _others(_chosen(subject, here, name, traffic[name], dtype), exact_MK),
+            drawn,
+            len(layers),
+            len(exact_MK),
+        )
 
 
 def departed_choice(result: ProbeResult) -> Departure:
@@ -67,8 +74,8 @@ def _others(found_MK: torch.Tensor, exact_MK: torch.Tensor) -> int:
     return int((found_MK != exact_MK).any(-1).sum())
 
 
-def _judged(name: str, found: int, drawn: list[int], tokens: int) -> ProbeResult:
-    allowed = max(drawn) + DEVIATIONS * math.sqrt(max(drawn) + 1.0)
+def _judged(name: str, found: int, drawn: list[int], layers: int, tokens: int) -> ProbeResult:
+    allowed = float(stats.poisson.isf(FALSE_ALARMS / layers, max(drawn) + 1.0))
     failed = found > allowed
     return ProbeResult(
         probe="experts",
@@ -83,8 +90,8 @@ def _judged(name: str, found: int, drawn: list[int], tokens: int) -> ProbeResult
                 value=float(found),
                 bound=allowed,
                 unit="tokens",
-                reason=f"the most of {DRAWS} draws of what rounding may do ({max(drawn)}), and {DEVIATIONS:g} standard "
-                "deviations of such a count",
+                reason=f"counts about the most of {DRAWS} draws of what rounding may do ({max(drawn)}), of which one "
+                f"in {1 / FALSE_ALARMS:,.0f} is larger in any of {layers} layers",
             ),
         ),
     )

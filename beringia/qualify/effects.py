@@ -67,7 +67,8 @@ _QUANTILES = 1000
 
 
 Group = tuple[str, str]
-"""Kind (outputs, decode, serve, gradient, accumulated, update), and the scenario, parameter or layer."""
+"""Kind (outputs, decode, serve, gradient, accumulated, update, buffer), and the scenario, parameter, layer or
+buffer."""
 Cell = tuple[str, str, str]
 """A group in one batch; the batch is empty where there is only one."""
 
@@ -225,6 +226,7 @@ _RULES_OUT: Mapping[str, Use] = {
     "gradient": "train",
     "accumulated": "train",
     "update": "train",
+    "buffer": "train",
 }
 WHAT = {
     "outputs": "outputs",
@@ -233,6 +235,7 @@ WHAT = {
     "gradient": "the gradient",
     "accumulated": "the gradient over unlike batches",
     "update": "the update after training steps",
+    "buffer": "the value after training steps",
 }
 """What a kind of distance is of, for a sentence."""
 
@@ -243,7 +246,7 @@ def cell_of(name: str) -> Cell:
     if kind == "gradient":
         batch, _, parameter = rest.partition("/")
         return kind, parameter, batch
-    if kind == "serve":
+    if kind in ("serve", "buffer"):
         return kind, rest, ""
     return (kind, layer_of(rest), "") if kind in ("update", "accumulated") else (kind, "", rest)
 
@@ -303,7 +306,7 @@ def _judge_overall(
     beside = [
         statistics.median(_beside(far[group], floor.reference, smallest[group]))
         for group, floor in floors.items()
-        if floor.reference is not None
+        if floor.reference is not None and any(floor.reference.values())
     ]
     if not beside:
         return []

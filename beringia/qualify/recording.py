@@ -34,7 +34,7 @@ from beringia.qualify.operators.watch import Call, CallCounts, Place, Watch, ten
 from beringia.qualify.refusals import REFUSALS, judging
 from beringia.qualify.serving import Around, Step
 from beringia.qualify.subject import TRAINING, Batch, Subject, on_device
-from beringia.qualify.trace import NOT_FINITE, ChosenRoutes, Trace, Tracer, make_optimizer
+from beringia.qualify.trace import NOT_FINITE, ChosenRoutes, Trace, Tracer, kept_buffers, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
 
 WATCHED_STEPS = 2
@@ -415,7 +415,9 @@ def _lists_of_weights(
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights and moments, under names."""
+    """Weights, moments and buffers, under names."""
+    for name, buffer in kept_buffers(model):
+        yield name, buffer.detach()
     for name, parameter in model.named_parameters():
         yield name, parameter.detach()
         for moment, tensor in optimizer.state[parameter].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from beringia.qualify.capture import CallCapture
 from beringia.qualify.effects import RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.recording import Recorder, Recording
+from beringia.qualify.rounded_float64 import RoundedFloat64
 from beringia.qualify.serving import scenarios
 from beringia.qualify.sound_reference import (
     Reference,
@@ -22,9 +24,11 @@ from beringia.qualify.sound_reference import (
     keeping_its_bounds,
     raising_nothing,
 )
-from beringia.qualify.subject import Subject
+from beringia.qualify.subject import DecoderSubject, Subject
+from beringia.qualify.subject_check import check_subject
 from beringia.qualify.trace import Trace, TraceExtent, Tracer, moved_by_rounding
 from beringia.qualify.wrong_calls import USED_AT_MOST, error_key
+from beringia.records.identity import ChipIdentity
 from beringia.records.signature import load_or_create_key
 
 DRAWS = 4
@@ -41,20 +45,26 @@ def make_bundle(
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     key: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
+    rounded: bool = False,
 ) -> None:
     """Record `subject` on `chip` into a bundle at `path`, signed with the private key at `key` (None: this machine's);
-    `say` hears what is being done.
+    `say` hears what is being done. `rounded`: on the CPU, with float64's results, rounded once, in the place of its own
+    (`rounded_float64.py`); the bundle says so.
 
     Raises Refusal, before anything is written, for a reference that is not sound (`sound_reference.py`), InputError for
-    a model, or a dtype, that gives no numbers.
+    a subject that is not the same every time, and a model, or a dtype, that gives no numbers.
     """
+    if not isinstance(subject, DecoderSubject):
+        say("what the subject gives")
+        check_subject(subject, max(plan.batches, plan.steps, 2))
     tracer = Tracer(subject, plan)
     say("float64 on the CPU")
     exact, routes = tracer.in_float64()
     check_has_numbers(exact, subject.name)
     reference = Reference(chip, subject, dtype, routes, plan)
     capture = CallCapture(limit_bytes)
-    with raising_nothing(reference):
+    computing: Callable[[], AbstractContextManager[object]] = RoundedFloat64 if rounded else nullcontext
+    with raising_nothing(reference), computing():
         recording, bounded, traffic = _recorded(reference, tracer, exact, capture, say)
     errors = {
         error_key(check.module, check.operator, check.direction, check.ordinal): (
@@ -83,7 +93,7 @@ def make_bundle(
             "unlike": len(routes.unlike),
             "scenarios": [*scenarios(tracer.servings), *tracer.unlike_words],
             "untried": list(subject.untried(whole=plan.whole)),
-            "reference": chip.identity,
+            "reference": _rounded(chip.identity) if rounded else chip.identity,
             "errors": errors,
             "calls_left_out": capture.left_out,
         },
@@ -93,6 +103,10 @@ def make_bundle(
         capture.calls,
         load_or_create_key(key),
     )
+
+
+def _rounded(identity: ChipIdentity) -> ChipIdentity:
+    return identity.model_copy(update={"sku": f"{identity.sku}, float64's results rounded"})
 
 
 def _recorded(

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beringia.qualify.operators.float64 import NotKnown, in_float64
 from beringia.qualify.operators.parts import in_parts
-from beringia.qualify.operators.watch import Call, Place, changed, tensors_in, written_arguments, written_values
+from beringia.qualify.operators.watch import Call, Place, as_they_are, results_of
 
 _NOWHERE = Place("", "", "forward", 0, 0)
 
@@ -33,12 +33,9 @@ class RoundedFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         kwargs = kwargs or {}
         if func.is_view:
             return func(*args, **kwargs)
-        writes = written_arguments(func)
-        before = tuple(_copied(value) if place in writes else value for place, value in enumerate(args))
-        before_named = {name: _copied(value) if name in writes else value for name, value in kwargs.items()}
+        before, before_named = as_they_are(func, args, kwargs, torch.clone)
         result = func(*args, **kwargs)
-        written = list(tensors_in(written_values(func, args, kwargs)))
-        results = (*written, *(one for one in tensors_in(result) if not any(one is other for other in written)))
+        results = results_of(func, args, kwargs, result)
         if any(_is_rounded(one) for one in results):
             _replace(Call(_NOWHERE, func, before, before_named, results))
         return result
@@ -58,7 +55,3 @@ def _replace(call: Call) -> None:
 
 def _is_rounded(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype != torch.float64
-
-
-def _copied(value: Any) -> Any:
-    return changed(value, torch.clone)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -125,6 +125,10 @@ class Subject(ABC):
         """Batches of one training step, whose gradients are added up: of unlike sizes and lengths, some of their
         targets ignored. None where nobody knows how to say so."""
         return ()
+
+    def micro_batches_in_words(self, batches: Sequence[Batch]) -> str:
+        """What that step is, for who reads a certificate."""
+        raise NotImplementedError
 
     def targets_in(self, batch: Batch) -> int:
         """How many targets its loss is the mean over; asked only of a subject that has such batches."""
@@ -258,6 +262,10 @@ class DecoderSubject(Subject):
     def micro_batches(self, *, whole: bool) -> tuple[Batch, ...]:
         return unlike_batches.micro_batches(self._tokens, *self._size, self.run_tokens, whole=whole)
 
+    def micro_batches_in_words(self, batches: Sequence[Batch]) -> str:
+        sizes = [" x ".join(map(str, batch["labels"].shape)) for batch in batches]
+        return f"a step over batches of {' and '.join(sizes)} tokens, some targets ignored"
+
     def untried(self, *, whole: bool) -> tuple[str, ...]:
         serving = ways_of_serving.untried(*self._size, whole=whole)
         return (*serving, *unlike_batches.untried(*self._size, self.run_tokens, whole=whole))
@@ -366,6 +374,16 @@ class ModuleSubject(Subject):
 
     def outputs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return self.compute_outputs(model, batch)
+
+    def micro_batches(self, *, whole: bool) -> tuple[Batch, ...]:
+        """Two of its batches, each for half: how unlike they are, its maker decides."""
+        return self.batches(0), self.batches(1)
+
+    def micro_batches_in_words(self, batches: Sequence[Batch]) -> str:
+        return f"a step over {len(batches)} batches, their gradients added up"
+
+    def targets_in(self, batch: Batch) -> int:
+        return 1
 
     def fingerprint(self) -> ModelFingerprint:
         model = self.build()

@@ -3,7 +3,7 @@
 A trace has three parts. From the same weights, each of several batches gives its loss, its outputs and its gradients;
 so forward and backward pass are seen without what an optimizer makes of them. The same weights are served in several
 ways (`serving.py`), and give gradients that are added up over unlike batches (`unlike_batches.py`). Then training steps
-from those weights give losses and the update of the weights.
+from those weights give losses, the update of the weights, and what buffers are then.
 
 Two traces are compared by distances between their sketches. A sketch of a tensor with more than `WIDTH` elements adds
 its elements up, with random signs, in `WIDTH` places: sketches of differences are differences of sketches, and their
@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from beringia.chips.chip import Chip
 from beringia.machine.memory import return_freed_memory
 from beringia.numerics.metrics import UNIT_ROUNDOFF
 from beringia.numerics.replay import Taps
+from beringia.qualify.operators.float64 import to_wide
 from beringia.qualify.operators.watch import in_backward
 from beringia.qualify.serving import Around, Serving, Step
 from beringia.qualify.subject import TRAINING, Batch, Routes, Subject, nothing_around, on_device
@@ -55,10 +56,12 @@ class RoundingDraw:
     dtype: torch.dtype
 
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A parameter, moved."""
+        """A parameter, moved; whole numbers and truth values are not rounded."""
+        if not (weight.is_floating_point() or weight.is_complex()):
+            return weight
         # A unit in the last place is two roundoffs.
         largest = 2.0 * UNIT_ROUNDOFF[self.dtype] * _adding_up(weight, self.dtype)
-        return (weight.double() * (1.0 + largest * self._drawn(name, weight.shape))).to(weight.dtype)
+        return (to_wide(weight) * (1.0 + largest * self._drawn(name, weight.shape))).to(weight.dtype)
 
     def moving_results(self) -> AbstractContextManager[object]:
         """Inside, products and sums of the backward pass are off by what adding them up costs, and elementary functions
@@ -145,7 +148,7 @@ class TraceExtent:
 @dataclass(frozen=True)
 class Trace:
     """Sketches by name (`outputs/0`, `gradient/0/model.norm.weight`, `decode`, `serve/decoding 1 at 597`,
-    `accumulated/model.norm.weight`, `update/model.norm.weight`); losses."""
+    `accumulated/model.norm.weight`, `update/model.norm.weight`, `buffer/norm.running_mean`); losses."""
 
     sketches: Mapping[str, torch.Tensor]
     losses_K: torch.Tensor
@@ -187,8 +190,7 @@ class Tracer:
     @property
     def unlike_words(self) -> tuple[str, ...]:
         """What a training step over its unlike batches is, for who reads a certificate."""
-        sizes = [" x ".join(map(str, batch["labels"].shape)) for batch in self._unlike]
-        return (f"a step over batches of {' and '.join(sizes)} tokens, some targets ignored",) if sizes else ()
+        return (self._subject.micro_batches_in_words(self._unlike),) if self._unlike else ()
 
     def in_float64(self) -> tuple[Trace, ChosenRoutes]:
         """On the CPU, and the routes for all others."""
@@ -401,8 +403,23 @@ class Tracer:
         begin_step()
         updates: dict[str, torch.Tensor] = {}
         for name, parameter in model.named_parameters():
-            updates |= sketches_of(f"update/{name}", name, parameter.detach().cpu().double() - before[name])
+            updates |= sketches_of(f"update/{name}", name, _change_of(before[name], parameter.detach().cpu()))
+        for name, buffer in kept_buffers(model):
+            updates |= sketches_of(f"buffer/{name}", name, buffer)
         return losses, chosen, updates
+
+
+def kept_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those that a checkpoint of the model has: what passes may change beside its parameters."""
+    kept = model.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def _change_of(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """In float64; of whole numbers and truth values, which are other ones."""
+    if now.is_floating_point() or now.is_complex():
+        return to_wide(now) - to_wide(before)
+    return (now != before).double()
 
 
 def make_optimizer(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
@@ -420,10 +437,15 @@ def sketch(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
     Infinities and NaN have sketches of their own (`not_finite`): here they are zeros.
     """
-    flat = tensor.detach().cpu().flatten()
+    flat = _as_reals(tensor.detach().cpu()).flatten()
     found = _added_with_signs(name, flat)
     # A sum is finite only if its terms are.
     return found if _all_finite(found) else _added_with_signs(name, flat.double().nan_to_num(0.0, 0.0, 0.0))
+
+
+def _as_reals(tensor: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as pairs."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _added_with_signs(name: str, flat: torch.Tensor) -> torch.Tensor:
@@ -455,7 +477,7 @@ _APART = 1e200
 def sketches_of(name: str, kind: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensor's sketch under its name, and, if not all is finite, the one that says what is not. `kind`: what the
     signs are drawn from."""
-    flat = tensor.detach().cpu().flatten()  # a faulty chip must not judge itself
+    flat = _as_reals(tensor.detach().cpu()).flatten()  # a faulty chip must not judge itself
     found = _added_with_signs(kind, flat)
     if _all_finite(found) or _all_finite(flat):
         return {name: found}

@@ -84,6 +84,8 @@ class _State:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.too_late = False
+        """Whether this process had made a backward pass before the device was there."""
         self.device = _CPU
         self.handlers: dict[OpOverload, Handler] = {}
         self.kernels: Mapping[OpOverload, Kernel] = {}
@@ -101,19 +103,35 @@ def register(name: str = "emu", module_extras: Mapping[str, Any] | None = None) 
     """Make the device exist as `<name>:0`; a second call with the same name does nothing.
 
     `module_extras` become attributes of `torch.<name>`, beside those that every device module has.
-    Raises ChipUnavailable when this process already has a device with another name (torch has room for one).
+    Raises ChipUnavailable when this process already has a device with another name (torch has room for one), or has
+    made a backward pass without it.
     """
     if _state.name is None:
         _register_once(name)
+        _state.too_late = not _backward_works()
     elif _state.name != name:
         raise ChipUnavailable(
             f"A device called {name!r} was asked for, but this process already has {_state.name!r}, and torch has room "
             "for one plugin device: start another process."
         )
+    if _state.too_late:
+        raise ChipUnavailable(
+            f"The device {name!r} was asked for in a process that has made a backward pass without it, and torch takes "
+            "no new device then: open the chip before (beringia.chip), or start another process."
+        )
     module = getattr(torch, name)
     for attribute, value in (module_extras or {}).items():
         setattr(module, attribute, value)
     return _state.device
+
+
+def _backward_works() -> bool:
+    """Torch makes the queues of its backward passes in the first one, for the devices that there are then."""
+    try:
+        torch.ones(1, device=_state.device, requires_grad=True).neg().backward()  # type: ignore[no-untyped-call]  # untyped in torch
+    except RuntimeError:
+        return False
+    return True
 
 
 def install(kernels: Mapping[OpOverload, Kernel], interposers: Sequence[Interposer] = ()) -> None:

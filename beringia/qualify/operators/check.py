@@ -3,7 +3,8 @@
 Five measures, each blind to what the others see:
 
 - the worst element, against a bound that holds for every element: gross and local errors
-- the root mean square error, against what storing and adding up cost, twice: errors everywhere, each within its bound
+- the root mean square error, against what storing and adding up cost and a quarter more: errors everywhere, each within
+  its bound
 - the signed error: rounding to nearest cancels in it, truncation and wrong factors add up
 - small numbers that became zero
 - infinities and NaN where float64 has none, or the other way round
@@ -34,7 +35,7 @@ from beringia.qualify.operators.bounds import (
 )
 from beringia.qualify.operators.float64 import NotKnown, in_float64, to_wide
 from beringia.qualify.operators.form import dtypes_due, wrong_form
-from beringia.qualify.operators.named_places import are_indices, lying_there, outside, result_of_places
+from beringia.qualify.operators.named_places import are_indices, lying_there, named_again, outside, result_of_places
 from beringia.qualify.operators.parts import in_parts
 from beringia.qualify.operators.watch import Call, RefusedCall, tensors_in
 from beringia.records.certificate import Measure, OperatorCheck
@@ -159,19 +160,18 @@ def _with_places_read(
         return results, references, None
     beyond, named = outside(call, found), lying_there(call, due)
     results[place], references[place] = torch.where(beyond, named, lying_there(call, found)), to_wide(named)
-    return results, references, _pointing_at_nothing(found, due, beyond) if bool(beyond.any()) else None
+    again = named_again(call, found)
+    if bool(beyond.any()):
+        return results, references, _wrong_places(found, due, beyond, "an index is one of an element that there is")
+    if bool(again.any()):
+        return results, references, _wrong_places(found, due, again, "each element is named once")
+    return results, references, None
 
 
-def _pointing_at_nothing(found: torch.Tensor, exact: torch.Tensor, beyond: torch.Tensor) -> Judged:
-    element = _largest_in(beyond)
+def _wrong_places(found: torch.Tensor, exact: torch.Tensor, wrong: torch.Tensor, reason: str) -> Judged:
+    element = _largest_in(wrong)
     here, there = float(found[element]), float(exact[element])
-    measure = Measure(
-        name=WRONG_INTEGERS,
-        value=float(beyond.sum()),
-        bound=0.5,
-        unit="elements",
-        reason="an index is one of an element that there is",
-    )
+    measure = Measure(name=WRONG_INTEGERS, value=float(wrong.sum()), bound=0.5, unit="elements", reason=reason)
     return (measure,), _Worst(element, here, there, abs(here - there), 0.5), None
 
 

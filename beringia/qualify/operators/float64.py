@@ -17,7 +17,7 @@ import torch
 from torch._ops import OpOverload
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF, accumulation_floor, rounding_floor
-from beringia.qualify.operators.watch import Call, changed, tensors_in, written_arguments, written_values
+from beringia.qualify.operators.watch import Call, changed, results_of, written_arguments
 from beringia.qualify.refusals import REFUSALS, first_line
 
 _WIDE = torch.float64
@@ -47,15 +47,14 @@ def evaluate(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     writes = written_arguments(func)
     wide_args = tuple(_wide(value, copy=place in writes) for place, value in enumerate(args))
     wide_kwargs = {name: _wide(value, copy=name in writes) for name, value in kwargs.items()}
-    for name in ("half_to_float",):
-        place = [argument.name for argument in func._schema.arguments].index(name) if _has(func, name) else -1
-        if 0 <= place < len(wide_args):
-            wide_args = (*wide_args[:place], False, *wide_args[place + 1 :])
+    place = _place_of(func, "half_to_float")
+    if place is not None and place < len(wide_args):
+        wide_args = (*wide_args[:place], False, *wide_args[place + 1 :])
     try:
         result = func(*wide_args, **wide_kwargs)
     except REFUSALS as error:  # `_scaled_mm` takes nothing but 8 bits
         raise NotKnown(first_line(error)) from error
-    return _written_first(written_values(func, wide_args, wide_kwargs), result)
+    return results_of(func, wide_args, wide_kwargs, result)
 
 
 def in_own_dtypes(call: Call, device: str) -> tuple[torch.Tensor, ...]:
@@ -72,12 +71,7 @@ def in_own_dtypes(call: Call, device: str) -> tuple[torch.Tensor, ...]:
         result = call.func(*args, **kwargs)
     except REFUSALS as error:
         raise NotKnown(first_line(error)) from error
-    return _written_first(written_values(call.func, args, kwargs), result)
-
-
-def _written_first(written: list[Any], result: Any) -> tuple[torch.Tensor, ...]:
-    first = list(tensors_in(written))
-    return (*first, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in first)))
+    return results_of(call.func, args, kwargs, result)
 
 
 def to_wide(tensor: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
@@ -98,8 +92,9 @@ def _wide(value: Any, *, copy: bool) -> Any:
     return changed(value, lambda tensor: to_wide(tensor, copy=copy))
 
 
-def _has(func: OpOverload, name: str) -> bool:
-    return any(argument.name == name for argument in func._schema.arguments)
+def _place_of(func: OpOverload, name: str) -> int | None:
+    names = [argument.name for argument in func._schema.arguments]
+    return names.index(name) if name in names else None
 
 
 @dataclass(frozen=True)
@@ -121,9 +116,10 @@ class Attention:
 
     @staticmethod
     def of(call: Call) -> Attention | None:
-        """The attention that a call is, or None."""
+        """The attention that a call is, or None. Of torch's own operators alone: a maker's may lay its arguments out
+        otherwise under the same names (`npu_fusion_attention` says so in `input_layout`), or mask by other ones."""
         name = call.func.overloadpacket.__name__
-        if "attention" not in name:
+        if "attention" not in name or call.func.namespace != "aten":
             return None
         given = {
             argument.name: value for argument, value in zip(call.func._schema.arguments, call.args, strict=False)

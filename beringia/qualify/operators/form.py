@@ -2,9 +2,9 @@
 
 Shapes, layouts and the dtypes of integers are those of the call in float64; floating dtypes are those of the arguments,
 or, where these differ or name another, what torch says without computing (its meta device), or else what the same call
-gives on the CPU; attention's, which no two chips call alike, are its queries' or those of what a gradient is of.
-Strides are the chip's own affair: numbers are compared by index. So is the form of what an operator hands to its own
-backward pass beside its result (a log-sum-exp, a norm's deviations).
+gives on the CPU; attention's, which no two chips call alike, are its queries' or those of what a gradient is of. What
+the same call gives on the CPU is right, too. Strides are the chip's own affair: numbers are compared by index. So is
+the form of what an operator hands to its own backward pass beside its result (a log-sum-exp, a norm's deviations).
 """
 
 from __future__ import annotations
@@ -34,11 +34,25 @@ def wrong_form(call: Call, exact: tuple[torch.Tensor, ...], dtypes: Sequence[tor
         return WrongForm(f"{len(call.results)} results where torch gives {len(due)}", has_numbers=False)
     for place, (found, one) in enumerate(zip(call.results, due, strict=False)):
         dtype = _due(found, one, dtypes[place] if place < len(dtypes) else None)
-        here, there = _form(found.shape, found.dtype, found.layout), _form(one.shape, dtype, one.layout)
-        if here != there:
+        here, there = _form_of(found), _form(one.shape, dtype, one.layout)
+        if here != there and not _so_on_the_cpu(call, place, found):
             comparable = (found.shape, found.layout) == (one.shape, one.layout)
             return WrongForm(f"{here} where torch gives {there}", has_numbers=comparable)
     return None
+
+
+def _so_on_the_cpu(call: Call, place: int, found: torch.Tensor) -> bool:
+    """Whether the call has a result of that very form here: what torch says without computing, and the rule of one
+    dtype among the arguments, are not what its kernels do in every mixture of dtypes (`weight_norm`, `group_norm`)."""
+    try:
+        results = in_own_dtypes(call, "cpu")
+    except NotKnown:
+        return False
+    return place < len(results) and _form_of(results[place]) == _form_of(found)
+
+
+def _form_of(tensor: torch.Tensor) -> str:
+    return _form(tensor.shape, tensor.dtype, tensor.layout)
 
 
 def _due(found: torch.Tensor, exact: torch.Tensor, known: torch.dtype | None) -> torch.dtype:

@@ -30,6 +30,8 @@ _RESULT = {
     "argsort": 0,
 }
 """Which result of an operator has places in its first argument."""
+_EACH_ONCE = frozenset({"topk", "sort", "argsort"})
+"""Operators that name several places in a row, and none twice."""
 _LAST_DIMENSION = frozenset({"topk", "sort", "argsort", "kthvalue", "mode"})
 """Operators that look along the last dimension where none is given; others, at all elements."""
 
@@ -65,6 +67,19 @@ def outside(call: Call, indices: torch.Tensor) -> torch.Tensor:
     source, dim = _searched(call)
     places = indices.long()
     return (places < 0) | (places >= source.shape[dim])
+
+
+def named_again(call: Call, indices: torch.Tensor) -> torch.Tensor:
+    """Which indices name an element that another one of the same row names already, where an operator names each but
+    once."""
+    if _name(call) not in _EACH_ONCE or indices.dim() == 0:
+        return torch.zeros_like(indices, dtype=torch.bool)
+    _, dim = _searched(call)
+    ordered, order = indices.long().sort(dim=dim)
+    again = torch.zeros_like(ordered, dtype=torch.bool)
+    count = indices.shape[dim]
+    again.narrow(dim, 1, count - 1).copy_(ordered.narrow(dim, 1, count - 1) == ordered.narrow(dim, 0, count - 1))
+    return torch.empty_like(again).scatter_(dim, order, again)
 
 
 def _searched(call: Call) -> tuple[torch.Tensor, int]:

@@ -182,19 +182,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
             self._noted.append((torch._C._autograd._get_sequence_nr(), self._stack[-1]))
         if self._paused or func.is_view or func.namespace in _NOT_OF_THE_MODEL or _packet(func) in _NOT_COMPUTED:
             return func(*args, **kwargs)
-        writes = written_arguments(func)
-        kept = tuple(_copied(value) if place in writes else value for place, value in enumerate(args))
-        kept_kwargs = {name: _copied(value) if name in writes else value for name, value in kwargs.items()}
+        kept, kept_kwargs = as_they_are(func, args, kwargs, _copied)
         try:
             result = func(*args, **kwargs)
         except REFUSALS as error:
             self._refuse(func, args, backward, error)
             raise
-        written = written_values(func, args, kwargs)
-        results = [
-            *tensors_in(written),
-            *(t for t in tensors_in(result) if not any(t is w for w in tensors_in(written))),
-        ]
+        results = results_of(func, args, kwargs, result)
         if any(tensor.device.type == self._device.type for tensor in (*tensors_in((args, kwargs)), *results)):
             place = self._place(func, args, backward)
             if f"{place.module}.".startswith(self._left_out):
@@ -284,6 +278,61 @@ def written_values(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, A
     ]
 
 
+def as_they_are(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], copied: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments before the operator writes any: copies of those that it writes, and of those that share memory with
+    them (`x.mul_(x)`)."""
+    written = {_memory_of(tensor) for tensor in tensors_in(written_values(func, args, kwargs))}
+    if not written:
+        return args, kwargs
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        return copied(tensor) if _memory_of(tensor) in written else tensor
+
+    return changed(args, kept), changed(kwargs, kept)
+
+
+def results_of(
+    func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+) -> tuple[torch.Tensor, ...]:
+    """What a call wrote in place, then what else it returned, lists laid flat. What an `output_mask` does not ask for
+    is no result: some chips give it all the same, and autograd drops it."""
+    written = list(tensors_in(written_values(func, args, kwargs)))
+    asked = _asked(func, args, kwargs)
+    if asked is not None and isinstance(result, tuple) and len(asked) == len(result):
+        result = tuple(one for one, wanted in zip(result, asked, strict=True) if wanted)
+    return (*written, *(tensor for tensor in tensors_in(result) if not any(tensor is one for one in written)))
+
+
+def _asked(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[bool] | None:
+    """Which of its results a backward operator is asked for; None where it is not said."""
+    place = _place_of_mask(func)
+    if place is None or place >= len(args):
+        return next((kwargs[name] for name in _MASKS if name in kwargs), None)
+    asked: Sequence[bool] = args[place]
+    return asked
+
+
+_MASKS = ("output_mask", "grad_input_mask")
+
+
+@cache
+def _place_of_mask(func: OpOverload) -> int | None:
+    names = [argument.name for argument in func._schema.arguments]
+    return next((names.index(name) for name in _MASKS if name in names), None)
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory, and for all of which that cannot be told: a chip made in Python keeps its
+    numbers where torch does not see them."""
+    try:
+        storage = tensor.untyped_storage()
+        return int(storage._cdata) if storage.data_ptr() else 0
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in nested tuples, lists and dicts, in order."""
     if isinstance(value, torch.Tensor):
@@ -317,5 +366,5 @@ def _to_cpu(value: Any) -> Any:
     return changed(value, lambda tensor: tensor.cpu().detach())
 
 
-def _copied(value: Any) -> Any:
-    return changed(value, lambda tensor: tensor.cpu().detach().clone())
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().detach().clone()

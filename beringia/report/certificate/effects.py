@@ -28,6 +28,7 @@ MARKS: dict[str, tuple[Shape, str]] = {
     "decode": ("triangle", "series-4"),
     "serve": ("triangle", "series-2"),
     "accumulated": ("circle", "series-3"),
+    "buffer": ("square", "series-4"),
     "losses": ("ring", "series-5"),
 }
 """Shape and colour of each kind."""

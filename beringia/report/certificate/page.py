@@ -25,7 +25,7 @@ from beringia.report.words import count
 
 _KINDS = {"gradient": "gradient of a parameter", "update": "update of a layer", "outputs": "outputs"}
 _KINDS |= {"decode": "decoding", "losses": "losses of training", "serve": "a way of serving"}
-_KINDS |= {"accumulated": "gradients over unlike batches"}
+_KINDS |= {"accumulated": "gradients over unlike batches", "buffer": "a buffer after training"}
 
 
 def write_certificate_page(signed: Signed[Certificate], path: Path) -> None:
