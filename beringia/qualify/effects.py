@@ -24,7 +24,7 @@ from scipy import special
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF, few
 from beringia.qualify.trace import NOT_FINITE, Trace
-from beringia.records.certificate import Measure, ProbeResult, Use
+from beringia.records.certificate import NOISE_FLOORS, REFERENCES, Measure, ProbeResult, Use
 
 EFFECT_ALLOWED = 1.5
 """Times the noise floor. Sound chips have 0.1 to 0.8 (`docs/qualify.md`); a defect that moves a gradient by twice the
@@ -284,7 +284,7 @@ def _judge_group(group: Group, far: Mapping[str, float], floor: Floor, smallest:
         reason = "distance from float64 over the reference's own, which rounds the same numbers; in the median batch"
         allowed = REFERENCE_ALLOWED * few(numbers)
         times = _effect(BESIDE_REFERENCE, statistics.median(beside), allowed, reason)
-        measures.append(times.model_copy(update={"unit": "reference's"}))
+        measures.append(times.model_copy(update={"unit": REFERENCES}))
     failed = [measure for measure in measures if measure.used > 1.0]
     of = f": {name}" if kind == "serve" else f" of {name}" if name else ""
     return ProbeResult(
@@ -322,7 +322,7 @@ def _judge_overall(
             outcome="told" if beyond else "passed",
             summary=f"what is served and learned is {value:.3g} times as far from float64 as the reference's, in all"
             + (": farther than that of any chip that is known to be sound" if beyond else ""),
-            measures=(measure.model_copy(update={"unit": "the reference's"}),),
+            measures=(measure.model_copy(update={"unit": "of the reference's"}),),
         )
     ]
 
@@ -333,7 +333,7 @@ def _beside(far: Mapping[str, float], reference: Mapping[str, float], smallest: 
 
 def _effect(name: str, value: float, bound: float, reason: str) -> Measure:
     return Measure(
-        name=name, value=value if math.isfinite(value) else None, bound=bound, unit="noise floors", reason=reason
+        name=name, value=value if math.isfinite(value) else None, bound=bound, unit=NOISE_FLOORS, reason=reason
     )
 
 
@@ -389,7 +389,7 @@ def _judge_training(noise: RoundingNoise, found: Trace) -> ProbeResult:
                 name="effect",
                 value=effect if math.isfinite(effect) else None,
                 bound=bound,
-                unit="noise floors",
+                unit=NOISE_FLOORS,
                 reason="a handful of numbers that depend on each other: twice the bound of a gradient; no less is "
                 "allowed than to the reference",
             ),

@@ -28,7 +28,7 @@ from beringia.qualify.operators.check import judge_tensor
 from beringia.qualify.operators.float64 import Attention
 from beringia.qualify.refusals import REFUSALS, raised_words
 from beringia.qualify.trace import moved_by_rounding
-from beringia.records.certificate import Direction, Measure, OperatorCheck, ProbeResult, Use
+from beringia.records.certificate import NOISE_FLOORS, Direction, Measure, OperatorCheck, ProbeResult, Use
 
 LENGTHS = (520, 2056, 8200)
 """A little past 512, 2,048 and 8,192."""
@@ -278,7 +278,7 @@ def _effect_measure(effect: float) -> Measure:
         name="effect",
         value=effect if math.isfinite(effect) else None,
         bound=EFFECT_ALLOWED,
-        unit="noise floors",
+        unit=NOISE_FLOORS,
         reason="distance from float64 in the worst block of rows, over that of operands moved by one last place",
     )
 

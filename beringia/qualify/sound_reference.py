@@ -8,7 +8,7 @@ sound. What is asked, and what none of the reference's own noise answers:
    few such calls in a trained model. So then: is the first pass farther from float64 than a candidate's may be, beside
    draws of float64's results rounded once (`rounded_float64.py`), which no kernel of the reference has touched?
 3. is its own trace as far from float64 as its draws are, in the median batch? In a single batch a rounding may tip
-   over; that counts for no more than the farthest draw does (`capped`)
+   over; that counts for no more than 1.25 times the farthest draw (`capped`)
 4. is the trace of a chip that is no CPU as near to float64 as a candidate's must be, beside draws of this machine's
    CPU? What is wrong in no operator and in no layer, as a loss may be, is in all that the reference draws itself
 5. is a way of serving, or the gradient over unlike batches, as far from float64, for its size, as the batches are? A
@@ -64,7 +64,8 @@ from beringia.qualify.wrong_calls import USED_AT_MOST, is_grave
 from beringia.records.certificate import OperatorCheck, ProbeResult
 
 SOUND_DRAWS = 3
-"""Of the first pass: outputs, every gradient, a step of decoding; made only where something is beyond its bound."""
+"""Of the first pass (outputs, every gradient, a step of decoding) where something is beyond its bound; of the whole
+trace for a reference that is no CPU; and of scenarios that stand out."""
 LAYER_DRAWS = 1
 """Of each layer where what it shows is looked at again: its tensors have thousands of elements, over which norms are
 even."""

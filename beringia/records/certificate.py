@@ -66,12 +66,18 @@ class Measure(Record):
         return abs(self.value) / self.bound
 
 
+NOISE_FLOORS = "noise floors"
+"""Unit of effects: a distance from float64 over that of the reference's draws."""
+REFERENCES = "reference's"
+"""Unit of a distance from float64 over the reference's own."""
+
+
 class ProbeResult(Record):
     """What one probe found."""
 
     probe: str
-    """`arithmetic`, `operators`, `lengths`, `layers`, `experts`, `repeat`, `lockstep`, `collectives`, `memory`, `soak`
-    or `speed`."""
+    """`arithmetic`, `operators`, `lockstep`, `repeat`, `layers`, `experts`, `clipping`, `replay`, `lengths`,
+    `reference`, `collectives`, `memory`, `soak` or `speed`."""
     subject: str
     """What was looked at: a layer, a collective, a length, a dtype."""
     outcome: Literal["passed", "failed", "inconclusive", "told"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from beringia.records.certificate import ProbeResult
+from beringia.records.certificate import NOISE_FLOORS, REFERENCES, ProbeResult
 from beringia.report.certificate.model_map import layer_of
 from beringia.report.charts import Chart, Scale, Shape, log_range, log_ticks, mark, text_width
 from beringia.report.words import count, significant
@@ -66,7 +66,7 @@ def effects_of(probes: Sequence[ProbeResult]) -> list[Effect]:
     """Every effect that lockstep found; the loss, which is in nats, is no effect."""
     found = []
     for probe in probes:
-        effects = [measure for measure in probe.measures if measure.unit in ("noise floors", "reference's")]
+        effects = [measure for measure in probe.measures if measure.unit in (NOISE_FLOORS, REFERENCES)]
         if probe.probe == "lockstep" and effects:
             worst = max(effects, key=lambda measure: measure.used)
             found.append(Effect(_kind(probe), _row(probe), probe.subject, worst.value, worst.bound))
@@ -103,7 +103,8 @@ def effects_caption(effects: Sequence[Effect]) -> str:
     return words + (
         " The effect is the distance from float64, over that of the reference chip whose weights were moved as "
         "rounding may move them; the bound is 1.5, twice that for losses of training, and more where draws were far "
-        "apart themselves. Each mark tells both."
+        "apart themselves. In 16 bits it is also the distance over the reference's own, where that uses more of its "
+        "bound, 1.6. Each mark tells both."
     )
 
 

@@ -28,9 +28,9 @@ from beringia.numerics.replay import REFERENCE_DTYPE
 from beringia.train.guard.finding import Finding
 
 PROJECTION_ALLOWED = 2.0
-"""A projected error is larger than the norm of the error by chance; for errors spread over at least eight rows, by a
-factor of two less than once in 10^9 (chi-squared with as many degrees of freedom), and the floors are far from
-reached."""
+"""A projected error is larger than the norm of the error by chance: by a factor of two, for errors spread over 22 rows
+or more, less than once in 10^9 (chi-squared with as many degrees of freedom); over eight once in 10^4, and then the
+floors are far from reached."""
 DETECTOR = "products"
 
 _aten = torch.ops.aten

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 BLOCK_STEPS = 16
 """Steps planned at once; with several ranks also how often they talk about it."""
 LONGEST_GAP_STEPS = 96
-"""A kind runs at least this often whatever it costs, so that a slow host weakens a guard but never blinds it."""
+"""A kind that has not run for so long is planned whatever it costs, in the next block: so every kind runs at least
+every 112 steps, and a slow host weakens a guard but never blinds it."""
 _COSTS_REMEMBERED = 9
 AIMED = 0.7
 """Part of the share that is planned with. The rest is for what cannot be told from the step itself: hooks that keep a
