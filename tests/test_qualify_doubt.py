@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beringia.qualify.doubt import NEAR, doubt
-from beringia.qualify.effects import OVERALL
+from beringia.qualify.doubt import ALONE, LITTLE, NEAR, doubt, left_open
+from beringia.qualify.effects import BESIDE_REFERENCE, OVERALL
 from beringia.qualify.verdict import judge
 from beringia.records.certificate import Measure, OperatorCheck, ProbeResult
 
@@ -77,3 +77,29 @@ def test_the_reason_names_the_operator_and_what_is_near_its_bound() -> None:
     (open_question,) = doubt([RIGHT, WRONG], [effect(0.2), effect(0.9, "gradient model.norm.weight")])
     assert "model.layers.0.mlp: aten.mm.default (forward, call 0) is wrong (4 times its bound)" in open_question.summary
     assert "90% of a bound is used by gradient model.norm.weight" in open_question.summary
+
+
+def beside(used: float, subject: str = "decode") -> ProbeResult:
+    """Judged beside the reference's own distance."""
+    measure = Measure(name=BESIDE_REFERENCE, value=1.6 * used, bound=1.6, reason="")
+    return effect(used, subject, measures=(measure,), rules_out="infer")
+
+
+@given(used=st.lists(st.floats(0.0, 2.0), min_size=1, max_size=6), other=st.floats(0.0, 1.2))
+def test_what_leaves_a_bound_by_little_is_left_open_where_nothing_else_is_beyond_one(
+    used: list[float], other: float
+) -> None:
+    effects = [*(beside(one, f"gradient {number}") for number, one in enumerate(used)), effect(other, "losses")]
+    found = left_open(effects)
+    beyond, most = sum(one > 1.0 for one in used), max(used)
+    little = other <= 1.0 and beyond > 0 and (most <= LITTLE or (beyond == 1 and most <= ALONE))
+    expected = "inconclusive" if little else "failed"
+    for before, after in zip(effects, found, strict=True):
+        assert after.outcome == (expected if before.outcome == "failed" else before.outcome)
+        assert after.measures == before.measures and after.rules_out == before.rules_out
+    if little:
+        assert verdict(found, [WRONG]) == "inconclusive"
+
+
+def test_an_effect_beyond_the_draws_is_never_left_open() -> None:
+    assert left_open([effect(1.01)]) == [effect(1.01)]

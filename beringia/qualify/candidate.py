@@ -20,7 +20,7 @@ from beringia.qualify.capture import replay
 from beringia.qualify.choices import departed_choice, probe_choices
 from beringia.qualify.clipping import departed_clipping, probe_clipping
 from beringia.qualify.departure import first_departure
-from beringia.qualify.doubt import doubt
+from beringia.qualify.doubt import doubt, left_open
 from beringia.qualify.effects import judge_served, judge_trace
 from beringia.qualify.evidence import Begun, Checked, Departed, Fact, Probed, Unrepeatable, failure
 from beringia.qualify.hardware.memory import probe_memory
@@ -92,12 +92,12 @@ def _probed(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Ite
     if recording.served is not None:
         yield Begun(probe="lockstep")
         with judging("what it serves was"):
-            served = judge_served(bundle.noise, recording.served)
+            served = left_open(judge_served(bundle.noise, recording.served))
         for result in served:
             yield Probed(result=result)
     if recording.trace is not None:
         with judging("the trace was"):
-            effects = judge_trace(bundle.noise, recording.trace)
+            effects = left_open(judge_trace(bundle.noise, recording.trace))
         yield from _lockstep(recording, effects)
         all_right = not any(check.used > 1.0 for check in checks)
         again: list[Fact] = [*look_again(recorder, bundle.manifest.errors, checks, effects)]
