@@ -84,8 +84,9 @@ class World:
         from beringia.qualify.effects import RoundingNoise
         from beringia.qualify.recording import Recorder
         from beringia.qualify.reference import DRAWS as REFERENCE_DRAWS
+        from beringia.qualify.rounding_draw import RoundingDraw
         from beringia.qualify.subject import DecoderSubject
-        from beringia.qualify.trace import TraceExtent, Tracer, moved_by_rounding
+        from beringia.qualify.trace import TraceExtent, Tracer
         from beringia.qualify.wrong_calls import error_key
 
         self.dtype = torch.bfloat16
@@ -99,7 +100,7 @@ class World:
         recording = recorder.record(self.tracer, self.routes)
         draws = [
             self.tracer.on_chip(
-                chip, self.dtype, self.routes, begin_step=lambda: None, change=moved_by_rounding(draw, self.dtype)
+                chip, self.dtype, self.routes, begin_step=lambda: None, change=RoundingDraw(draw, self.dtype)
             )
             for draw in range(REFERENCE_DRAWS)
         ]
@@ -236,12 +237,12 @@ class Sound:
 
     def __init__(self, world: World, name: str) -> None:
         from beringia.qualify.recording import Recorder
-        from beringia.qualify.trace import moved_by_rounding
+        from beringia.qualify.rounding_draw import RoundingDraw
 
         chip = open_chip(name)
         self.harm = Harm(world, chip, change=None, routes=None)
         draws = [
-            Harm(world, chip, change=moved_by_rounding(100 + draw, world.dtype), routes=self.harm.routes)
+            Harm(world, chip, change=RoundingDraw(100 + draw, world.dtype), routes=self.harm.routes)
             for draw in range(DRAWS)
         ]
         self.decode_floor = _pooled([by_batch(draw.decoded, self.harm.decoded) for draw in draws])

@@ -68,8 +68,10 @@ from beringia.data.tokenizer import write_tokenizer  # noqa: E402
 from beringia.model import Decoder, DecoderConfig, KeyValueCache, initialise, save_model  # noqa: E402
 from beringia.qualify.effects import RoundingNoise, distances, judge_outputs, judge_trace  # noqa: E402
 from beringia.qualify.reference import DRAWS  # noqa: E402
+from beringia.qualify.rounding_draw import Change, RoundingDraw  # noqa: E402
+from beringia.qualify.sketches import sketch  # noqa: E402
 from beringia.qualify.subject import Batch, DecoderSubject  # noqa: E402
-from beringia.qualify.trace import Change, Trace, TraceExtent, Tracer, moved_by_rounding, sketch  # noqa: E402
+from beringia.qualify.trace import Trace, TraceExtent, Tracer  # noqa: E402
 from beringia.records.certificate import ProbeResult  # noqa: E402
 
 Outputs = list[torch.Tensor]
@@ -101,7 +103,7 @@ class World:
         tracer = Tracer(subject, plan)
         exact, self.routes = tracer.in_float64()
         self.eager = self.trace(tracer)
-        draws = [self.trace(tracer, moved_by_rounding(seed, dtype)) for seed in range(DRAWS)]
+        draws = [self.trace(tracer, RoundingDraw(seed, dtype)) for seed in range(DRAWS)]
         self.noise = RoundingNoise.of(exact, self.eager, draws)
         self.exact_outputs = self.outputs(subject, torch.float64)
         self.eager_outputs = self.outputs(subject, dtype)

@@ -18,7 +18,6 @@ from beringia.numerics.metrics import UNIT_ROUNDOFF, few
 from beringia.qualify.effects import (
     EFFECT_ALLOWED,
     LOSS_MARGIN,
-    POWER_NEEDED,
     RoundingNoise,
     _interval,
     cell_of,
@@ -29,20 +28,11 @@ from beringia.qualify.effects import (
     numbers_of,
     power_of,
 )
+from beringia.qualify.rounding_draw import DOCUMENTED_ULPS, RoundingDraw
+from beringia.qualify.sketches import WIDTH, sketch, sketches_of
 from beringia.qualify.subject import DecoderSubject
-from beringia.qualify.trace import (
-    ELEMENTARY_ULPS,
-    WIDTH,
-    ChosenRoutes,
-    RoundingDraw,
-    Trace,
-    TraceExtent,
-    Tracer,
-    moved_by_rounding,
-    sketch,
-    sketches_of,
-)
-from beringia.records.certificate import ProbeResult
+from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer
+from beringia.records.certificate import POWER_NEEDED, ProbeResult
 
 BF16 = torch.bfloat16
 DRAWS = 4
@@ -94,12 +84,12 @@ def test_tensors_of_other_names_have_other_signs() -> None:
 @pytest.mark.parametrize(("dtype", "roundoff"), [(torch.float32, 2.0**-24), (BF16, 2.0**-8)])
 def test_weights_of_a_draw_move_by_up_to_a_unit_in_the_last_place(dtype: torch.dtype, roundoff: float) -> None:
     weight = random(4000).float() + 3
-    moved = moved_by_rounding(1, dtype)("w", weight)
+    moved = RoundingDraw(1, dtype)("w", weight)
     relative = ((moved.double() - weight.double()) / weight.double()).abs()
     assert relative.max() <= 2 * roundoff * 1.5 and relative.max() > 1.8 * roundoff
-    assert torch.equal(moved, moved_by_rounding(1, dtype)("w", weight))
-    assert not torch.equal(moved, moved_by_rounding(2, dtype)("w", weight))
-    assert not torch.equal(moved, moved_by_rounding(1, dtype)("v", weight))
+    assert torch.equal(moved, RoundingDraw(1, dtype)("w", weight))
+    assert not torch.equal(moved, RoundingDraw(2, dtype)("w", weight))
+    assert not torch.equal(moved, RoundingDraw(1, dtype)("v", weight))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +99,7 @@ def test_a_matrix_moves_by_as_much_more_as_adding_its_rows_up_costs_in_float32(
     dtype: torch.dtype, times: float
 ) -> None:
     weight = random(24000).double().reshape(1000, 24)
-    relative = (moved_by_rounding(1, dtype)("w", weight) - weight) / weight
+    relative = (RoundingDraw(1, dtype)("w", weight) - weight) / weight
     # Evenly spread between plus and minus the largest.
     assert float(relative.square().mean().sqrt()) * math.sqrt(3) == pytest.approx(
         2 * UNIT_ROUNDOFF[dtype] * times, rel=0.02
@@ -140,7 +130,7 @@ def noise_of(subject: DecoderSubject, plan: TraceExtent, exact: tuple[Trace, Cho
         def made(change: object) -> Trace:
             return tracer.on_chip(chip, BF16, exact[1], begin_step=lambda: None, change=change)  # type: ignore[arg-type]
 
-        return RoundingNoise.of(exact[0], made(None), [made(moved_by_rounding(seed, BF16)) for seed in range(DRAWS)])
+        return RoundingNoise.of(exact[0], made(None), [made(RoundingDraw(seed, BF16)) for seed in range(DRAWS)])
 
 
 @pytest.fixture(scope="module")
@@ -450,6 +440,6 @@ def test_elementary_functions_move_by_what_makers_say_where_results_are_stored_i
         found = torch.exp(x)
     relative = ((found.double() - torch.exp(x).double()) / torch.exp(x).double()).abs()
     assert (float(relative.max()) > 0) == moves
-    assert float(relative.max()) <= ELEMENTARY_ULPS * 2.0 * UNIT_ROUNDOFF[torch.float32] * 1.3
+    assert float(relative.max()) <= DOCUMENTED_ULPS * 2.0 * UNIT_ROUNDOFF[torch.float32] * 1.3
     with RoundingDraw(1, dtype).moving_results():
         assert torch.equal(x * 3 - 1, x * 3 - 1), "arithmetic stays"

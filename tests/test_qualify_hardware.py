@@ -21,12 +21,12 @@ from beringia.chips.cpu import Cpu, taken_memory_bytes, total_memory_bytes
 from beringia.chips.datasheets import datasheet_of_device
 from beringia.chips.open import open_chip
 from beringia.errors import ChipUnavailable
+from beringia.qualify.exact_measures import bytes_in_words
 from beringia.qualify.hardware import collective_cases as cases
 from beringia.qualify.hardware import collectives, memory, rates, speed
 from beringia.qualify.hardware.bandwidth import bus_bandwidth
 from beringia.qualify.hardware.collective_cases import Case, CaseReport
 from beringia.qualify.hardware.collectives import RankEnd, judge, probe_collectives
-from beringia.qualify.hardware.measures import bytes_in_words
 from beringia.qualify.hardware.memory import probe_memory
 from beringia.qualify.hardware.rank_work import ABSENT
 from beringia.qualify.hardware.soak import differing_elements, highest_rate, matrix_load, probe_soak

@@ -22,9 +22,10 @@ from beringia.qualify.operators.float64 import Attention
 from beringia.qualify.operators.watch import in_backward
 from beringia.qualify.qualification import qualify_here
 from beringia.qualify.reference import make_bundle
+from beringia.qualify.rounding_draw import RoundingDraw
 from beringia.qualify.subject import Batch, ModuleSubject
 from beringia.qualify.subject_check import check_subject
-from beringia.qualify.trace import TraceExtent, Tracer, moved_by_rounding
+from beringia.qualify.trace import TraceExtent, Tracer
 from beringia.records.certificate import Certificate
 
 aten = torch.ops.aten
@@ -260,8 +261,8 @@ def test_an_element_that_is_named_twice_is_a_wrong_integer_also_among_equal_ones
     assert found is not None and has_wrong_integers(found)
 
 
-def test_whole_numbers_among_the_parameters_are_not_moved_by_rounding() -> None:
-    change = moved_by_rounding(0, torch.bfloat16)
+def test_whole_numbers_among_the_parameters_are_not_RoundingDraw() -> None:
+    change = RoundingDraw(0, torch.bfloat16)
     for whole in (torch.arange(5), torch.tensor([True, False])):
         assert change("weight", whole) is whole
     turned = torch.ones(64, dtype=torch.complex64) * (1 + 2j)

@@ -31,6 +31,7 @@ from beringia.qualify.qualification import qualify_here
 from beringia.qualify.recording import Recorder
 from beringia.qualify.reference import make_bundle
 from beringia.qualify.rounded_float64 import RoundedFloat64
+from beringia.qualify.rounding_draw import RoundingDraw
 from beringia.qualify.sound_reference import (
     Reference,
     _check_draws,
@@ -40,7 +41,7 @@ from beringia.qualify.sound_reference import (
     keeping_its_bounds,
 )
 from beringia.qualify.subject import Batch, ModuleSubject
-from beringia.qualify.trace import ChosenRoutes, RoundingDraw, Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer
 from beringia.qualify.wrong_calls import USED_AT_MOST, beside_reference, beside_reference_again, error_key
 from beringia.records.certificate import Certificate, Measure, OperatorCheck
 from beringia.records.signature import read_signed
@@ -195,7 +196,7 @@ def test_draws_of_one_weight_which_are_all_of_one_number_may_be_uneven(dtype: to
         def traced(change: RoundingDraw | None = None) -> Trace:
             return tracer.on_chip(Cpu(), dtype, routes, begin_step=lambda: None, change=change)  # noqa: B023 (called here)
 
-        noise = RoundingNoise.of(exact, traced(), (traced(moved_by_rounding(number, dtype)) for number in range(4)))
+        noise = RoundingNoise.of(exact, traced(), (traced(RoundingDraw(number, dtype)) for number in range(4)))
         _check_draws(Reference(Cpu(), subject, dtype, routes), noise, None)
 
 

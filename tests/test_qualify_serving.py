@@ -22,8 +22,9 @@ from beringia.model.decoder import Decoder
 from beringia.qualify.effects import RoundingNoise, judge_trace
 from beringia.qualify.engine_serving import _requests
 from beringia.qualify.recording import Recorder
+from beringia.qualify.rounding_draw import RoundingDraw
 from beringia.qualify.serving import BATCHES, BLOCK_TOKENS, LEAST, LONG_QUICK, SEQUENCES, scenarios, servings, untried
-from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer
 from beringia.qualify.unlike_batches import micro_batches
 from beringia.records.certificate import ProbeResult
 
@@ -180,7 +181,7 @@ def exact() -> tuple[Trace, ChosenRoutes]:
 
 @pytest.fixture(scope="module")
 def noise(exact: tuple[Trace, ChosenRoutes]) -> RoundingNoise:
-    draws = [traced(exact, change=moved_by_rounding(seed, torch.bfloat16)) for seed in range(4)]
+    draws = [traced(exact, change=RoundingDraw(seed, torch.bfloat16)) for seed in range(4)]
     return RoundingNoise.of(exact[0], traced(exact), draws)
 
 

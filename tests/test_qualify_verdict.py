@@ -7,9 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beringia.qualify.effects import POWER_NEEDED
 from beringia.qualify.verdict import judge
-from beringia.records.certificate import Located, Measure, OperatorCheck, ProbeResult
+from beringia.records.certificate import POWER_NEEDED, Located, Measure, OperatorCheck, ProbeResult
 
 ENOUGH, THIN = 0.97, 0.5
 IMPROVES = ("unfit", "infer", "inconclusive", "train")

@@ -17,8 +17,8 @@ from torch import nn
 
 from beringia.chips.chip import Chip
 from beringia.qualify.layers import DRAWS, Traffic, moved
+from beringia.qualify.rounding_draw import RoundingDraw
 from beringia.qualify.subject import Routes, Subject
-from beringia.qualify.trace import moved_by_rounding
 from beringia.records.certificate import Departure, Measure, ProbeResult
 
 _CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def probe_choices(
         exact_MK = _chosen(subject, wide, name, traffic[name], torch.float64)
         drawn = []
         for seed in range(DRAWS):
-            with moved(plain, name, moved_by_rounding(seed, dtype)):
+            with moved(plain, name, RoundingDraw(seed, dtype)):
                 drawn.append(_others(_chosen(subject, plain, name, traffic[name], dtype), exact_MK))
         yield _judged(
             name,

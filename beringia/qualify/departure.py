@@ -22,8 +22,8 @@ from beringia.numerics.metrics import rounding_floor
 from beringia.numerics.replay import Call, Taps, run
 from beringia.qualify.effects import EFFECT_ALLOWED, minus
 from beringia.qualify.operators.watch import changed
+from beringia.qualify.rounding_draw import RoundingDraw
 from beringia.qualify.subject import Routes, Subject, on_device
-from beringia.qualify.trace import RoundingDraw, moved_by_rounding
 from beringia.records.certificate import Departure
 
 DRAWS = 3
@@ -45,7 +45,7 @@ def first_departure(chip: Chip, subject: Subject, dtype: torch.dtype, routes: Ro
     sides = _Sides(
         subject.place(subject.build(), chip.device, dtype),
         subject.place(subject.build(), _CPU, torch.float64),
-        tuple(_moved(subject, moved_by_rounding(seed, dtype)) for seed in range(DRAWS)),
+        tuple(_moved(subject, RoundingDraw(seed, dtype)) for seed in range(DRAWS)),
     )
     calls = _calls(subject, sides.exact, routes)
     departures = (_departure(subject, sides, name, calls[name], routes, dtype) for name in _inner_first(sides.exact))

@@ -1,7 +1,7 @@
 """Whether what a chip does to a model differs by more than rounding does: its trace against float64 and noise.
 
 The noise floor comes from draws: traces of the reference chip from weights that were moved as rounding may move them
-(`trace.moved_by_rounding`). A chip's distance from float64 over that of the draws is its *effect*; soundly different
+(`trace.RoundingDraw`). A chip's distance from float64 over that of the draws is its *effect*; soundly different
 chips have effects well below 1, because all round the same numbers to the same dtype. Where a rounding may tip a batch
 over, as in a trained model, draws are far apart themselves: no less is allowed to a chip.
 
@@ -23,7 +23,8 @@ import torch
 from scipy import special
 
 from beringia.numerics.metrics import UNIT_ROUNDOFF, few
-from beringia.qualify.trace import NOT_FINITE, Trace
+from beringia.qualify.sketches import NOT_FINITE
+from beringia.qualify.trace import Trace
 from beringia.records.certificate import NOISE_FLOORS, REFERENCES, Measure, ProbeResult, Use
 
 EFFECT_ALLOWED = 1.5
@@ -62,7 +63,6 @@ LOSS_MARGIN = 2.0
 """Mean difference of the loss, in standard deviations of the draws' differences, that still counts as equivalent."""
 CONFIDENCE = 0.95
 """Of each of the two one-sided tests."""
-POWER_NEEDED = 0.8
 _QUANTILES = 1000
 
 

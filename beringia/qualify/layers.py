@@ -22,8 +22,8 @@ from beringia.chips.chip import Chip
 from beringia.numerics.metrics import rounding_floor
 from beringia.numerics.replay import run
 from beringia.qualify.effects import EFFECT_ALLOWED, minus
+from beringia.qualify.rounding_draw import Change, RoundingDraw
 from beringia.qualify.subject import Routes, Subject
-from beringia.qualify.trace import Change, moved_by_rounding
 from beringia.records.certificate import Measure, ProbeResult
 
 DRAWS = 3
@@ -60,7 +60,7 @@ def probe_layers(
         exact = _run(subject, wide, name, one, routes, torch.float64)
         drawn = []
         for seed in range(draws):
-            draw = moved_by_rounding(seed, dtype)
+            draw = RoundingDraw(seed, dtype)
             with moved(plain, name, draw), draw.moving_results(), drawing():
                 drawn.append(_run(subject, plain, name, one, routes, dtype))
         yield _judged(name, found, exact, drawn, dtype)

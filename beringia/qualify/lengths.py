@@ -27,7 +27,7 @@ from beringia.qualify.operators.bounds import TERMS_AT_WORST, TRUNCATION, Bound
 from beringia.qualify.operators.check import judge_tensor
 from beringia.qualify.operators.float64 import Attention
 from beringia.qualify.refusals import REFUSALS, raised_words
-from beringia.qualify.trace import moved_by_rounding
+from beringia.qualify.rounding_draw import RoundingDraw
 from beringia.records.certificate import NOISE_FLOORS, Direction, Measure, OperatorCheck, ProbeResult, Use
 
 LENGTHS = (520, 2056, 8200)
@@ -174,7 +174,7 @@ def _floors(done: _Pass, rows: torch.Tensor, length: int) -> dict[str, torch.Ten
     exact = _all_of(_attention(done, rows, length))
     squares = {name: torch.zeros_like(tensor) for name, tensor in exact.items()}
     for seed in range(_DRAWS):
-        draw = moved_by_rounding(seed, done.inputs[0].dtype)
+        draw = RoundingDraw(seed, done.inputs[0].dtype)
         # Sums run over positions: turned, so that a draw moves each operand by what adding so many up costs.
         turned = (draw(f"{place}", tensor.double().mT).mT for place, tensor in enumerate(done.inputs))
         moved = replace(done, inputs=tuple(turned), grad=draw("grad", done.grad.double().mT).mT)

@@ -13,8 +13,9 @@ from beringia.chips.cpu import Cpu
 from beringia.errors import InputError
 from beringia.qualify.bundle import Bundle
 from beringia.qualify.effects import Cell, distances
+from beringia.qualify.rounding_draw import RoundingDraw
 from beringia.qualify.subject import Routes, Subject
-from beringia.qualify.trace import Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.qualify.trace import Trace, TraceExtent, Tracer
 from beringia.records.certificate import Measure, ProbeResult
 
 FLOAT64_SHARE = 1e-3
@@ -34,7 +35,7 @@ def recompute(subject: Subject, bundle: Bundle) -> ProbeResult:
     exact, routes = tracer.in_float64()
     if not _same_routes(routes.batches[0], bundle.routes.batches[0]):
         raise _other(bundle, "other experts were chosen")
-    here = tracer.on_chip(Cpu(), dtype, routes, begin_step=lambda: None, change=moved_by_rounding(0, dtype))
+    here = tracer.on_chip(Cpu(), dtype, routes, begin_step=lambda: None, change=RoundingDraw(0, dtype))
     drawn = _of_first_batch(distances(here, exact))
     apart, wider = _float64_apart(bundle, exact), _draws_wider(bundle, drawn)
     for measure in (apart, wider):

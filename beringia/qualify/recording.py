@@ -33,8 +33,9 @@ from beringia.qualify.operators.parts import num_entries, of_entries
 from beringia.qualify.operators.watch import Call, CallCounts, Place, Watch, tensors_in
 from beringia.qualify.refusals import REFUSALS, judging
 from beringia.qualify.serving import Around, Step
+from beringia.qualify.sketches import NOT_FINITE
 from beringia.qualify.subject import TRAINING, Batch, Subject, on_device
-from beringia.qualify.trace import NOT_FINITE, ChosenRoutes, Trace, Tracer, kept_buffers, make_optimizer
+from beringia.qualify.trace import ChosenRoutes, Trace, Tracer, kept_buffers, make_optimizer
 from beringia.records.certificate import Measure, OperatorCheck
 
 WATCHED_STEPS = 2

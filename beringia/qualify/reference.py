@@ -15,6 +15,7 @@ from beringia.qualify.effects import RoundingNoise
 from beringia.qualify.layers import Traffic
 from beringia.qualify.recording import Recorder, Recording
 from beringia.qualify.rounded_float64 import RoundedFloat64
+from beringia.qualify.rounding_draw import RoundingDraw
 from beringia.qualify.serving import scenarios
 from beringia.qualify.sound_reference import (
     Reference,
@@ -26,7 +27,7 @@ from beringia.qualify.sound_reference import (
 )
 from beringia.qualify.subject import DecoderSubject, Subject
 from beringia.qualify.subject_check import check_subject
-from beringia.qualify.trace import Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.qualify.trace import Trace, TraceExtent, Tracer
 from beringia.qualify.wrong_calls import USED_AT_MOST, error_key
 from beringia.records.identity import ChipIdentity
 from beringia.records.signature import load_or_create_key
@@ -125,7 +126,7 @@ def _recorded(
     def draws() -> Iterator[Trace]:
         for seed in range(DRAWS):
             say(f"noise, draw {seed + 1} of {DRAWS}")
-            change = moved_by_rounding(seed, dtype)
+            change = RoundingDraw(seed, dtype)
             yield tracer.on_chip(chip, dtype, routes, begin_step=lambda: None, change=change)
 
     noise = RoundingNoise.of(exact, recording.trace, draws())

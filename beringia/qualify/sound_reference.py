@@ -58,8 +58,10 @@ from beringia.qualify.operators.check import wrong_form_words
 from beringia.qualify.recording import Recording, left_out_later
 from beringia.qualify.refusals import REFUSALS, raised_words
 from beringia.qualify.rounded_float64 import RoundedFloat64
+from beringia.qualify.rounding_draw import RoundingDraw
+from beringia.qualify.sketches import NOT_FINITE
 from beringia.qualify.subject import Subject
-from beringia.qualify.trace import NOT_FINITE, ChosenRoutes, Trace, TraceExtent, Tracer, moved_by_rounding
+from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer
 from beringia.qualify.wrong_calls import USED_AT_MOST, is_grave
 from beringia.records.certificate import OperatorCheck, ProbeResult
 
@@ -416,7 +418,7 @@ def _drawn(
 ) -> Iterator[Trace]:
     """Draws that the CPU makes; inside `drawing`."""
     for seed in range(SOUND_DRAWS):
-        change = moved_by_rounding(seed, reference.dtype)
+        change = RoundingDraw(seed, reference.dtype)
         with drawing():
             trace = tracer.on_chip(Cpu(), reference.dtype, reference.routes, begin_step=lambda: None, change=change)
         yield trace  # after the context: what its receiver computes is not drawn

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from beringia.qualify.effects import POWER_NEEDED
-from beringia.records.certificate import Departure, Located, ProbeResult, Verdict
+from beringia.records.certificate import POWER_NEEDED, Departure, Located, ProbeResult, Verdict
 
 _REASONS = 4
 """As many probes are named; the page has them all."""

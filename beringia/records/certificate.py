@@ -66,6 +66,8 @@ class Measure(Record):
         return abs(self.value) / self.bound
 
 
+POWER_NEEDED = 0.8
+"""Chance with which a sound chip must be found equal: with less, the schema leaves the verdict open."""
 NOISE_FLOORS = "noise floors"
 """Unit of effects: a distance from float64 over that of the reference's draws."""
 REFERENCES = "reference's"

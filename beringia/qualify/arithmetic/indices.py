@@ -19,7 +19,7 @@ from beringia.processes.command import Command
 from beringia.processes.patience import Patience
 from beringia.processes.protocol import Line
 from beringia.qualify.arithmetic.index_work import CASES, READS, IndexOrder, IndexReport
-from beringia.qualify.hardware.measures import none_allowed
+from beringia.qualify.exact_measures import none_allowed
 from beringia.records.certificate import ProbeResult
 
 _MODULE = "beringia.qualify.arithmetic.index_work"

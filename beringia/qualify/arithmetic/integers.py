@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt, exact_result
 from beringia.qualify.arithmetic.transfers import BITS, FLOATS, INTEGERS, dtype_word
-from beringia.qualify.hardware.measures import none_allowed
+from beringia.qualify.attempts import RefusedAttempt, attempt, exact_result
+from beringia.qualify.exact_measures import none_allowed
 from beringia.records.certificate import ProbeResult
 
 Number = int | float

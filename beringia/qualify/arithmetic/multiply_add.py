@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt
+from beringia.qualify.attempts import RefusedAttempt, attempt
 from beringia.records.certificate import ProbeResult
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

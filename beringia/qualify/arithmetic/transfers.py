@@ -11,8 +11,8 @@ import time
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt, exact_result
-from beringia.qualify.hardware.measures import none_allowed
+from beringia.qualify.attempts import RefusedAttempt, attempt, exact_result
+from beringia.qualify.exact_measures import none_allowed
 from beringia.records.certificate import ProbeResult
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -24,6 +24,7 @@ from beringia.processes.command import Command
 from beringia.processes.patience import POLL_SECONDS, Patience
 from beringia.processes.protocol import Line
 from beringia.processes.words import last_lines
+from beringia.qualify.exact_measures import none_allowed
 from beringia.qualify.hardware.bandwidth import SUBJECT
 from beringia.qualify.hardware.collective_cases import (
     COLLECTIVES,
@@ -33,7 +34,6 @@ from beringia.qualify.hardware.collective_cases import (
     Collective,
     RankOrder,
 )
-from beringia.qualify.hardware.measures import none_allowed
 from beringia.qualify.hardware.rank_work import ABSENT, ABSENT_SECONDS
 from beringia.records.certificate import Measure, ProbeResult
 

@@ -22,7 +22,7 @@ import torch
 from beringia.chips.chip import Chip
 from beringia.chips.cpu import taken_memory_bytes, total_memory_bytes
 from beringia.chips.datasheets import datasheet_of_device
-from beringia.qualify.hardware.measures import bytes_in_words, none_allowed
+from beringia.qualify.exact_measures import bytes_in_words, none_allowed
 from beringia.qualify.refusals import says_no_memory
 from beringia.records.certificate import ProbeResult
 from beringia.records.record import canonical_hash

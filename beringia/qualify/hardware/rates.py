@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from beringia.chips.chip import Chip
-from beringia.qualify.arithmetic.attempts import RefusedAttempt, attempt
+from beringia.qualify.attempts import RefusedAttempt, attempt
 
 Work = Callable[[], object]
 Clock = Callable[[], float]

@@ -19,8 +19,8 @@ from scipy import special
 from beringia.chips.chip import Chip
 from beringia.errors import ChipUnavailable
 from beringia.numerics.state_hash import hash_tensor
-from beringia.qualify.arithmetic.attempts import RefusedAttempt
-from beringia.qualify.hardware.measures import none_allowed
+from beringia.qualify.attempts import RefusedAttempt
+from beringia.qualify.exact_measures import none_allowed
 from beringia.qualify.hardware.rates import square_size
 from beringia.records.certificate import ProbeResult
 

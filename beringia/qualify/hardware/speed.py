@@ -13,7 +13,7 @@ import torch
 
 from beringia.chips.chip import Chip
 from beringia.chips.datasheets import Datasheet, Quantity, datasheet_of_device
-from beringia.qualify.arithmetic.attempts import RefusedAttempt
+from beringia.qualify.attempts import RefusedAttempt
 from beringia.qualify.hardware.rates import Timing, Work, product, square_size, time_calls
 from beringia.records.certificate import ProbeResult
 

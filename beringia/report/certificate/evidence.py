@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from beringia.records.certificate import Certificate, Measure, OperatorCheck, ProbeResult
+from beringia.records.certificate import POWER_NEEDED, Certificate, Measure, OperatorCheck, ProbeResult
 from beringia.records.identity import ChipIdentity
 from beringia.report.certificate.model_map import Cell, ModelMap, shape_words
-from beringia.report.certificate.sentence import POWER_NEEDED, largest_share, operator_words
+from beringia.report.certificate.sentence import largest_share, operator_words
 from beringia.report.frame import Fact, PageTable
 from beringia.report.words import duration, percent, share_words, short_hash, significant
 

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from beringia.records.certificate import Certificate, OperatorCheck, ProbeResult, Use, Verdict
+from beringia.records.certificate import POWER_NEEDED, Certificate, OperatorCheck, ProbeResult, Use, Verdict
 from beringia.records.identity import ChipIdentity
 from beringia.report.words import count, percent
-
-POWER_NEEDED = 0.8
-"""Below it the schema leaves the verdict open."""
 
 _ADVICE: dict[Verdict, str] = {
     "train": "train on it and serve on it",
