@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts on some chips, learning on another."""
