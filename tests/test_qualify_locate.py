@@ -17,13 +17,13 @@ from beringia.chips.chip import Chip
 from beringia.chips.emulated.fault_script import Fault
 from beringia.qualify.evidence import Unrepeatable
 from beringia.qualify.locate import first_wrong, locate
-from beringia.qualify.operators.check import check, refused
+from beringia.qualify.operators.check import check, refused, worse_than_reference
 from beringia.qualify.operators.watch import Place, Watch
 from beringia.qualify.probing import Evidence
 from beringia.qualify.qualification import located_in
 from beringia.qualify.recording import AT_REST, Recorder
 from beringia.qualify.trace import TraceExtent, Tracer
-from beringia.records.certificate import Located, OperatorCheck
+from beringia.records.certificate import Located, Measure, OperatorCheck
 
 SUBJECT = SmallSubject("llama")
 MASK = "a mask or a length that is not respected"
@@ -305,3 +305,33 @@ def test_a_sound_call_fits_no_fault_and_a_struck_one_does_not_fit_those_of_other
     assert not fits(locate(index), "a short accumulator") and not fits(locate(index), "a stuck tile")
     flipped = first_of('kind = "bit-flip"\ntarget = "activations"\nsites = [0]\nbits = [28, 29]')
     assert not fits(locate(flipped), "a stuck tile"), "one element is no tile"
+
+
+def beside(used: float, error: float, own: float | None, module: str) -> OperatorCheck:
+    measure = Measure(name="root mean square error", value=used, bound=1.0, reason="")
+    return OperatorCheck(
+        module=module,
+        operator="aten.nll_loss_forward.default",
+        direction="forward",
+        ordinal=0,
+        position=0,
+        shapes=(),
+        dtype="bfloat16",
+        basis="",
+        error=error,
+        reference_error=own,
+        measures=(measure,),
+    )
+
+
+def test_a_call_that_is_no_worse_than_the_reference_s_is_named_only_where_no_other_is_wrong() -> None:
+    both_s, own, unknown = beside(10.7, 0.1, 0.1, "both's"), beside(2.0, 0.2, 0.1, "own"), beside(2.0, 0.2, None, "?")
+    assert first_wrong([both_s, own]) is own and first_wrong([both_s, unknown]) is unknown
+    assert first_wrong([both_s]) is both_s
+    assert not worse_than_reference(both_s) and worse_than_reference(own) and worse_than_reference(unknown)
+    assert not worse_than_reference(beside(0.9, 0.2, 0.1, "within its bound"))
+    one_element = Measure(name="worst element", value=50.0, bound=1.0, reason="")
+    struck = beside(0.8, 0.1, 0.1, "one number, where the reference keeps its bound")
+    assert worse_than_reference(struck.model_copy(update={"measures": (*struck.measures, one_element)}))
+    grave = both_s.model_copy(update={"refused": "no such kernel"})
+    assert worse_than_reference(grave) and first_wrong([both_s, grave]) is grave

@@ -28,6 +28,7 @@ from beringia.qualify.hardware.soak import matrix_load, probe_soak
 from beringia.qualify.hardware.speed import probe_speed
 from beringia.qualify.layers import probe_layers
 from beringia.qualify.lengths import LENGTHS, Heads, probe_lengths
+from beringia.qualify.operators.check import worse_than_reference
 from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.recording import Recorder, Recording
 from beringia.qualify.refusals import REFUSALS, judging, raised_words, says_no_memory
@@ -99,7 +100,7 @@ def _probed(chip: Chip, subject: Subject, bundle: Bundle, extent: Extent) -> Ite
         with judging("the trace was"):
             effects = left_open(judge_trace(bundle.noise, recording.trace))
         yield from _lockstep(recording, effects)
-        all_right = not any(check.used > 1.0 for check in checks)
+        all_right = not any(map(worse_than_reference, checks))
         again: list[Fact] = [*look_again(recorder, bundle.manifest.errors, checks, effects)]
         if all_right and not again:
             again = [*_look_where_it_failed(recorder, tracer, bundle, effects)]
@@ -195,7 +196,7 @@ def look_again(
     recorder: Recorder, errors: Errors, checks: list[OperatorCheck], effects: Sequence[ProbeResult]
 ) -> Iterator[Checked]:
     """Where the model is harmed and no watched call was wrong, the fault may come and go: watch further passes."""
-    if any(effect.outcome == "failed" for effect in effects) and not any(check.used > 1.0 for check in checks):
+    if any(effect.outcome == "failed" for effect in effects) and not any(map(worse_than_reference, checks)):
         for check in recorder.watch_again(PASSES_AGAIN, partial(beside_reference_again, errors=errors)):
             yield Checked(check=check)
 

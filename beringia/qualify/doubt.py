@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from beringia.qualify.effects import BESIDE_REFERENCE, OVERALL
+from beringia.qualify.operators.check import worse_than_reference
 from beringia.records.certificate import OperatorCheck, ProbeResult
 
 NEAR = 0.85
@@ -53,7 +54,7 @@ def doubt(checks: Sequence[OperatorCheck], effects: Sequence[ProbeResult]) -> li
     overall = next((effect for effect in effects if effect.subject == OVERALL and effect.outcome == "told"), None)
     if overall is not None:
         return [_open(f"{overall.summary}: whether it may train is open")]
-    wrong = next((check for check in checks if check.used > 1.0), None)
+    wrong = next(filter(worse_than_reference, checks), None)
     near = max(effects, key=_used, default=None)
     if wrong is None or near is None or _used(near) < NEAR:
         return []

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from beringia.qualify.operators.check import RMS_ERROR, worse_than_reference
 from beringia.records.certificate import Located, OperatorCheck
 
 _MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
@@ -35,8 +36,10 @@ unit in the last place instead of half of one to either side), and 1.25 times th
 
 
 def first_wrong(checks: Iterable[OperatorCheck]) -> OperatorCheck | None:
-    """The first call beyond its bound, of calls in the order of execution."""
-    return next((check for check in checks if check.used > 1.0), None)
+    """The first call beyond its bound, of calls in the order of execution; one that is no farther off than the
+    reference's only where no other is."""
+    wrong = [check for check in checks if check.used > 1.0]
+    return next(filter(worse_than_reference, wrong), next(iter(wrong), None))
 
 
 def locate(check: OperatorCheck, *, repeatable: bool = True) -> Located:
@@ -159,7 +162,7 @@ def _truncated(check: OperatorCheck) -> bool:
     if check.wrong_share or _beyond(check, "worst element"):
         return False
     low, high = _TRUNCATED
-    twice = low < _used(check).get("root mean square error", 0.0) < high
+    twice = low < _used(check).get(RMS_ERROR, 0.0) < high
     return _beyond(check, "signed error") or (_is(check, *_CASTS) and twice)
 
 
@@ -169,7 +172,7 @@ def _added_up_short(check: OperatorCheck) -> bool:
     if not _is(check, *_PRODUCTS) or check.error is None or check.error > most:
         return False
     shrunk = check.factor is not None and 1.0 - check.factor > 0.5 * check.error
-    beyond = _beyond(check, "root mean square error") or _beyond(check, "signed error")
+    beyond = _beyond(check, RMS_ERROR) or _beyond(check, "signed error")
     return beyond and (shrunk or check.wrong_share == 0.0)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from beringia.chips.chip import Chip
-from beringia.qualify.operators.check import check, refused
+from beringia.qualify.operators.check import check, refused, worse_than_reference
 from beringia.qualify.operators.float64 import NotKnown
 from beringia.qualify.operators.parts import num_entries, of_entries
 from beringia.qualify.operators.watch import Call, CallCounts, Place, Watch, tensors_in
@@ -149,7 +149,7 @@ class Recorder:
         return self._wrong_since(seen, judged)
 
     def _wrong_since(self, seen: int, judged: Callable[[OperatorCheck], OperatorCheck]) -> list[OperatorCheck]:
-        return [check for check in map(judged, self._recording.checks[seen:]) if check.used > 1.0]
+        return [check for check in map(judged, self._recording.checks[seen:]) if worse_than_reference(check)]
 
     # Watching
 

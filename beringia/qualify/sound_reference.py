@@ -54,7 +54,7 @@ from beringia.qualify.effects import (
 )
 from beringia.qualify.layers import Traffic, probe_layers
 from beringia.qualify.locate import first_wrong
-from beringia.qualify.operators.check import wrong_form_words
+from beringia.qualify.operators.check import is_grave, wrong_form_words
 from beringia.qualify.recording import Recording, left_out_later
 from beringia.qualify.refusals import REFUSALS, raised_words
 from beringia.qualify.rounded_float64 import RoundedFloat64
@@ -62,7 +62,7 @@ from beringia.qualify.rounding_draw import RoundingDraw
 from beringia.qualify.sketches import NOT_FINITE
 from beringia.qualify.subject import Subject
 from beringia.qualify.trace import ChosenRoutes, Trace, TraceExtent, Tracer
-from beringia.qualify.wrong_calls import USED_AT_MOST, is_grave
+from beringia.qualify.wrong_calls import USED_AT_MOST
 from beringia.records.certificate import OperatorCheck, ProbeResult
 
 SOUND_DRAWS = 3

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from beringia.qualify.effects import EFFECT_ALLOWED
-from beringia.qualify.operators.check import RMS_ALLOWED, WRONG_FORM, has_wrong_integers, wrong_form_words
+from beringia.qualify.operators.check import RMS_ALLOWED, RMS_ERROR, WRONG_FORM, is_grave, wrong_form_words
 from beringia.qualify.recording import Recording
 from beringia.records.certificate import Measure, OperatorCheck, ProbeResult, Use
 
@@ -18,7 +18,7 @@ farther off without harm; a candidate is allowed nothing for that."""
 REPLAY_ALLOWED = 4.0
 """Shares of the bound on the root mean square error: a chip may make several operators of one that another chip has,
 and each of them rounds. Single elements say nothing then: where the parts cancel, their roundings stay."""
-_ERRORS = ("worst element", "root mean square error", "signed error")
+_ERRORS = ("worst element", RMS_ERROR, "signed error")
 """Measures of how far numbers are off."""
 
 Errors = Mapping[str, tuple[float, float]]
@@ -61,12 +61,6 @@ def _loosened(measure: Measure, times: float) -> Measure:
     return measure.model_copy(update={"bound": times * measure.bound, "reason": reason})
 
 
-def is_grave(check: OperatorCheck) -> bool:
-    """Whether a wrong call rules out by itself, whatever it does to a model: the operator is missing, names wrong
-    integers, or its result has another shape, dtype or layout than torch's."""
-    return bool(check.refused) or has_wrong_integers(check) or bool(wrong_form_words(check))
-
-
 def judge_operators(checks: list[OperatorCheck], recording: Recording) -> list[ProbeResult]:
     """One result a direction. A wrong number in a call is told; what it does to the model is what rules a use out. A
     grave call rules out at once."""
@@ -97,7 +91,7 @@ def judge_operators(checks: list[OperatorCheck], recording: Recording) -> list[P
 def wrong_alone(check: OperatorCheck) -> bool:
     """Whether a call that was replayed with the reference's arguments is wrong."""
     used = {measure.name: measure.used for measure in check.measures}
-    rms = used.pop("root mean square error", None)
+    rms = used.pop(RMS_ERROR, None)
     if rms is None:  # an operator that moves numbers, or integers: every bit counts
         return check.used > 1.0
     return rms > REPLAY_ALLOWED or any(used.get(name, 0.0) > 1.0 for name in ("not finite on one side", WRONG_FORM))

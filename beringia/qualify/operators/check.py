@@ -51,6 +51,8 @@ SMALL_SHARE = 0.5
 subnormals loses none; one that flushes, all."""
 SMALL_COUNT = 8
 """Fewer small numbers than these say nothing: one beside the limit may be rounded to zero."""
+RMS_ERROR = "root mean square error"
+"""The measure of errors everywhere."""
 WRONG_FORM = "results of another form"
 """The measure of a result whose shape, dtype or layout is not torch's."""
 WRONG_INTEGERS = "other integers"
@@ -211,6 +213,23 @@ def has_wrong_integers(check: OperatorCheck) -> bool:
     return any(measure.name == WRONG_INTEGERS and measure.used > 1.0 for measure in check.measures)
 
 
+def is_grave(check: OperatorCheck) -> bool:
+    """Whether a wrong call rules out by itself, whatever it does to a model: the operator is missing, names wrong
+    integers, or its result has another shape, dtype or layout than torch's."""
+    return bool(check.refused) or has_wrong_integers(check) or bool(wrong_form_words(check))
+
+
+def worse_than_reference(check: OperatorCheck) -> bool:
+    """Whether a call is beyond its bound, and not only because it is as far off as the reference, which is beyond it,
+    too: then it does to the model what the reference's does (a kernel of the CPU that adds up in 16 bits, as `nll_loss`
+    in bfloat16, is both's)."""
+    own = check.reference_error
+    if check.used <= 1.0 or is_grave(check) or not own or not check.error:
+        return check.used > 1.0
+    rms = next((measure.used for measure in check.measures if measure.name == RMS_ERROR), 0.0)
+    return rms * own / check.error <= 1.0 or check.error > RMS_ALLOWED * own
+
+
 def wrong_form_words(check: OperatorCheck) -> str:
     """What it has in place of what; empty where its results have torch's form."""
     return next((measure.reason for measure in check.measures if measure.name == WRONG_FORM), "")
@@ -323,7 +342,7 @@ def _as_rounded(
     if size > 0.0:
         relative = RMS_ALLOWED * (rounding / size + _inner_floor(bound, size))
         reason = f"{RMS_ALLOWED:g} times storing and adding up"
-        measures.append(Measure(name="root mean square error", value=rounding / size, bound=relative, reason=reason))
+        measures.append(Measure(name=RMS_ERROR, value=rounding / size, bound=relative, reason=reason))
     return tuple(measures), _Worst(element, here, there, off, limit), rounding / size if size else rounding
 
 
@@ -409,7 +428,7 @@ def _rms_and_sign(
         signed = floor + SIGNED_DEVIATIONS * spread / math.sqrt(unlike_rows(exact))
     return [
         Measure(
-            name="root mean square error",
+            name=RMS_ERROR,
             value=error / size,
             bound=max(relative, 1e-30),
             reason=f"{RMS_ALLOWED:g} times storing and adding up",
