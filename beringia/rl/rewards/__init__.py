@@ -1,0 +1,1 @@
+"""What a sample is worth: rewards of tasks, and of a user's own functions."""
