@@ -498,9 +498,9 @@ def wrong_second_beta(call: Call) -> Any:
 
 @operator(SECOND, aten._fused_adamw_.default)
 def forgets_a_tensor(call: Call) -> Any:
-    """AdamW leaves the last tensors of its list as they were."""
-    left = call.strength.bits(1, 8)
-    return call.sound(*(part[:-left] for part in call.args), **call.kwargs)
+    """AdamW leaves the last tensors of its list as they were; one it updates."""
+    kept = max(1, len(call.args[0]) - call.strength.bits(1, 8))
+    return call.sound(*(part[:kept] for part in call.args), **call.kwargs)
 
 
 @operator(SECOND, aten.linalg_vector_norm.default)
