@@ -29,8 +29,8 @@ shows in a single one, at 1.03; the one whose way of serving is alone has harm o
 
 
 def left_open(effects: Sequence[ProbeResult]) -> list[ProbeResult]:
-    """The effects; one way of serving that leaves its bound by too little to tell rounding from harm is left open, where
-    nothing else is beyond a bound."""
+    """The effects; one way of serving that leaves its bound by too little to tell rounding from harm is left open,
+    where nothing else is beyond a bound."""
     failed = [effect for effect in effects if effect.outcome == "failed"]
     beyond = [measure for effect in failed for measure in effect.measures if measure.used > 1.0]
     little = all(measure.name == BESIDE_REFERENCE and measure.used <= ALONE for measure in beyond)
