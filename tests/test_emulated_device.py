@@ -18,6 +18,7 @@ from waiting import GIVE_UP_SECONDS
 
 from beringia.chips.arithmetic.profile import profile_names, read_profile
 from beringia.chips.emulated import EmulatedChip, register_device
+from beringia.chips.emulated.device import _backward_works
 from beringia.chips.open import open_chip
 from beringia.errors import ChipUnavailable
 
@@ -358,3 +359,10 @@ def test_capabilities_follow_the_profile() -> None:
         assert chip.memory().total_bytes == read_profile(name).memory.gibibytes * 2**30
         assert chip.collective_backend == "gloo"
         chip.close()
+
+
+def test_a_chip_may_be_opened_where_no_gradients_are_wanted() -> None:
+    with torch.no_grad():
+        assert _backward_works()
+    with torch.inference_mode():
+        assert _backward_works()

@@ -206,6 +206,19 @@ def test_what_a_certificate_of_schema_1_does_not_say_is_not_compared(tmp_path: P
     assert admission(opened(), recipe(), put(tmp_path, old)) is None
 
 
+def test_a_certificate_of_schema_1_names_no_weights_and_a_later_one_that_names_none_is_of_none(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    own = ModelFingerprint(name="m", configuration=configuration_hash(None, str(model)), weights="", parameters=1)
+    asked = recipe(model={"preset": None, "path": str(model)})
+    for version, counts in ((1, True), (2, False)):
+        run = put(tmp_path / f"run {version}", certificate(schema_version=version, model=own))
+        told = admission(opened(), asked, run)
+        assert (told is None) == counts
+
+
 def test_a_certificate_that_was_altered_or_is_damaged_does_not_count_and_is_told(tmp_path: Path) -> None:
     run = put(tmp_path, certificate(verdict="infer"))
     path = run.certificates / "0.json"

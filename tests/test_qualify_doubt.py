@@ -111,3 +111,10 @@ def test_one_way_of_serving_alone_that_leaves_its_bound_by_little_is_left_open(
 def test_an_effect_beyond_the_draws_is_never_left_open() -> None:
     far = effect(1.01, "serve 1", rules_out="infer")
     assert left_open([far]) == [far]
+
+
+@pytest.mark.parametrize("subject", ["outputs", "gradient model.norm.weight", "update model.layers.0"])
+def test_what_is_of_several_batches_is_never_left_open(subject: str) -> None:
+    far = beside(1.1, subject)
+    assert left_open([far]) == [far]
+    assert [one.outcome for one in left_open([beside(1.1, "decode")])] == ["inconclusive"]

@@ -333,5 +333,10 @@ def test_a_call_that_is_no_worse_than_the_reference_s_is_named_only_where_no_oth
     one_element = Measure(name="worst element", value=50.0, bound=1.0, reason="")
     struck = beside(0.8, 0.1, 0.1, "one number, where the reference keeps its bound")
     assert worse_than_reference(struck.model_copy(update={"measures": (*struck.measures, one_element)}))
+    for name, value in {"not finite on one side": 6.0, "small numbers lost": 2.0, "worst element": 11.0}.items():
+        more = Measure(name=name, value=value, bound=1.0, reason="")
+        assert worse_than_reference(both_s.model_copy(update={"measures": (*both_s.measures, more)})), name
+    milder = Measure(name="worst element", value=9.0, bound=1.0, reason="")
+    assert not worse_than_reference(both_s.model_copy(update={"measures": (*both_s.measures, milder)}))
     grave = both_s.model_copy(update={"refused": "no such kernel"})
     assert worse_than_reference(grave) and first_wrong([both_s, grave]) is grave

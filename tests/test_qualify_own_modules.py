@@ -17,7 +17,7 @@ from wrong_kernels import emulated_with
 
 from beringia.chips.cpu import Cpu
 from beringia.errors import InputError
-from beringia.qualify.operators.check import check, has_wrong_integers
+from beringia.qualify.operators.check import check, has_wrong_integers, wrong_form_words
 from beringia.qualify.operators.float64 import Attention
 from beringia.qualify.operators.watch import in_backward
 from beringia.qualify.qualification import qualify_here
@@ -184,6 +184,39 @@ def _normed(device: torch.device) -> None:
     F.layer_norm(torch.arange(8.0, device=device).view(2, 4), (4,), weight, bias).sum().backward()
 
 
+@pytest.mark.parametrize("frozen", [{"q"}, {"k"}, {"v"}, {"q", "k"}, {"k", "v"}, set()], ids=str)
+def test_attention_is_judged_by_the_gradients_that_it_is_asked_for(frozen: set[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(1, 2, 5, 4, generator=generator) for name in "qkv"}
+    with emulated_with({}, "h100") as chip:
+        q, k, v = (drawn[name].to(chip.device).requires_grad_(name not in frozen) for name in "qkv")
+        calls = calls_of(
+            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).square().sum().backward(),
+            device=chip.device.type,
+        )
+    (backward,) = [call for call in calls if "attention" in str(call.func) and "backward" in str(call.func)]
+    judged = check(backward)
+    assert len(backward.results) == 3 - len(frozen)
+    assert judged is not None and judged.used <= 1.0 and not wrong_form_words(judged)
+
+
+def test_a_module_with_a_batch_norm_is_sound_on_a_sound_chip() -> None:
+    class WithBatchNorm(Small):
+        def more(self) -> None:
+            self.norm = nn.BatchNorm1d(WIDTH)
+
+        def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+            embedded = super().embed(tokens)
+            normed: torch.Tensor = self.norm(embedded.flatten(0, 1)).view(embedded.shape)
+            return normed
+
+    certificate = certified(WithBatchNorm)
+    assert certificate.verdict == "train"
+    assert {"buffer norm.running_mean", "buffer norm.num_batches_tracked"} <= {
+        one.subject for one in certificate.probes
+    }
+
+
 def test_an_attention_of_a_maker_s_own_is_not_read_as_torch_s() -> None:
     library = torch.library.Library("maker", "DEF")
     library.define("fusion_attention(Tensor query, Tensor key, Tensor value, int heads, str layout) -> Tensor")
@@ -261,6 +294,15 @@ def test_an_element_that_is_named_twice_is_a_wrong_integer_also_among_equal_ones
     assert found is not None and has_wrong_integers(found)
 
 
+NOTHING = [lambda: torch.empty(0).sort(), lambda: torch.empty(3, 0).sort(), lambda: torch.ones(3).topk(0)]
+
+
+@pytest.mark.parametrize("find", NOTHING)
+def test_where_nothing_is_named_nothing_is_named_twice(find: Callable[[], object]) -> None:
+    judged = check(calls_of(find)[-1])
+    assert judged is None or judged.used <= 1.0
+
+
 def test_whole_numbers_among_the_parameters_are_not_RoundingDraw() -> None:
     change = RoundingDraw(0, torch.bfloat16)
     for whole in (torch.arange(5), torch.tensor([True, False])):
@@ -288,6 +330,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no outputs": ({"compute_outputs": of_other(None)}, "compute_outputs gives None"),
     "empty outputs": ({"compute_outputs": of_other(torch.zeros(0))}, "a tensor without elements"),
     "loss a float": ({"compute_loss": of_other(1.0)}, "compute_loss gives a float"),
+    "loss of none": ({"compute_loss": of_other(None)}, "compute_loss gives None"),
     "loss of many": ({"compute_loss": of_other(torch.zeros(3))}, r"compute_loss gives a tensor of shape \[3\]"),
     "loss detached": ({"compute_loss": lambda *given: loss_of(*given).detach()}, "that no parameter has a gradient of"),
     "loss raises": ({"compute_loss": lambda model, batch: batch["absent"]}, "compute_loss raised KeyError"),
@@ -324,6 +367,16 @@ class Sparse(Small):
 def test_a_module_whose_passes_cannot_be_compared_is_refused(kind: type[Small], found: str) -> None:
     with emulated_with({}, "h100") as chip, pytest.raises(InputError, match=found):
         qualify_here(chip, subject(kind), PLAN)
+
+
+def test_a_sparse_buffer_and_a_loss_of_one_dimension_are_no_obstacle() -> None:
+    class Linked(Small):
+        links: torch.Tensor
+
+        def more(self) -> None:
+            self.register_buffer("links", torch.eye(WIDTH).to_sparse())
+
+    check_subject(subject(Linked, compute_loss=lambda *given: loss_of(*given).reshape(1)), 2)
 
 
 def test_what_is_the_same_every_time_passes() -> None:

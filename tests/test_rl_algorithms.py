@@ -82,9 +82,15 @@ def test_clipping_stops_the_gradient_of_what_went_too_far_and_cispo_s_does_not(n
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_token_that_was_not_sampled_counts_for_nothing(name: str) -> None:
-    other = RATIOS.clone()
-    other[~SAMPLED] = 7.0
-    assert algorithm(name).loss(tokens(other)).loss.item() == algorithm(name).loss(tokens()).loss.item()
+    other, advantages, corrections = RATIOS.clone(), ADVANTAGES.clone(), torch.ones_like(OLD)
+    for part, value in ((other, 7.0), (advantages, math.nan), (corrections, math.nan)):
+        part[~SAMPLED] = value
+    found, plain = tokens(other, advantages, corrections), tokens()
+    for one in (found, plain):
+        algorithm(name).loss(one).loss.backward()
+    assert found.logprobs_NT.grad is not None and plain.logprobs_NT.grad is not None
+    assert torch.equal(found.logprobs_NT.grad, plain.logprobs_NT.grad)
+    assert algorithm(name).loss(found).loss.item() == algorithm(name).loss(plain).loss.item()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,6 +108,7 @@ def test_corrections_weigh_what_they_are_of(name: str) -> None:
 def test_advantages_of_a_group_add_up_to_nothing_and_say_nothing_where_all_are_equal(
     name: str, rewards: list[float]
 ) -> None:
+    assert not algorithm(name).advantages(torch.tensor(rewards[:1])).any(), "a group of one says nothing"
     found = algorithm(name).advantages(torch.tensor(rewards))
     assert abs(float(found.sum())) < 1e-4
     if len(set(rewards)) == 1:

@@ -120,6 +120,7 @@ def test_samples_are_scored_one_by_one_and_none_is_left_over() -> None:
         {"logprobs": (-0.5,)},
         {"logprobs": (-0.5, float("nan"))},
         {"logprobs": (0.5, -1.0)},
+        {"logprobs": (-1e39, -1.0)},
         {"tokens": (), "logprobs": ()},
         {"prompt_tokens": ()},
         {"finish": "abort"},

@@ -130,6 +130,8 @@ def raising(completions: list[str], **kwargs: Any) -> list[float]:
         (lambda completions, **_: [1.0], "gave 1 numbers for 3 completions"),
         (lambda completions, **_: 1.0, "gave a float; a list of numbers was asked for"),
         (lambda completions, **_: "111", "gave a str; a list of numbers was asked for"),
+        (lambda completions, **_: {0: 1.0, 1: 0.0, 2: 0.0}, "gave a dict; a list of numbers was asked for"),
+        (lambda completions, **_: torch.tensor(1.0), "gave a Tensor; a list of numbers was asked for"),
         (lambda completions, **_: [1.0, float("nan"), 0.0], "gave nan for completion 1: give a finite number, or None"),
         (lambda completions, **_: [1.0, 0.0, "right"], "gave 'right' for completion 2; a number or None"),
         (lambda prompts, completions: [0.0] * 3, "raised TypeError.*unexpected keyword argument"),
@@ -156,11 +158,12 @@ def test_a_function_is_loaded_from_a_file_or_a_module(tmp_path: Path) -> None:
     ("spec", "content", "found"),
     [
         ("absent.py", None, "is no file"),
-        ("rewards.py:shorter", FILE.format(name="long"), "has no function shorter: it has long"),
+        ("rewards.py:shorter", FILE.format(name="long"), "has no function shorter; it has long"),
         ("rewards.py", FILE.format(name="long") + FILE.format(name="longer"), "it has long, longer: say which"),
         ("rewards.py", "x = 3\n", "no function of its own: say which"),
         ("rewards.py", "import absent_module\n", "raised ModuleNotFoundError"),
         ("absent_module:f", None, "cannot be imported"),
+        (":f", None, "no module cannot be imported"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_sentence(

@@ -194,3 +194,41 @@ def test_versions_that_nobody_needs_are_dropped_and_no_other(tmp_path: Path) -> 
     held = Held(-1, weights(1))
     versions.load(9, held)
     assert same_bits(held.tensors, those[9])
+
+
+@pytest.mark.parametrize("left", ["manifest.json", "weights.zst"])
+def test_a_removal_that_was_killed_leaves_no_version(left: str, tmp_path: Path) -> None:
+    versions, those = published(tmp_path, 2)
+    for file in versions.path(0).iterdir():
+        if file.name != left:
+            file.unlink()
+    with pytest.raises(RunError, match=r"cannot be read|is needed for it"):
+        versions.load(1, Held(-1, weights(9)))
+    if left == "manifest.json":  # `drop_before` removes that first
+        with pytest.raises(RunError, match="cannot be read"):
+            versions.write(0, those[0])
+    else:
+        versions.write(0, those[0])
+        held = Held(-1, weights(9))
+        versions.load(1, held)
+        assert same_bits(held.tensors, those[1])
+
+
+def test_a_version_is_never_read_as_another(tmp_path: Path) -> None:
+    versions, _ = published(tmp_path, 2)
+    versions.path(0).rename(versions.path(7))
+    with pytest.raises(RunError, match="is of version 0.*not version 7"):
+        versions.load(7, Held(-1, weights(1)))
+
+
+@pytest.mark.parametrize("base", [-1, 3, 4])
+def test_a_version_is_made_of_an_earlier_one(base: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"version 3 cannot be made of version {base}"):
+        WeightVersions(tmp_path).write(3, weights(1), Held(base, weights(0)))
+
+
+def test_weights_that_share_memory_are_refused_by_name() -> None:
+    tied = torch.ones(4)
+    for encode in (encode_whole, lambda now: encode_delta({"embed": tied * 2, "head": tied * 2}, now)):
+        with pytest.raises(ValueError, match="embed and head share memory"):
+            encode({"embed": tied, "head": tied})

@@ -28,13 +28,17 @@ fifteen others. A gradient is no such case: of 470 faults planted from outside o
 shows in a single one, at 1.03; the one whose way of serving is alone has harm of 1.7."""
 
 
+_SERVED_ONCE = ("decode", "serve ")
+"""Beginnings of what effects of one pass are called; outputs and gradients are of several batches."""
+
+
 def left_open(effects: Sequence[ProbeResult]) -> list[ProbeResult]:
     """The effects; one way of serving that leaves its bound by too little to tell rounding from harm is left open,
     where nothing else is beyond a bound."""
     failed = [effect for effect in effects if effect.outcome == "failed"]
     beyond = [measure for effect in failed for measure in effect.measures if measure.used > 1.0]
     little = all(measure.name == BESIDE_REFERENCE and measure.used <= ALONE for measure in beyond)
-    if len(failed) != 1 or failed[0].rules_out != "infer" or not little:
+    if len(failed) != 1 or not failed[0].subject.startswith(_SERVED_ONCE) or not little:
         return list(effects)
     return [_too_little(effect) if effect is failed[0] else effect for effect in effects]
 

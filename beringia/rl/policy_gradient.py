@@ -94,5 +94,6 @@ def label_logprobs(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.T
 
 
 def _entropies(logits_BTV: torch.Tensor) -> torch.Tensor:
-    logprobs_BTV = logits_BTV.log_softmax(-1)
-    return -(logprobs_BTV.exp() * logprobs_BTV).sum(-1)
+    probabilities_BTV = logits_BTV.softmax(-1)
+    entropies_BT: torch.Tensor = torch.special.entr(probabilities_BTV).sum(-1)  # 0 log 0 is 0
+    return entropies_BT

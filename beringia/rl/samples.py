@@ -29,6 +29,8 @@ NO_LOSS = -100
 """The label that a loss leaves out."""
 _FINISHES = ("stop", "length")
 _FORMAT = 1
+_LEAST_LOGPROB = -3.0e38
+"""They are kept in float32."""
 _META = "beringia.samples"
 
 
@@ -72,7 +74,7 @@ class Sample:
             raise ValueError(
                 "a sample has a prompt and at least one new token, each new token with its log-probability"
             )
-        if not all(map(math.isfinite, self.logprobs)) or max(self.logprobs) > 0.0:
+        if not all(_LEAST_LOGPROB <= one <= 0.0 for one in self.logprobs):
             raise ValueError("a log-probability is a finite number of at most 0")
         if self.finish not in _FINISHES:
             raise ValueError(f"a sample ends by {' or '.join(_FINISHES)}")

@@ -127,10 +127,11 @@ def register(name: str = "emu", module_extras: Mapping[str, Any] | None = None) 
 
 def _backward_works() -> bool:
     """Torch makes the queues of its backward passes in the first one, for the devices that there are then."""
-    try:
-        torch.ones(1, device=_state.device, requires_grad=True).neg().backward()  # type: ignore[no-untyped-call]  # untyped in torch
-    except RuntimeError:
-        return False
+    with torch.inference_mode(False), torch.enable_grad():  # whoever opens a chip may be inside another mode
+        try:
+            torch.ones(1, device=_state.device, requires_grad=True).neg().backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        except RuntimeError:
+            return False
     return True
 
 
@@ -247,8 +248,9 @@ def _drawing(func: OpOverload, kernel: Kernel) -> Kernel:
     return draw
 
 
-def _written_arguments(func: OpOverload) -> list[int | str] | None:
-    """For each result that is an argument written in place, that argument (position, or name if keyword-only).
+def _written_arguments(func: OpOverload) -> list[int | str | None] | None:
+    """For each result, the argument that it is, written in place (position, or name if keyword-only), or None where it
+    is a new tensor.
 
     None where nothing is written; an empty list for operators that write and return nothing (`_foreach_add_`).
     """
@@ -260,7 +262,7 @@ def _written_arguments(func: OpOverload) -> list[int | str] | None:
                 places[name] = argument.name if argument.kwarg_only else position
     if not places:
         return None
-    return [places[next(iter(result.alias_info.before_set))] for result in schema.returns if result.alias_info]
+    return [places[next(iter(one.alias_info.before_set))] if one.alias_info else None for one in schema.returns]
 
 
 def _fresh(func: OpOverload, kernel: Kernel) -> Handler:
@@ -279,14 +281,19 @@ def _fresh(func: OpOverload, kernel: Kernel) -> Handler:
     return handle
 
 
-def _in_place(func: OpOverload, kernel: Kernel, written: list[int | str]) -> Handler:
+def _in_place(func: OpOverload, kernel: Kernel, written: list[int | str | None]) -> Handler:
     foreign_allowed = func in _FOREIGN_ALLOWED
 
     def handle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not foreign_allowed:
             _same_device(func, args)
-        kernel(*[_plain(value) for value in args], **{name: _plain(value) for name, value in kwargs.items()})
-        results = [args[place] if isinstance(place, int) else kwargs[place] for place in written]
+        found = kernel(*[_plain(value) for value in args], **{name: _plain(value) for name, value in kwargs.items()})
+        # As a batch norm, which writes its averages, an operator may return new tensors, too.
+        new = found if isinstance(found, tuple) else (found,)
+        results = [
+            _wrapped(new[number]) if place is None else args[place] if isinstance(place, int) else kwargs[place]
+            for number, place in enumerate(written)
+        ]
         for result in results:
             _follow_shape(result)
         return results[0] if len(results) == 1 else tuple(results) if results else None

@@ -113,6 +113,8 @@ class Attention:
     """Of the smallest numbers in the operands' dtype."""
     dtypes: tuple[torch.dtype, ...] = ()
     """Of its own results: the output's is the queries'; the gradients' are those of what they are of."""
+    asked: tuple[int, ...] = (0, 1, 2)
+    """Of which of queries, keys and values a gradient is asked for: weights may be frozen."""
 
     @staticmethod
     def of(call: Call) -> Attention | None:
@@ -130,6 +132,9 @@ class Attention:
         bias = given.get("attn_bias", given.get("attn_mask"))
         scale = given.get("scale")
         grad = given.get("grad_out_", given.get("grad_out"))
+        mask = given.get("grad_input_mask", (True, True, True))
+        asked = tuple(place for place in range(3) if mask[place])
+        operands = [given[part].dtype for part in ("query", "key", "value")]
         return Attention(
             q,
             _spread(k, q),
@@ -140,7 +145,8 @@ class Attention:
             q.shape[-1] ** -0.5 if scale is None else scale,
             None if grad is None else grad.to(_WIDE),
             torch.finfo(given["query"].dtype).smallest_normal * torch.finfo(given["query"].dtype).eps,
-            tuple(given[part].dtype for part in (("query",) if grad is None else ("query", "key", "value"))),
+            (operands[0],) if grad is None else tuple(operands[place] for place in asked),
+            asked,
         )
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +170,7 @@ class Attention:
         dscores = self._dscores(weights)
         dq = dscores @ self.k_BHSD * self.scale
         dk = dscores.mT @ self.q_BHTD * self.scale
-        return dq, self.joined(dk), self.joined(weights.mT @ self._grad)
+        return self._of_asked(dq, self.joined(dk), self.joined(weights.mT @ self._grad))
 
     def stored(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Output, or gradients, where weights and scores' gradients are stored in `dtype` before the second product:
@@ -183,7 +189,10 @@ class Attention:
         dk, dv = dscores.mT @ self.q_BHTD * self.scale, rounded(weights).mT @ self._grad
         if self.groups < self.q_BHTD.shape[1]:
             dk, dv = rounded(dk), rounded(dv)  # a head's, before those that share keys are added up
-        return dq, self.joined(dk), self.joined(dv)
+        return self._of_asked(dq, self.joined(dk), self.joined(dv))
+
+    def _of_asked(self, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(gradients[place] for place in self.asked)
 
     def joined(self, x_BHSD: torch.Tensor) -> torch.Tensor:
         """Added up over the heads that share keys."""
@@ -225,7 +234,7 @@ class Attention:
         dscores = dscores * abs(self.scale) + self._underflow() * (1.0 + abs(self.scale))
         dq = dscores @ self.k_BHSD.abs()
         dk = dscores.mT @ self.q_BHTD.abs()
-        return dq, self.joined(dk), self.joined((weights * relative + moved).mT @ grad)
+        return self._of_asked(dq, self.joined(dk), self.joined((weights * relative + moved).mT @ grad))
 
     def noise(self) -> tuple[torch.Tensor, ...]:
         """What the scores' error does to output and log-sum-exp, or to the gradients, in root mean square: how large
@@ -254,7 +263,7 @@ class Attention:
         dscores = squares * (products - centre).square() + (weights + moved).square() * of_centre
         dq = (dscores @ self.k_BHSD.square()).sqrt() * abs(self.scale)
         dk = self.joined(dscores.mT @ self.q_BHTD.square()).sqrt() * abs(self.scale)
-        return dq, dk, self.joined(squares.mT @ self._grad.square()).sqrt()
+        return self._of_asked(dq, dk, self.joined(squares.mT @ self._grad.square()).sqrt())
 
     def storing_noise(self, roundoff: float) -> tuple[torch.Tensor, ...]:
         """What the roundings in `stored` do in root mean square: where few elements count, one draw of them says
@@ -272,7 +281,7 @@ class Attention:
         dscores = dscores * self.scale**2 + self._underflow().square()
         dq = (dscores @ self.k_BHSD.square()).sqrt()
         dk = self.joined(dscores.mT @ self.q_BHTD.square()).sqrt()
-        return dq, dk, self.joined(squares.mT @ self._grad.square()).sqrt()
+        return self._of_asked(dq, dk, self.joined(squares.mT @ self._grad.square()).sqrt())
 
     def overflows(self) -> torch.Tensor:
         """Rows B H T in which a score may overflow in float32, or a weight that is computed anew for the gradients."""

@@ -72,9 +72,9 @@ def outside(call: Call, indices: torch.Tensor) -> torch.Tensor:
 def named_again(call: Call, indices: torch.Tensor) -> torch.Tensor:
     """Which indices name an element that another one of the same row names already, where an operator names each but
     once."""
-    if _name(call) not in _EACH_ONCE or indices.dim() == 0:
-        return torch.zeros_like(indices, dtype=torch.bool)
     _, dim = _searched(call)
+    if _name(call) not in _EACH_ONCE or indices.dim() == 0 or indices.shape[dim] < 2:
+        return torch.zeros_like(indices, dtype=torch.bool)
     ordered, order = indices.long().sort(dim=dim)
     again = torch.zeros_like(ordered, dtype=torch.bool)
     count = indices.shape[dim]

@@ -33,7 +33,7 @@ class Cispo(Algorithm):
     def loss(self, tokens: Tokens) -> PolicyLoss:
         ratios_NT = tokens.ratios_NT.detach()
         limited_NT = ratios_NT.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
-        weights_NT = limited_NT * tokens.corrections_NT * tokens.advantages_NT
+        weights_NT = torch.where(tokens.sampled_NT, limited_NT * tokens.corrections_NT * tokens.advantages_NT, 0.0)
         gain = self.weighted_sum(weights_NT * tokens.logprobs_NT, tokens.sampled_NT)
         return PolicyLoss(-gain, ((limited_NT != ratios_NT) & tokens.sampled_NT).sum())
 

@@ -9,12 +9,16 @@ SMALLEST_DEVIATION = 1e-6
 
 
 def centred(rewards_G: torch.Tensor) -> torch.Tensor:
-    """r - mean(r)."""
-    if bool((rewards_G == rewards_G[0]).all()):  # the mean of equal numbers may be rounded
+    """r - mean(r), in a floating dtype."""
+    rewards_G = rewards_G if rewards_G.is_floating_point() else rewards_G.float()
+    if bool((rewards_G == rewards_G[:1]).all()):  # the mean of equal numbers may be rounded
         return torch.zeros_like(rewards_G)
     return rewards_G - rewards_G.mean()
 
 
 def standardised(rewards_G: torch.Tensor) -> torch.Tensor:
     """(r - mean(r)) / std(r), the standard deviation with G - 1."""
-    return centred(rewards_G) / (rewards_G.std() + SMALLEST_DEVIATION)
+    apart_G = centred(rewards_G)
+    if not apart_G.any():  # of one sample alone there is no deviation
+        return apart_G
+    return apart_G / (apart_G.std() + SMALLEST_DEVIATION)

@@ -72,12 +72,10 @@ class TrlFunction:
         module = _module_of(place, spec)
         own = [one for one, value in vars(module).items() if _is_own_function(value, module)]
         if not name and len(own) != 1:
-            raise InputError(
-                f"The reward {spec} names no function, and it has {_listed(own)}: say which, as {place}:name."
-            )
+            raise InputError(f"The reward {spec} names no function, and {_listed(own)}: say which, as {place}:name.")
         function = getattr(module, name or own[0], None)
         if not callable(function):
-            raise InputError(f"The reward {spec} was asked for, and {place} has no function {name}: {_listed(own)}.")
+            raise InputError(f"The reward {spec} was asked for, and {place} has no function {name}; {_listed(own)}.")
         return TrlFunction(name or own[0], function)
 
     def score(self, asked: Completions) -> Scores:
@@ -107,7 +105,7 @@ class TrlFunction:
         )
 
     def _rewards(self, found: Any, count: int) -> tuple[float | None, ...]:
-        if isinstance(found, str) or not hasattr(found, "__len__"):
+        if isinstance(found, str | Mapping) or not getattr(found, "ndim", 1) or not hasattr(found, "__len__"):
             raise InputError(f"The reward {self.name} gave a {type(found).__name__}; a list of numbers was asked for.")
         if len(found) != count:
             raise InputError(f"The reward {self.name} gave {len(found)} numbers for {count} completions.")
@@ -135,8 +133,10 @@ def _module_of(place: str, spec: str) -> ModuleType:
         return _module_of_file(Path(place), spec)
     try:
         return importlib.import_module(place)
-    except ImportError as error:
-        raise InputError(f"The reward {spec} was asked for, and {place} cannot be imported: {error}.") from error
+    except Exception as error:  # of the user's own module, or a name that is none
+        raise InputError(
+            f"The reward {spec} was asked for, and {place or 'no module'} cannot be imported: {error}."
+        ) from error
 
 
 def _module_of_file(file: Path, spec: str) -> ModuleType:
@@ -161,7 +161,7 @@ def _is_own_function(value: Any, module: ModuleType) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"it has {', '.join(names)}" if names else "no function of its own"
+    return f"it has {', '.join(names)}" if names else "it has no function of its own"
 
 
 def _as_answer(text: str) -> Messages:

@@ -35,14 +35,16 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def encode_whole(tensors: Tensors) -> bytes:
-    """All of them."""
+    """All of them. Raises ValueError where two share memory."""
+    _check_apart(tensors)
     return _compressed({name + _WHOLE: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def encode_delta(before: Tensors, now: Tensors) -> bytes:
     """What `now` has otherwise than `before`. Raises ValueError where they are not the same tensors, by names, shapes
-    and dtypes."""
+    and dtypes, or two of them share memory: a change would strike it twice."""
     _check_alike(before, now)
+    _check_apart(now)
     parts: dict[str, torch.Tensor] = {}
     for name, tensor in now.items():
         new, old = (_words(one.detach().cpu()) for one in (tensor, before[name]))
@@ -127,6 +129,15 @@ def _check_alike(before: Tensors, now: Tensors) -> None:
     for name, tensor in now.items():
         if (tensor.dtype, tensor.shape) != (before[name].dtype, before[name].shape):
             raise ValueError(f"{name} is {_form(tensor)} and was {_form(before[name])}")
+
+
+def _check_apart(tensors: Tensors) -> None:
+    owner: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            other = owner.setdefault(tensor.untyped_storage().data_ptr(), name)
+            if other != name:
+                raise ValueError(f"{other} and {name} share memory: give a tied weight under one of its names")
 
 
 def _form(tensor: torch.Tensor) -> str:

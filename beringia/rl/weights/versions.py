@@ -72,13 +72,18 @@ class WeightVersions:
         """What a version says of itself. Raises RunError."""
         path = self.path(version) / _MANIFEST
         try:
-            return WeightVersion.model_validate_json(path.read_bytes())
+            found = WeightVersion.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        if found.version != version or (found.base is not None and not 0 <= found.base < version):
+            raise RunError(f"{path} is of version {found.version}, made of {found.base}: it is not version {version}.")
+        return found
 
     def write(self, version: int, tensors: Tensors, before: Held | None = None) -> WeightVersion:
         """Publish a version: whole, or as what it changes of one that is held. One that is there already must be the
         same. Raises RunError, StorageFull."""
+        if before is not None and not 0 <= before.version < version:
+            raise ValueError(f"version {version} cannot be made of version {before.version}")
         content = encode_whole(tensors) if before is None else encode_delta(before.tensors, tensors)
         made = WeightVersion(
             version=version,
@@ -90,6 +95,7 @@ class WeightVersions:
         )
         if version in self.there():
             there = self.manifest(version)
+            self._content(there)
             if there.hash != made.hash:
                 raise RunError(
                     f"{self.path(version)} holds other weights ({there.hash[:12]}) than were to be published as that "
@@ -97,6 +103,8 @@ class WeightVersions:
                 )
             return there
         self._directory.mkdir(parents=True, exist_ok=True)
+        if self.path(version).exists():  # without a manifest: what a removal that was killed has left
+            shutil.rmtree(self.path(version))
         with directory_beside(self.path(version)) as aside:
             inside = aside / "version"
             inside.mkdir()
@@ -112,12 +120,7 @@ class WeightVersions:
         way = self._way(version, held.version)
         held.version = -1
         for step in way:
-            content = (self.path(step.version) / _CONTENT).read_bytes()
-            if hashlib.sha256(content).hexdigest() != step.sha256:
-                raise RunError(
-                    f"{self.path(step.version) / _CONTENT} is damaged: it has another hash than it was told."
-                )
-            apply(content, held.tensors)
+            apply(self._content(step), held.tensors)
         found, told = hash_state(held.tensors, {}), self.manifest(version)
         if found != told.hash:
             raise RunError(
@@ -131,7 +134,20 @@ class WeightVersions:
         whole = [one for one in self.there() if one <= version and self.manifest(one).base is None]
         for old in self.there():
             if whole and old < whole[-1]:
+                # First what says that it is complete: killed in between, it is not there any more.
+                (self.path(old) / _MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self.path(old), ignore_errors=True)
+
+    def _content(self, told: WeightVersion) -> bytes:
+        """The file of a version. Raises RunError where it is not what the manifest says."""
+        path = self.path(told.version) / _CONTENT
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"{path} cannot be read: {error.strerror}.") from None
+        if hashlib.sha256(content).hexdigest() != told.sha256:
+            raise RunError(f"{path} is damaged: it has another hash than was told.")
+        return content
 
     def _way(self, version: int, held: int) -> list[WeightVersion]:
         """Versions to apply one after the other, from what is held or from a whole one."""
