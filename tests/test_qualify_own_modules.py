@@ -184,8 +184,8 @@ def _normed(device: torch.device) -> None:
     F.layer_norm(torch.arange(8.0, device=device).view(2, 4), (4,), weight, bias).sum().backward()
 
 
-@pytest.mark.parametrize("frozen", [{"q"}, {"k"}, {"v"}, {"q", "k"}, {"k", "v"}, set()], ids=str)
-def test_attention_is_judged_by_the_gradients_that_it_is_asked_for(frozen: set[str]) -> None:
+@pytest.mark.parametrize("frozen", ["q", "k", "v", "qk", "kv", ""])
+def test_attention_is_judged_by_the_gradients_that_it_is_asked_for(frozen: str) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = {name: torch.randn(1, 2, 5, 4, generator=generator) for name in "qkv"}
     with emulated_with({}, "h100") as chip:
