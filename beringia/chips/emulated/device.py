@@ -74,6 +74,10 @@ class EmulatedTensor(torch.Tensor):
         # torch reads the storage itself here, which a wrapper does not have.
         return self._cpu.tolist()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Where its numbers lie: two tensors of the device share memory where those behind them do."""
+        return self._cpu.untyped_storage()
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         ending = f", requires_grad={self.requires_grad})" if self.is_leaf and self.requires_grad else ")"
         return f"{repr(self._cpu)[:-1]}, device='{self.device}'{ending}"

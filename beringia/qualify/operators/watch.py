@@ -22,7 +22,6 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from beringia.chips.emulated.device import numbers
 from beringia.qualify.refusals import REFUSALS, NotJudged, first_line
 from beringia.records.certificate import Direction
 
@@ -327,7 +326,7 @@ def _place_of_mask(func: OpOverload) -> int | None:
 def _memory_of(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory, and for all of which that cannot be told."""
     try:
-        storage = numbers(tensor).untyped_storage()
+        storage = tensor.untyped_storage()
         return int(storage._cdata) if storage.data_ptr() else 0
     except (NotImplementedError, RuntimeError):
         return 0
