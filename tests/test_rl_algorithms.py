@@ -133,6 +133,6 @@ def test_samples_near_the_limit_lose_reward(length: int, lost: float) -> None:
 
 def test_bounds_that_are_given_are_used() -> None:
     given = make_algorithm("dr-grpo", max_tokens=9, clip_low=0.1, clip_high=0.3)
-    assert given == DrGrpo(9, 0.1, 0.3)
+    assert given == DrGrpo(0.1, 0.3, max_tokens=9)
     with pytest.raises(KeyError):
         make_algorithm("ppo", max_tokens=9)

@@ -328,7 +328,7 @@ def _memory_of(tensor: torch.Tensor) -> int:
     try:
         storage = tensor.untyped_storage()
         return int(storage._cdata) if storage.data_ptr() else 0
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:  # a sparse tensor, or one on the meta device, has no storage
         return 0
 
 

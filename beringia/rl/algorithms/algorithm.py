@@ -97,3 +97,18 @@ def clipped_surrogate(
     limited = ratios.clamp(1.0 - low, 1.0 + high)
     surrogate, bounded = ratios * advantages, limited * advantages
     return torch.minimum(surrogate, bounded), bounded < surrogate
+
+
+@dataclass(frozen=True)
+class ClippedTokens(Algorithm):
+    """An algorithm that clips the ratio of each token; how much each counts is its own."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def loss(self, tokens: Tokens) -> PolicyLoss:
+        surrogate_NT, stopped_NT = clipped_surrogate(
+            tokens.ratios_NT, tokens.advantages_NT, self.clip_low, self.clip_high
+        )
+        gain = self.weighted_sum(tokens.corrections_NT * surrogate_NT, tokens.sampled_NT)
+        return PolicyLoss(-gain, (stopped_NT & tokens.sampled_NT).sum())

@@ -21,5 +21,5 @@ def make_algorithm(
     options = {option: value for option, value in given.items() if value is not None}
     kind = _BY_NAME[name]
     if kind is DrGrpo:
-        return DrGrpo(max_tokens, **options)
+        return DrGrpo(max_tokens=max_tokens, **options)
     return kind(**options)

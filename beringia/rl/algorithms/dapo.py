@@ -15,28 +15,20 @@ from typing import ClassVar
 
 import torch
 
-from beringia.rl.algorithms.algorithm import Algorithm, PolicyLoss, Tokens, clipped_surrogate, sum_over_tokens
+from beringia.rl.algorithms.algorithm import ClippedTokens, sum_over_tokens
 from beringia.rl.algorithms.group_baseline import standardised
 
 
 @dataclass(frozen=True)
-class Dapo(Algorithm):
+class Dapo(ClippedTokens):
     """A mean over tokens."""
 
-    clip_low: float = 0.2
     clip_high: float = 0.28
 
     name: ClassVar[str] = "dapo"
 
     def advantages(self, rewards_G: torch.Tensor) -> torch.Tensor:
         return standardised(rewards_G)
-
-    def loss(self, tokens: Tokens) -> PolicyLoss:
-        surrogate_NT, stopped_NT = clipped_surrogate(
-            tokens.ratios_NT, tokens.advantages_NT, self.clip_low, self.clip_high
-        )
-        gain = self.weighted_sum(tokens.corrections_NT * surrogate_NT, tokens.sampled_NT)
-        return PolicyLoss(-gain, (stopped_NT & tokens.sampled_NT).sum())
 
     def weighted_sum(self, values_NT: torch.Tensor, sampled_NT: torch.Tensor) -> torch.Tensor:
         return sum_over_tokens(values_NT, sampled_NT)

@@ -9,42 +9,25 @@ anything: long wrong samples are not punished less, groups that are nearly all r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
-from beringia.rl.algorithms.algorithm import (
-    Algorithm,
-    PolicyLoss,
-    Tokens,
-    clipped_surrogate,
-    samples_with_tokens,
-    sum_over_tokens,
-)
+from beringia.rl.algorithms.algorithm import ClippedTokens, samples_with_tokens, sum_over_tokens
 from beringia.rl.algorithms.group_baseline import centred
 
 
 @dataclass(frozen=True)
-class DrGrpo(Algorithm):
+class DrGrpo(ClippedTokens):
     """A sum over tokens, over a constant."""
 
-    max_tokens: int
+    max_tokens: int = field(kw_only=True)
     """New tokens that a sample has at most."""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-
     name: ClassVar[str] = "dr-grpo"
 
     def advantages(self, rewards_G: torch.Tensor) -> torch.Tensor:
         return centred(rewards_G)
-
-    def loss(self, tokens: Tokens) -> PolicyLoss:
-        surrogate_NT, stopped_NT = clipped_surrogate(
-            tokens.ratios_NT, tokens.advantages_NT, self.clip_low, self.clip_high
-        )
-        gain = self.weighted_sum(tokens.corrections_NT * surrogate_NT, tokens.sampled_NT)
-        return PolicyLoss(-gain, (stopped_NT & tokens.sampled_NT).sum())
 
     def weighted_sum(self, values_NT: torch.Tensor, sampled_NT: torch.Tensor) -> torch.Tensor:
         return sum_over_tokens(values_NT, sampled_NT)

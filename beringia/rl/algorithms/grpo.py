@@ -13,35 +13,18 @@ from typing import ClassVar
 
 import torch
 
-from beringia.rl.algorithms.algorithm import (
-    Algorithm,
-    PolicyLoss,
-    Tokens,
-    clipped_surrogate,
-    samples_with_tokens,
-    sum_of_means,
-)
+from beringia.rl.algorithms.algorithm import ClippedTokens, samples_with_tokens, sum_of_means
 from beringia.rl.algorithms.group_baseline import standardised
 
 
 @dataclass(frozen=True)
-class Grpo(Algorithm):
+class Grpo(ClippedTokens):
     """A mean over samples of the mean over their tokens."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
 
     name: ClassVar[str] = "grpo"
 
     def advantages(self, rewards_G: torch.Tensor) -> torch.Tensor:
         return standardised(rewards_G)
-
-    def loss(self, tokens: Tokens) -> PolicyLoss:
-        surrogate_NT, stopped_NT = clipped_surrogate(
-            tokens.ratios_NT, tokens.advantages_NT, self.clip_low, self.clip_high
-        )
-        gain = self.weighted_sum(tokens.corrections_NT * surrogate_NT, tokens.sampled_NT)
-        return PolicyLoss(-gain, (stopped_NT & tokens.sampled_NT).sum())
 
     def weighted_sum(self, values_NT: torch.Tensor, sampled_NT: torch.Tensor) -> torch.Tensor:
         return sum_of_means(values_NT, sampled_NT)
